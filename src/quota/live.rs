@@ -1,0 +1,154 @@
+//! A live session as others see it: something that can be told to stop, that has a deadline, and that sleeps
+//! most of the time.
+//!
+//! The session's task reads one atomic per wake-up; whoever signals sets a bit and wakes exactly that task.
+
+use std::{
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    task::Context,
+};
+
+use atomic_waker::AtomicWaker;
+
+use crate::tenant::directory::KeyHash;
+
+/// Why a live session has to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Stop {
+    /// Its token expired.
+    Expired = 1,
+    /// Its service key, or the key that signed its token, was revoked.
+    Revoked = 2,
+    /// Its tenant is suspended or being deleted.
+    Suspended = 3,
+    /// The cap on client sockets shrank below what is open.
+    Shed = 4,
+    /// The process is draining.
+    Draining = 5,
+}
+
+const STOP_MASK: u32 = 0b111;
+const DUE: u32 = 1 << 3;
+const CANCEL: u32 = 1 << 4;
+
+/// One live session.
+#[derive(Debug)]
+pub struct Live {
+    /// Unique in this process.
+    pub id: u64,
+    /// When it was admitted, on [`super::clock::now_ms`].
+    pub opened_ms: u64,
+    /// When its credential ends, on [`super::clock::now_ms`]; `u64::MAX` is never. Renewed by a re-authentication.
+    pub expires_ms: AtomicU64,
+    /// The service key it came with.
+    pub service_key: Option<KeyHash>,
+    /// The signing key of its token.
+    pub signing_key: Option<std::sync::Arc<str>>,
+    signals: AtomicU32,
+    deadline_ms: AtomicU64,
+    idle: AtomicBool,
+    waker: AtomicWaker,
+}
+
+impl Live {
+    /// A session that starts idle.
+    pub fn new(
+        id: u64,
+        opened_ms: u64,
+        expires_ms: u64,
+        service_key: Option<KeyHash>,
+        signing_key: Option<std::sync::Arc<str>>,
+    ) -> Self {
+        Self {
+            id,
+            opened_ms,
+            expires_ms: AtomicU64::new(expires_ms),
+            service_key,
+            signing_key,
+            signals: AtomicU32::new(0),
+            deadline_ms: AtomicU64::new(u64::MAX),
+            idle: AtomicBool::new(true),
+            waker: AtomicWaker::new(),
+        }
+    }
+
+    /// Tells the session to stop at its next safe point. The first reason stays.
+    pub fn stop(&self, reason: Stop) {
+        let set = self.signals.fetch_update(Ordering::AcqRel, Ordering::Acquire, |bits| {
+            (bits & STOP_MASK == 0).then_some(bits | reason as u32)
+        });
+        if set.is_ok() {
+            self.waker.wake();
+        }
+    }
+
+    /// Asks the session to cancel what it is running.
+    pub fn cancel(&self) {
+        self.signals.fetch_or(CANCEL, Ordering::AcqRel);
+        self.waker.wake();
+    }
+
+    /// Why the session has to stop, if it has to.
+    pub fn stopped(&self) -> Option<Stop> {
+        match self.signals.load(Ordering::Acquire) & STOP_MASK {
+            1 => Some(Stop::Expired),
+            2 => Some(Stop::Revoked),
+            3 => Some(Stop::Suspended),
+            4 => Some(Stop::Shed),
+            5 => Some(Stop::Draining),
+            _ => None,
+        }
+    }
+
+    /// Takes the request to cancel, if there is one.
+    pub fn take_cancel(&self) -> bool {
+        self.signals.load(Ordering::Relaxed) & CANCEL != 0
+            && self.signals.fetch_and(!CANCEL, Ordering::AcqRel) & CANCEL != 0
+    }
+
+    /// Takes the news that the deadline has passed, if it has.
+    pub fn take_due(&self) -> bool {
+        self.signals.load(Ordering::Relaxed) & DUE != 0 && self.signals.fetch_and(!DUE, Ordering::AcqRel) & DUE != 0
+    }
+
+    /// Whether any signal is set: the one load that a busy session pays per wake-up.
+    pub fn signalled(&self) -> bool {
+        self.signals.load(Ordering::Acquire) != 0
+    }
+
+    /// Sets the deadline (on [`super::clock::now_ms`]); `u64::MAX` is none. News of an earlier one is dropped.
+    pub fn set_deadline(&self, at_ms: u64) {
+        self.deadline_ms.store(at_ms, Ordering::Relaxed);
+        if self.signals.load(Ordering::Relaxed) & DUE != 0 {
+            self.signals.fetch_and(!DUE, Ordering::AcqRel);
+        }
+    }
+
+    /// Says whether the session is at a safe point with nothing running; idle sessions are shed first.
+    pub fn set_idle(&self, idle: bool) {
+        self.idle.store(idle, Ordering::Relaxed);
+    }
+
+    /// Whether the session said that nothing is running.
+    pub fn is_idle(&self) -> bool {
+        self.idle.load(Ordering::Relaxed)
+    }
+
+    /// Registers the task to wake on a signal. Call before going to sleep, then look at [`Self::signalled`].
+    pub fn register(&self, cx: &Context<'_>) {
+        self.waker.register(cx.waker());
+    }
+
+    /// Called by the table's ticker: passes on an expired credential and a passed deadline.
+    pub(super) fn tick(&self, now_ms: u64) {
+        if now_ms >= self.expires_ms.load(Ordering::Relaxed) {
+            self.stop(Stop::Expired);
+        }
+        if now_ms >= self.deadline_ms.load(Ordering::Relaxed) {
+            self.deadline_ms.store(u64::MAX, Ordering::Relaxed);
+            self.signals.fetch_or(DUE, Ordering::AcqRel);
+            self.waker.wake();
+        }
+    }
+}

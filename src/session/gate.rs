@@ -1,0 +1,95 @@
+//! The checks, in order, once.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::SystemTime,
+};
+
+use super::Session;
+use crate::{
+    identity::{Identity, Proof, Verifier},
+    quota::{Live, Table, clock},
+    refusal::Refusal,
+    tenant::{Expiry, Protocol, Status},
+    usage::Meters,
+};
+
+/// What a credential would travel over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// TLS, loopback or a Unix socket: nobody else reads it.
+    Private,
+    /// Plaintext over a network.
+    Open,
+}
+
+/// The door. One per process.
+pub struct Gate {
+    verifier: Arc<Verifier>,
+    table: Arc<Table>,
+    meters: Arc<Meters>,
+    allow_plaintext: bool,
+}
+
+impl Gate {
+    /// A door before `table`, trusting `verifier`.
+    pub fn new(verifier: Arc<Verifier>, table: Arc<Table>, meters: Arc<Meters>, allow_plaintext: bool) -> Self {
+        Self { verifier, table, meters, allow_plaintext }
+    }
+
+    /// Whether a credential may be asked for over `transport`; to be asked before the client is invited to send one.
+    ///
+    /// # Errors
+    /// [`Refusal::PlaintextToken`].
+    pub fn may_carry(&self, transport: Transport) -> Result<(), Refusal> {
+        match transport {
+            Transport::Open if !self.allow_plaintext => Err(Refusal::PlaintextToken),
+            _ => Ok(()),
+        }
+    }
+
+    /// Admits a caller: verifies the credential, finds its tenant, checks that the tenant is served, takes a place
+    /// among its client sockets.
+    ///
+    /// # Errors
+    /// The first check that says no.
+    ///
+    /// # Cancel safety
+    /// Dropping it before the end leaves nothing behind.
+    pub async fn admit(&self, credential: &[u8], protocol: Protocol) -> Result<Session, Refusal> {
+        let identity = self.verifier.verify(credential).await?;
+        let slot = self.table.slot(&identity.org).await?;
+        let policy = slot.policy();
+        if policy.tenant.status != Status::Active {
+            return Err(Refusal::Suspended);
+        }
+        let expires_ms = match policy.limits.expiry {
+            Expiry::Strict => expiry_ms(&identity),
+            Expiry::ConnectOnly => u64::MAX,
+        };
+        drop(policy);
+        let place = slot.client(protocol).map_err(Refusal::OverLimit)?;
+        let (service_key, signing_key) = match &identity.proof {
+            Proof::Token(kid) => (None, kid.clone()),
+            Proof::ServiceKey(hash) => (Some(*hash), None),
+        };
+        let live = Arc::new(Live::new(self.table.next_id(), clock::now_ms(), expires_ms, service_key, signing_key));
+        slot.enter(Arc::clone(&live));
+        let meter = self.meters.meter(slot.org(), protocol);
+        meter.open.fetch_add(1, Ordering::Relaxed);
+        meter.opened.fetch_add(1, Ordering::Relaxed);
+        let session = Session { identity, protocol, slot, live, meter, _place: place };
+        // A suspension between the check and `enter` would have missed this session.
+        if session.slot.policy().tenant.status != Status::Active {
+            return Err(Refusal::Suspended);
+        }
+        Ok(session)
+    }
+}
+
+/// The end of a credential on the coarse clock.
+fn expiry_ms(identity: &Identity) -> u64 {
+    let Some(at) = identity.expires_at else { return u64::MAX };
+    let left = at.duration_since(SystemTime::now()).unwrap_or_default();
+    clock::now_ms().saturating_add(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,231 @@
+//! Plans and their numbers. The numbers are data (`config/tiers.toml`); only their shape is code.
+
+use std::{fmt, str::FromStr, sync::Arc, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Protocol, unit};
+
+/// A plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Tier {
+    /// The smallest plan.
+    Free,
+    /// The first paid plan.
+    Starter,
+    /// For production.
+    Pro,
+    /// The largest plan.
+    Enterprise,
+}
+
+impl Tier {
+    /// Every tier, smallest first.
+    pub const ALL: [Tier; 4] = [Tier::Free, Tier::Starter, Tier::Pro, Tier::Enterprise];
+
+    /// The name used everywhere outside: `FREE`, `STARTER`, `PRO`, `ENTERPRISE`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Tier::Free => "FREE",
+            Tier::Starter => "STARTER",
+            Tier::Pro => "PRO",
+            Tier::Enterprise => "ENTERPRISE",
+        }
+    }
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Tier {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Tier::ALL
+            .into_iter()
+            .find(|tier| tier.name() == text)
+            .ok_or_else(|| format!("{text:?} is not a tier: use FREE, STARTER, PRO or ENTERPRISE"))
+    }
+}
+
+/// What happens to a live session whose token has expired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Expiry {
+    /// It ends at the next safe point after `exp` plus leeway.
+    Strict,
+    /// The token is checked when connecting only.
+    ConnectOnly,
+}
+
+/// What happens to a request over the tenant's rate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OverRate {
+    /// It gets the database's native error with a retry hint.
+    Refuse,
+    /// It waits up to `max_delay`, then is refused.
+    Delay,
+}
+
+/// How a Postgres client shares the tenant's pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PoolMode {
+    /// A connection is held for a transaction.
+    Transaction,
+    /// A connection is held until the client leaves.
+    Session,
+}
+
+/// A request rate: `per_second` sustained, `burst` at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Requests per second, sustained.
+    pub per_second: u32,
+    /// Requests that may come at once after a pause.
+    pub burst: u32,
+    /// Refuse or delay what is over.
+    pub over: OverRate,
+    /// Longest delay of one request under `over = "delay"`.
+    #[serde(deserialize_with = "unit::duration")]
+    pub max_delay: Duration,
+}
+
+/// The Postgres column of a tier.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PostgresLimits {
+    /// Upstream connections: the size of the tenant's pool.
+    pub connections: u32,
+    /// Client sockets.
+    pub client_sockets: u32,
+    /// Database size in bytes, over which growing writes are refused.
+    #[serde(deserialize_with = "unit::size")]
+    pub storage: u64,
+    /// Longest statement.
+    #[serde(deserialize_with = "unit::duration")]
+    pub statement_timeout: Duration,
+    /// Longest pause inside a transaction.
+    #[serde(deserialize_with = "unit::duration")]
+    pub idle_in_transaction_timeout: Duration,
+    /// Longest wait for an upstream connection.
+    #[serde(deserialize_with = "unit::duration")]
+    pub queue_timeout: Duration,
+    /// Pool mode for clients that do not ask for one.
+    pub pool_mode: PoolMode,
+    /// Statements (transactions count each statement) per second.
+    pub rate: RateLimit,
+}
+
+/// One tier's numbers, for every database.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Live sessions after their token's expiry.
+    pub expiry: Expiry,
+    /// Postgres.
+    pub postgres: PostgresLimits,
+}
+
+impl Limits {
+    /// The rate of one protocol.
+    pub fn rate(&self, protocol: Protocol) -> &RateLimit {
+        match protocol {
+            Protocol::Postgres => &self.postgres.rate,
+        }
+    }
+
+    /// The cap on one protocol's client sockets.
+    pub fn client_sockets(&self, protocol: Protocol) -> u32 {
+        match protocol {
+            Protocol::Postgres => self.postgres.client_sockets,
+        }
+    }
+
+    /// The cap on one protocol's upstream connections.
+    pub fn connections(&self, protocol: Protocol) -> u32 {
+        match protocol {
+            Protocol::Postgres => self.postgres.connections,
+        }
+    }
+
+    fn faults(&self, tier: Tier) -> Vec<String> {
+        let pg = &self.postgres;
+        let mut faults = Vec::new();
+        let mut need = |good: bool, what: &str| {
+            if !good {
+                faults.push(format!("{tier}: {what}"));
+            }
+        };
+        need(pg.connections >= 1, "postgres.connections must be at least 1");
+        need(pg.client_sockets >= pg.connections, "postgres.client_sockets must not be below postgres.connections");
+        need(pg.rate.per_second >= 1 && pg.rate.burst >= 1, "postgres.rate needs per_second and burst of at least 1");
+        need(!pg.statement_timeout.is_zero(), "postgres.statement_timeout must be above zero");
+        need(!pg.queue_timeout.is_zero(), "postgres.queue_timeout must be above zero");
+        faults
+    }
+}
+
+/// All tiers of one `tiers.toml`.
+#[derive(Clone, Debug)]
+pub struct Tiers([Arc<Limits>; 4]);
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "UPPERCASE")]
+struct TiersFile {
+    free: Limits,
+    starter: Limits,
+    pro: Limits,
+    enterprise: Limits,
+}
+
+impl Tiers {
+    /// Parses `tiers.toml`.
+    ///
+    /// # Errors
+    /// Every fault in words, with its place where the parser knows it.
+    pub fn parse(text: &str) -> Result<Self, Vec<String>> {
+        let file: TiersFile = toml::from_str(text).map_err(|error| vec![error.to_string()])?;
+        let tiers = [file.free, file.starter, file.pro, file.enterprise];
+        let faults: Vec<String> =
+            Tier::ALL.into_iter().zip(&tiers).flat_map(|(tier, limits)| limits.faults(tier)).collect();
+        if faults.is_empty() { Ok(Self(tiers.map(Arc::new))) } else { Err(faults) }
+    }
+
+    /// The numbers of one tier.
+    pub fn limits(&self, tier: Tier) -> &Arc<Limits> {
+        &self.0[tier as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_file_carries_the_decided_numbers() {
+        let tiers = Tiers::parse(include_str!("../../config/tiers.toml")).expect("the shipped file parses");
+        let row = |tier| {
+            let pg = &tiers.limits(tier).postgres;
+            let rate = (pg.rate.per_second, pg.rate.burst);
+            (pg.connections, pg.client_sockets, pg.storage >> 20, pg.statement_timeout.as_secs(), rate)
+        };
+        assert_eq!(row(Tier::Free), (5, 50, 512, 10, (50, 100)));
+        assert_eq!(row(Tier::Starter), (10, 100, 1024, 30, (200, 400)));
+        assert_eq!(row(Tier::Pro), (50, 500, 4096, 60, (2_000, 4_000)));
+        assert_eq!(row(Tier::Enterprise), (100, 1000, 8192, 120, (20_000, 40_000)));
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error() {
+        let text = include_str!("../../config/tiers.toml")
+            .replace("client_sockets = 50\n", "client_sockets = 50\nconections = 5\n");
+        assert!(Tiers::parse(&text).is_err_and(|faults| faults[0].contains("conections")));
+    }
+}

@@ -1,0 +1,1 @@
+//! Pure codecs: bytes to messages and back. No tokio, no tenant.
