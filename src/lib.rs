@@ -17,5 +17,9 @@ pub mod refusal;
 pub mod identity;
 pub mod quota;
 
+pub mod upstream;
+
 pub mod session;
 pub mod usage;
+
+pub mod front;
