@@ -284,10 +284,18 @@ fn out_of_descriptors() {
         while let Ok(client) = std::net::TcpStream::connect(("127.0.0.1", running.port)) {
             clients.push(client);
         }
-        let failed = || recorder.handle().render().contains("dynabase_accept_errors_total{reason=\"resources\"}");
-        while !failed() {
+        let failed = || {
+            let text = recorder.handle().render();
+            let line =
+                text.lines().find_map(|line| line.strip_prefix("dynabase_accept_errors_total{reason=\"resources\"} "));
+            line.map_or(0, |count| count.parse::<u32>().unwrap())
+        };
+        let began = std::time::Instant::now();
+        while failed() < 4 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
+        // Three pauses lie between four failures, each twice the one before; the first may have begun earlier.
+        assert!(began.elapsed() >= 6 * BACK_OFF, "it backs off");
         drop(clients);
         while let Ok(conn) = running.conns.try_recv() {
             close(conn);
