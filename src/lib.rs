@@ -17,9 +17,12 @@ pub mod refusal;
 pub mod identity;
 pub mod quota;
 
+pub mod usage;
+
 pub mod upstream;
 
 pub mod session;
-pub mod usage;
 
 pub mod front;
+
+pub mod admin;
