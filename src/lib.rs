@@ -17,5 +17,8 @@ pub mod refusal;
 pub mod identity;
 pub mod quota;
 
-pub mod session;
 pub mod usage;
+
+pub mod upstream;
+
+pub mod session;
