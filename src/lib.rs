@@ -22,3 +22,5 @@ pub mod usage;
 pub mod upstream;
 
 pub mod session;
+
+pub mod config;

@@ -102,7 +102,7 @@ impl Config {
         // The parser's own message may quote the password.
         let login: tokio_postgres::Config =
             url.parse().map_err(|_| "is not a URL of the form postgres://user:password@host:port/database")?;
-        if login.get_user().is_none() {
+        if login.get_user().is_none_or(str::is_empty) {
             return Err("names no user".into());
         }
         let port = login.get_ports().first().copied().unwrap_or(5432);
