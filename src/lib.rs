@@ -24,3 +24,5 @@ pub mod upstream;
 pub mod session;
 
 pub mod config;
+
+pub mod cli;

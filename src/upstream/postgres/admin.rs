@@ -51,9 +51,11 @@ impl AdminError {
         }
     }
 
-    /// Whether the connection is gone, so that a fresh one may do better.
+    /// Whether the connection is gone, so that a fresh one may do better: it broke, or the server said that it ends it.
     pub(super) fn is_broken_connection(&self) -> bool {
-        matches!(self, AdminError::Sql { cause, .. } if cause.is_closed() || cause.as_db_error().is_none())
+        let AdminError::Sql { cause, .. } = self else { return false };
+        let farewell = [SqlState::ADMIN_SHUTDOWN, SqlState::CRASH_SHUTDOWN, SqlState::CANNOT_CONNECT_NOW];
+        cause.code().is_none_or(|code| farewell.contains(code))
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use tokio::sync::Mutex;
+use tokio_postgres::{Row, types::ToSql};
 
 use super::{Admin, AdminError, admin::Connection};
 
@@ -35,13 +36,8 @@ impl Maintenance {
     /// May be dropped at any point.
     pub async fn database_bytes(&self, database: &str) -> Result<u64, AdminError> {
         const SIZE: &str = "select pg_catalog.pg_database_size($1::text::name)";
-        let doing = "measuring a database";
-        let row = self
-            .sizes
-            .ask(doing, SIZE_TIMEOUT, async |client: &Connection| client.query_one(SIZE, &[&database]).await)
-            .await?;
-        let bytes: i64 = row.try_get(0).map_err(AdminError::sql(doing))?;
-        Ok(u64::try_from(bytes).unwrap_or(0))
+        let row = self.sizes.ask("measuring a database", SIZE_TIMEOUT, SIZE, &[&database]).await?;
+        Ok(row.and_then(|row| row.try_get::<_, i64>(0).ok()).and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0))
     }
 
     /// Ends the backend `pid` if it still belongs to `role`: process ids are used again, and the next one may be
@@ -55,12 +51,8 @@ impl Maintenance {
     pub async fn terminate(&self, pid: i32, role: &str) -> Result<bool, AdminError> {
         const END: &str = "select pg_catalog.pg_terminate_backend(pid) from pg_catalog.pg_stat_activity \
                            where pid = $1 and usename = $2::text::name";
-        self.signals
-            .ask("ending a backend", SIGNAL_TIMEOUT, async |client: &Connection| {
-                client.query_opt(END, &[&pid, &role]).await
-            })
-            .await
-            .map(|row| row.is_some())
+        let row = self.signals.ask("ending a backend", SIGNAL_TIMEOUT, END, &[&pid, &role]).await?;
+        Ok(row.is_some())
     }
 }
 
@@ -79,18 +71,20 @@ impl Line {
 
     /// Asks; once more on a fresh connection when the present one turns out to be dead. Every question here may be
     /// asked twice.
-    async fn ask<T>(
+    async fn ask(
         &self,
         doing: &str,
         limit: Duration,
-        question: impl AsyncFn(&Connection) -> Result<T, tokio_postgres::Error>,
-    ) -> Result<T, AdminError> {
+        question: &str,
+        names: &[&(dyn ToSql + Sync)],
+    ) -> Result<Option<Row>, AdminError> {
         let asking = async {
             let first = self.connected().await?;
-            match question(&first).await.map_err(AdminError::sql(doing)) {
+            match first.query_opt(question, names).await.map_err(AdminError::sql(doing)) {
                 Err(error) if error.is_broken_connection() => {
+                    self.forget(&first).await;
                     let second = self.connected().await?;
-                    question(&second).await.map_err(AdminError::sql(doing))
+                    second.query_opt(question, names).await.map_err(AdminError::sql(doing))
                 }
                 answer => answer,
             }
@@ -102,6 +96,14 @@ impl Line {
                 self.connection.lock().await.take();
                 Err(AdminError::TimedOut { doing: doing.into(), after: limit })
             }
+        }
+    }
+
+    /// Lets a dead connection go, unless another task has replaced it already.
+    async fn forget(&self, dead: &Arc<Connection>) {
+        let mut slot = self.connection.lock().await;
+        if slot.as_ref().is_some_and(|present| Arc::ptr_eq(present, dead)) {
+            *slot = None;
         }
     }
 
