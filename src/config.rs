@@ -20,6 +20,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, de};
 
 use crate::{
+    identity, net,
     tenant::{
         Names, Tiers,
         namespace::{NameStyle, Password, RootSecret},
@@ -38,10 +39,10 @@ pub struct Config {
     pub allow_plaintext: bool,
     /// Where clients connect.
     pub listen: Listen,
-    /// Certificates of the listeners.
-    pub tls: Tls,
-    /// Who is trusted to say who a caller is.
-    pub identity: Identity,
+    /// Certificates of the listeners; without them only plaintext is spoken.
+    pub tls: Option<net::TlsConfig>,
+    /// Who is trusted to say who a caller is. Required.
+    pub identity: Option<identity::Config>,
     /// Where tenants are recorded.
     pub catalog: Catalog,
     /// How tenants' names and passwords on upstreams are derived.
@@ -71,12 +72,15 @@ impl Default for TiersPath {
 pub struct Listen {
     /// Addresses for PostgreSQL clients: `"127.0.0.1:6432"`, `"unix:/run/dynabase/.s.PGSQL.6432"`, or a list.
     #[serde(deserialize_with = "one_or_many")]
-    pub postgres: Vec<Bind>,
+    pub postgres: Vec<net::Address>,
     /// Networks of load balancers that send a PROXY protocol v2 header; from these it is required.
     #[serde(deserialize_with = "one_or_many")]
     pub proxy_from: Vec<IpNet>,
     /// Client sockets over all listeners; more wait in the kernel's queue. 1 to 1 000 000.
     pub max_connections: u32,
+    /// Client sockets from one /24 or /64 network that are not yet admitted; 0 is no cap, for use behind a balancer
+    /// that does not say who its clients are.
+    pub unadmitted_per_network: u32,
     /// Longest time from accepting a socket to an admitted session.
     #[serde(deserialize_with = "unit::duration")]
     pub handshake_timeout: Duration,
@@ -88,44 +92,12 @@ pub struct Listen {
 impl Default for Listen {
     fn default() -> Self {
         Self {
-            postgres: vec![Bind::Tcp(SocketAddr::from(([127, 0, 0, 1], 6432)))],
+            postgres: vec![net::Address::Tcp(SocketAddr::from(([127, 0, 0, 1], 6432)))],
             proxy_from: Vec::new(),
             max_connections: 10_000,
+            unadmitted_per_network: 256,
             handshake_timeout: Duration::from_secs(15),
             drain_timeout: Duration::from_secs(30),
-        }
-    }
-}
-
-/// An address to listen on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Bind {
-    /// TCP.
-    Tcp(SocketAddr),
-    /// A Unix socket's path.
-    Unix(PathBuf),
-}
-
-impl FromStr for Bind {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.strip_prefix("unix:") {
-            Some(path) if Path::new(path).is_absolute() => Ok(Bind::Unix(path.into())),
-            Some(_) => Err("the path of a socket must be absolute".into()),
-            None => text
-                .parse()
-                .map(Bind::Tcp)
-                .map_err(|_| "use \"127.0.0.1:6432\", \"[::]:6432\" or \"unix:/path/of/socket\"".into()),
-        }
-    }
-}
-
-impl fmt::Display for Bind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Bind::Tcp(address) => address.fmt(f),
-            Bind::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }
 }
@@ -147,27 +119,6 @@ where
         OneOrMany::Many(texts) => texts,
     };
     texts.iter().map(|text| text.parse().map_err(|error| de::Error::custom(format!("{text:?}: {error}")))).collect()
-}
-
-/// `[tls]`: without a certificate listeners speak plaintext only.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Tls {
-    /// The certificate chain (PEM), leaf first.
-    pub cert_file: Option<PathBuf>,
-    /// Its private key (PEM).
-    pub key_file: Option<PathBuf>,
-    /// Authorities (PEM) one of which must have signed the client's certificate; unset: clients need none.
-    pub client_ca_file: Option<PathBuf>,
-}
-
-/// `[identity]`.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Identity {
-    /// Secret of HS256 tokens.
-    #[serde(deserialize_with = "secret")]
-    pub hs256_secret: Option<Password>,
 }
 
 /// `[catalog]`.
@@ -291,12 +242,22 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// Keys whose value may stand in a file of its own, `<key>_file`.
-pub(crate) const SECRETS: [&str; 4] =
-    ["identity.hs256_secret", "names.root_secret", "upstream.postgres.url", "admin.token"];
+const SECRETS: [&str; 3] = ["names.root_secret", "upstream.postgres.url", "admin.token"];
+
+/// Secrets whose own module reads the file.
+const FURTHER_SECRETS: [&str; 1] = ["identity.hs256_secret"];
 
 /// Keys that name a file or folder: relative ones are meant from the configuration's folder.
-pub(crate) const PATHS: [&str; 6] =
-    ["tiers", "tls.cert_file", "tls.key_file", "tls.client_ca_file", "catalog.path", "upstream.postgres.ca_file"];
+const PATHS: [&str; 8] = [
+    "tiers",
+    "tls.cert_file",
+    "tls.key_file",
+    "tls.client_ca_file",
+    "identity.jwks_file",
+    "identity.hs256_secret_file",
+    "catalog.path",
+    "upstream.postgres.ca_file",
+];
 
 /// Shortest bearer token of operators in bytes: as long as 96 random bits in base64.
 const ADMIN_TOKEN_MIN_BYTES: usize = 16;
@@ -361,16 +322,18 @@ impl Config {
         );
         let second = Duration::from_secs(1);
         need(listen.handshake_timeout >= second, "listen.handshake_timeout", "must be at least 1s".into());
-        need(
-            self.tls.cert_file.is_some() == self.tls.key_file.is_some(),
-            if self.tls.cert_file.is_some() { "tls.cert_file" } else { "tls.key_file" },
-            "cert_file and key_file go together".into(),
-        );
-        need(
-            self.tls.client_ca_file.is_none() || self.tls.cert_file.is_some(),
-            "tls.client_ca_file",
-            "needs cert_file and key_file".into(),
-        );
+        if let Some(Err(error)) = self.tls.as_ref().map(|tls| net::ServerTls::load(tls, &[])) {
+            need(false, "tls", error.to_string());
+        }
+        match &self.identity {
+            None => need(false, "identity.issuer", "is required: whose tokens are trusted".into()),
+            Some(identity) => {
+                for fault in identity.check() {
+                    let end = fault.find([':', ' ']).unwrap_or(fault.len());
+                    need(false, &fault[..end], fault[end..].trim_start_matches([':', ' ']).to_owned());
+                }
+            }
+        }
         let root = self.names.root_secret.as_ref();
         let bytes = root.map_or(0, |secret| secret.expose().len());
         need(

@@ -8,7 +8,7 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::{Config, Fault, PATHS, SECRETS};
+use super::{Config, FURTHER_SECRETS, Fault, PATHS, SECRETS};
 
 /// What names of overriding variables begin with; the key follows, `__` between its parts.
 pub(super) const ENVIRONMENT_PREFIX: &str = "DYNABASE__";
@@ -54,6 +54,12 @@ pub(super) fn read(text: &str, folder: &Path, environment: &[(String, String)]) 
     for key in PATHS {
         resolve(&mut table, key, folder);
     }
+    // A section with every key commented out is one that is not there.
+    for section in ["tls", "identity"] {
+        if entry(&mut table, section).is_some_and(|value| value.get_ref().as_table().is_some_and(DeTable::is_empty)) {
+            table.remove(section);
+        }
+    }
     let config = deserialize(table, span, text, &overridden, &mut faults);
     (config, lines, faults)
 }
@@ -93,7 +99,7 @@ fn deserialize(
         }
         let from_environment = overridden.contains_key(&key);
         let line = (!from_environment).then(|| line_of(text, place));
-        let secret = SECRETS.contains(&key.as_str());
+        let secret = SECRETS.iter().chain(&FURTHER_SECRETS).any(|secret| *secret == key);
         let mut what = if secret { "is not text".to_owned() } else { error.message().replace('\n', " ") };
         if from_environment {
             what.push_str(&format!(" (from {})", variable(&key)));

@@ -9,6 +9,8 @@ fn repository() -> PathBuf {
 /// What the shipped file leaves to be filled in.
 fn required() -> Vec<(String, String)> {
     [
+        ("DYNABASE__IDENTITY__ISSUER", "https://issuer.example"),
+        ("DYNABASE__IDENTITY__HS256_SECRET", "abcdefghijklmnopqrstuvwxyz0123456789"),
         ("DYNABASE__NAMES__ROOT_SECRET", "0123456789abcdef0123456789abcdef"),
         ("DYNABASE__UPSTREAM__POSTGRES__URL", "postgres://root:hunter2@127.0.0.1/postgres"),
     ]
@@ -52,7 +54,12 @@ fn every_commented_key_is_a_key() {
 
 #[test]
 fn every_key_of_the_structs_is_in_the_shipped_file() {
-    let sources = [include_str!("../config.rs"), include_str!("../upstream/postgres/config.rs")];
+    let sources = [
+        include_str!("../config.rs"),
+        include_str!("../upstream/postgres/config.rs"),
+        include_str!("../identity/config.rs"),
+        include_str!("../net/tls.rs"),
+    ];
     let mut keys = 0;
     for source in sources {
         for body in source.split("deny_unknown_fields)]").skip(1) {
@@ -65,7 +72,7 @@ fn every_key_of_the_structs_is_in_the_shipped_file() {
             }
         }
     }
-    assert!(keys > 20, "{keys} keys found: this test reads the source");
+    assert!(keys > 35, "{keys} keys found: this test reads the source");
 }
 
 #[test]
@@ -134,7 +141,7 @@ fn a_secret_may_stand_in_a_file() {
     std::fs::write(folder.path().join("root"), "fedcba9876543210fedcba9876543210\n").expect("written");
     std::fs::write(folder.path().join("tiers.toml"), include_str!("../../config/tiers.toml")).expect("written");
     let path = folder.path().join("dynabase.toml");
-    let url = vec![required().remove(1)];
+    let url: Vec<_> = required().into_iter().filter(|(name, _)| !name.contains("ROOT_SECRET")).collect();
     let config = Config::parse(&path, "[names]\nroot_secret_file = \"root\"\n", &url).expect("good");
     assert_eq!(config.names.root_secret.expect("read").expose(), "fedcba9876543210fedcba9876543210");
 
@@ -147,7 +154,7 @@ fn a_secret_may_stand_in_a_file() {
 
 #[test]
 fn no_secret_is_ever_quoted() {
-    let text = "[names]\nroot_secret = 31415926\n[admin]\ntoken = \"hunter2\"\n[identity]\nhs256_secret = [\"hunter2\"]\n\
+    let text = "[names]\nroot_secret = 31415926\n[admin]\ntoken = \"hunter2\"\n[identity]\nissuer = \"x\"\nhs256_secret = [\"hunter2\"]\n\
                 [upstream.postgres]\nurl = \"mysql://u:hunter2@h/x\"\n";
     let error = Config::parse(&repository(), text, &[]).expect_err("faults").to_string();
     assert!(!error.contains("hunter2") && !error.contains("31415926"), "{error}");
@@ -159,5 +166,5 @@ fn no_secret_is_ever_quoted() {
 fn a_missing_secret_is_told_with_the_way_to_make_one() {
     let error = Config::parse(&repository(), SHIPPED, &[]).expect_err("required").to_string();
     assert!(error.contains("names.root_secret") && error.contains("openssl rand"), "{error}");
-    assert!(error.contains("upstream.postgres.url"), "{error}");
+    assert!(error.contains("upstream.postgres.url") && error.contains("identity.issuer"), "{error}");
 }
