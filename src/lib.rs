@@ -19,3 +19,5 @@ pub mod quota;
 
 pub mod session;
 pub mod usage;
+
+pub mod catalog;
