@@ -19,6 +19,8 @@ pub mod quota;
 
 pub mod usage;
 
+pub mod catalog;
+
 pub mod upstream;
 
 pub mod session;
