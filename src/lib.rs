@@ -19,6 +19,8 @@ pub mod quota;
 
 pub mod usage;
 
+pub mod catalog;
+
 pub mod upstream;
 
 pub mod session;
@@ -26,3 +28,7 @@ pub mod session;
 pub mod front;
 
 pub mod admin;
+
+pub mod config;
+
+pub mod cli;
