@@ -465,7 +465,8 @@ impl Conversation {
                 pass(self);
             }
             b'd' | b'c' | b'f' => {
-                let copies = self.ledger.copies_in();
+                // Late data of a COPY that the server has ended is dropped; early data is for the server to judge.
+                let copies = !self.ledger.is_settled();
                 if head.kind != b'd' {
                     self.ledger.end_copy();
                 }
