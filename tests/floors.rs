@@ -34,7 +34,12 @@ const HIDDEN: [(&str, &str); 2] = [("session", "catalog"), ("front", "catalog")]
 const LINES_MAX: usize = 500;
 
 /// Longer files and why they are not split.
-const LONG: [(&str, &str); 0] = [];
+const LONG: [(&str, &str); 4] = [
+    ("front/postgres/conversation.rs", "every message type of one state machine, decided in one place"),
+    ("front/postgres/relay.rs", "one connection's life: what is borrowed and given back has to be seen together"),
+    ("front/postgres/scan.rs", "one lexer with its table of statements"),
+    ("upstream/postgres/pool.rs", "queue, budget and idle list share one lock and its invariants"),
+];
 
 fn source() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
@@ -169,13 +174,20 @@ fn files_stay_readable() {
         .map(|(file, lines)| format!("{file}: {lines} lines"))
         .collect();
     assert!(long.is_empty(), "over {LINES_MAX} lines: {long:?}");
+    let all = files();
+    let stale: Vec<&str> = LONG
+        .iter()
+        .map(|(file, _)| *file)
+        .filter(|file| all.get(*file).is_none_or(|text| text.lines().count() <= LINES_MAX))
+        .collect();
+    assert!(stale.is_empty(), "no longer long, or gone: {stale:?}");
 }
 
 #[test]
 fn only_the_configuration_reads_the_environment() {
     let readers: Vec<String> = files()
         .into_iter()
-        .filter(|(file, text)| file != "config.rs" && code(text).contains("env::var"))
+        .filter(|(file, text)| file != "config.rs" && !is_test(file) && code(text).contains("env::var"))
         .map(|(file, _)| file)
         .collect();
     assert!(readers.is_empty(), "{readers:?}");
