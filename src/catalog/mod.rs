@@ -5,7 +5,7 @@
 //! ([`crate::tenant::directory::Ask`]) and carries changes into the table of live limits; the rest is for operators
 //! and may be slow.
 
-mod date;
+pub(crate) mod date;
 mod document;
 mod feed;
 mod file;
