@@ -13,9 +13,13 @@ mod atomic;
 pub mod clock;
 pub mod live;
 pub mod permit;
+#[cfg(test)]
+mod proofs;
 pub mod rate;
+mod slot;
 pub mod table;
 
 pub use live::{Live, Stop};
 pub use permit::{Permit, Place};
-pub use table::{Policy, Slot, Table};
+pub use slot::{Policy, Slot};
+pub use table::Table;
