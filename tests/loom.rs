@@ -64,11 +64,11 @@ mod quota {
             }
 
             pub(super) fn register(&self, waker: &std::task::Waker) {
-                *self.0.lock().unwrap() = Some(waker.clone());
+                *self.0.lock().expect("loom poisons nothing") = Some(waker.clone());
             }
 
             pub(super) fn wake(&self) {
-                let waker = self.0.lock().unwrap().take();
+                let waker = self.0.lock().expect("loom poisons nothing").take();
                 if let Some(waker) = waker {
                     waker.wake();
                 }
