@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::rate::{DEBT_MAX, Pace, Rate, UNITS_MAX};
+use super::rate::{DEBT_MAX, Pace, Present, Rate, UNITS_MAX};
 
 /// A leaking bucket: what is owed shrinks by one nanosecond each nanosecond.
 #[derive(Default)]
@@ -129,6 +129,14 @@ proptest! {
             prop_assert!(rate.admit(at - 1, last, pace).is_err());
             prop_assert!(rate.admit(at, last, pace).is_ok());
         }
+    }
+
+    #[test]
+    fn a_pace_fits_one_word(from in any::<(u32, u32)>(), to in any::<(u32, u32)>()) {
+        let present = Present::new(from.0, from.1);
+        prop_assert_eq!(present.pace(), Pace::new(from.0, from.1));
+        present.set(to.0, to.1);
+        prop_assert_eq!(present.pace(), Pace::new(to.0, to.1));
     }
 
     /// Two cores may read the coarse clock in one order and decide in the other.

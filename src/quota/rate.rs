@@ -29,6 +29,35 @@ impl Pace {
     }
 }
 
+/// The pace in force, in one word: read by every decision, where loading the whole policy would cost three times the
+/// decision itself, and never half of one pace and half of another.
+#[derive(Debug)]
+pub struct Present(AtomicU64);
+
+impl Present {
+    /// Starts with `per_second` and `burst`, as [`Pace::new`].
+    pub fn new(per_second: u32, burst: u32) -> Self {
+        Self(AtomicU64::new(Self::pack(per_second, burst)))
+    }
+
+    /// Replaces the pace.
+    pub fn set(&self, per_second: u32, burst: u32) {
+        self.0.store(Self::pack(per_second, burst), Ordering::Relaxed);
+    }
+
+    /// The pace. `Relaxed`: it orders nothing but itself.
+    pub fn pace(&self) -> Pace {
+        let word = self.0.load(Ordering::Relaxed);
+        let interval_ns = word >> 32;
+        Pace { interval_ns, tolerance_ns: interval_ns * (word & u64::from(u32::MAX)) }
+    }
+
+    /// The interval, at most a second and so within 30 bits, above the burst.
+    fn pack(per_second: u32, burst: u32) -> u64 {
+        Pace::new(per_second, burst).interval_ns << 32 | u64::from(burst.max(1))
+    }
+}
+
 /// One limiter. The atomic is the theoretical arrival time of the next unit in nanoseconds of the caller's
 /// clock; zero means never used, so the clock must start above zero.
 #[derive(Debug)]

@@ -11,11 +11,11 @@ use parking_lot::Mutex;
 
 use super::{
     Live, Permit, Place, Stop, clock,
-    rate::{Pace, Rate},
+    rate::{Present, Rate},
 };
 use crate::{
     refusal::{Limit, Over},
-    tenant::{Limits, OrgId, Protocol, Status, Tenant, Tiers},
+    tenant::{Limits, OrgId, Protocol, Status, Tenant, Tiers, tier::RateLimit},
 };
 
 /// What a tenant may do, all of it, at one instant. Immutable.
@@ -25,7 +25,6 @@ pub struct Policy {
     pub tenant: Arc<Tenant>,
     /// Its tier's numbers.
     pub limits: Arc<Limits>,
-    paces: [Pace; Protocol::ALL.len()],
     /// The record is gone: whatever comes next is a new organisation of the same name, with epochs of its own.
     gone: bool,
 }
@@ -33,21 +32,29 @@ pub struct Policy {
 impl Policy {
     pub(super) fn new(tenant: Arc<Tenant>, tiers: &Tiers) -> Self {
         let limits = Arc::clone(tiers.limits(tenant.tier));
-        let paces = Protocol::ALL.map(|protocol| {
-            let rate = limits.rate(protocol);
-            Pace::new(rate.per_second, rate.burst)
-        });
-        Self { tenant, limits, paces, gone: false }
+        Self { tenant, limits, gone: false }
     }
 }
 
 /// One protocol's counters of one tenant, on cache lines of their own.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 #[repr(align(128))]
 struct Lane {
     rate: Rate,
+    pace: Present,
     clients: Place,
     connections: Place,
+}
+
+impl Lane {
+    fn new(rate: &RateLimit) -> Self {
+        Self {
+            rate: Rate::default(),
+            pace: Present::new(rate.per_second, rate.burst),
+            clients: Place::default(),
+            connections: Place::default(),
+        }
+    }
 }
 
 /// One tenant's live limits, counters and sessions.
@@ -66,8 +73,8 @@ impl Slot {
     pub(super) fn new(policy: Policy) -> Self {
         Self {
             org: policy.tenant.org.clone(),
+            lanes: Protocol::ALL.map(|protocol| Lane::new(policy.limits.rate(protocol))),
             policy: ArcSwap::from_pointee(policy),
-            lanes: Default::default(),
             stored: Default::default(),
             live: Mutex::default(),
         }
@@ -85,8 +92,9 @@ impl Slot {
 
     /// Admits `units` requests at `now_ns` ([`clock::now_ns`]), or gives the refusal with the time to wait.
     pub fn admit(&self, protocol: Protocol, now_ns: u64, units: u64) -> Result<(), Over> {
-        let policy = self.policy.load();
-        self.lanes[protocol as usize].rate.admit(now_ns, units, policy.paces[protocol as usize]).map_err(|wait| {
+        let lane = &self.lanes[protocol as usize];
+        lane.rate.admit(now_ns, units, lane.pace.pace()).map_err(|wait| {
+            let policy = self.policy.load();
             let rate = policy.limits.rate(protocol);
             Over {
                 limit: Limit::Rate,
@@ -100,8 +108,8 @@ impl Slot {
 
     /// Charges `units` requests that were only counted after they ran.
     pub fn charge(&self, protocol: Protocol, now_ns: u64, units: u64) {
-        let policy = self.policy.load();
-        self.lanes[protocol as usize].rate.charge(now_ns, units, policy.paces[protocol as usize]);
+        let lane = &self.lanes[protocol as usize];
+        lane.rate.charge(now_ns, units, lane.pace.pace());
     }
 
     /// Takes a client socket's place.
@@ -172,14 +180,14 @@ impl Slot {
     pub(super) fn change(&self, tenant: Option<Arc<Tenant>>, tiers: &ArcSwap<Tiers>) -> Result<(), StaleEpoch> {
         let sessions = self.live.lock();
         let present = self.policy.load_full();
-        let tenant = match tenant {
+        let policy = match tenant {
             Some(tenant) if tenant.epoch < present.tenant.epoch && !present.gone => {
                 return Err(StaleEpoch { present: present.tenant.epoch, offered: tenant.epoch });
             }
             Some(tenant) => Policy::new(tenant, &tiers.load()),
             None => Policy { gone: present.gone, ..Policy::new(Arc::clone(&present.tenant), &tiers.load()) },
         };
-        self.swap(&present, tenant, &sessions);
+        self.swap(policy, &sessions);
         Ok(())
     }
 
@@ -189,7 +197,7 @@ impl Slot {
         let present = self.policy.load_full();
         let tenant = Tenant { status: Status::Deleting, ..Tenant::clone(&present.tenant) };
         let policy = Policy { gone: true, ..Policy::new(Arc::new(tenant), &tiers.load()) };
-        self.swap(&present, policy, &sessions);
+        self.swap(policy, &sessions);
     }
 
     /// Passes deadlines and expired credentials on.
@@ -202,12 +210,15 @@ impl Slot {
         self.live.lock().values().filter(|live| doomed(live)).for_each(|live| live.stop(reason));
     }
 
-    fn swap(&self, present: &Policy, next: Policy, sessions: &HashMap<u64, Arc<Live>>) {
-        let paces = next.paces;
+    fn swap(&self, next: Policy, sessions: &HashMap<u64, Arc<Live>>) {
+        let limits = Arc::clone(&next.limits);
         self.policy.store(Arc::new(next));
-        for ((lane, old), new) in self.lanes.iter().zip(present.paces).zip(paces) {
-            if new.interval_ns < old.interval_ns {
-                lane.rate.forgive(clock::now_ns(), new);
+        for (lane, protocol) in self.lanes.iter().zip(Protocol::ALL) {
+            let rate = limits.rate(protocol);
+            let before = lane.pace.pace();
+            lane.pace.set(rate.per_second, rate.burst);
+            if lane.pace.pace().interval_ns < before.interval_ns {
+                lane.rate.forgive(clock::now_ns(), lane.pace.pace());
             }
         }
         self.enforce(sessions);

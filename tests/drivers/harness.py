@@ -94,6 +94,7 @@ LOGIN_WORDS = {
     "53300": "too many connections",
     "42501": "permission denied",
     "55000": "not currently accepting connections",
+    "0A000": "not supported",
 }
 
 
