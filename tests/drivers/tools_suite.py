@@ -63,7 +63,7 @@ def backslash_commands():
     psql(f"CREATE TABLE {name} (a int PRIMARY KEY, b text)")
     assert name in psql("\\d")
     assert "a|integer" in psql(f"\\d {name}")
-    for command in ["\\l", "\\dn", "\\du", "\\dfS lower", "\\dT", "\\dt+", "\\conninfo", f"\\d+ {name}"]:
+    for command in ["\\l", "\\dn", "\\du", "\\dfS lower", "\\dTS int4", "\\dt+", "\\conninfo", f"\\d+ {name}"]:
         assert psql(command).strip(), f"{command} printed nothing"
     equal(psql("SELECT 1 AS one, 'x'::text AS t \\gdesc").split(), ["one|integer", "t|text"])
     equal(psql("SELECT 'SELECT ' || i FROM generate_series(1, 3) i \\gexec").split()[-3:], ["1", "2", "3"])
