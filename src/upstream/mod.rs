@@ -1,0 +1,3 @@
+//! The way out to real databases.
+
+pub mod postgres;
