@@ -298,7 +298,7 @@ impl Conversation {
     ///
     /// # Errors
     /// [`Fault::Client`].
-    pub fn from_client(
+    pub fn hear_client(
         &mut self,
         input: &[u8],
         mut remote: Option<&mut Remote>,
@@ -830,7 +830,7 @@ impl Conversation {
     ///
     /// # Errors
     /// [`Fault::Server`], [`Fault::Unasked`]: the connection is of no use any more.
-    pub fn from_server(&mut self, input: &[u8], remote: &mut Remote, down: &mut Out) -> Result<Heard, Fault> {
+    pub fn hear_server(&mut self, input: &[u8], remote: &mut Remote, down: &mut Out) -> Result<Heard, Fault> {
         let mut at = 0;
         let mut fatal = false;
         loop {

@@ -332,7 +332,7 @@ impl Relay {
             down.clear();
             let remote = self.link.as_mut().map(|link| &mut link.remote);
             let linked = remote.is_some();
-            let step = match self.conversation.from_client(&input[at..], remote, up, down) {
+            let step = match self.conversation.hear_client(&input[at..], remote, up, down) {
                 Ok(step) => step,
                 Err(fault) => return Err(Event::Fault(fault)),
             };
@@ -428,7 +428,7 @@ impl Relay {
         let input: &[u8] = waiting.as_deref().unwrap_or(&read[..n]);
         down.clear();
         let Heard { consumed, fatal } =
-            self.conversation.from_server(input, &mut link.remote, down).map_err(Event::Fault)?;
+            self.conversation.hear_server(input, &mut link.remote, down).map_err(Event::Fault)?;
         self.say(cx, down, input)?;
         if consumed < input.len() {
             self.server_tail = input[consumed..].to_vec();
