@@ -34,7 +34,15 @@ suite!(
     a_change_of_tier_is_enforced_on_live_slots,
     suspension_and_deletion_stop_live_sessions,
     a_revoked_key_is_forgotten_and_its_sessions_stop,
+    what_could_not_be_read_again_is_not_written,
 );
+
+/// On one thread, where the order of the two tasks is known.
+#[tokio::test]
+async fn a_change_that_overtakes_a_look_up_is_enforced() {
+    let (catalog, _folder) = folder().await;
+    suite::a_change_that_overtakes_a_look_up_is_enforced(catalog).await;
+}
 
 fn document(tier: &str, epoch: u64) -> String {
     json!({"_id": "acme", "tier": tier, "status": "active", "epoch": epoch, "routes": {"keep": "me"}}).to_string()
