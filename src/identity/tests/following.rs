@@ -138,8 +138,8 @@ async fn a_failing_issuer_leaves_the_last_good_keys_in_force() {
     let verifier = following(&url);
     verifier.reload().await;
     let failures = [
-        ("500 Internal Server Error", ISSUED_BY.jwks()),
-        ("302 Found", ISSUED_BY.jwks()),
+        ("500 Internal Server Error", keys(&[])),
+        ("302 Found", keys(&[])),
         ("200 OK", "<html>maintenance</html>".into()),
         ("200 OK", format!("{{\"keys\":[],\"pad\":\"{}\"}}", "x".repeat(65 * 1024))),
     ];
@@ -195,6 +195,10 @@ async fn a_key_that_vanishes_takes_remembered_tokens_and_live_sessions_with_it()
     verifier.reload().await;
     while lost.recv().await.expect("the refresher runs") != [true, true, false] {}
     assert_eq!(fault(&verifier, &by_b).await, Some(TokenFault::Signature));
+    // And a refusal does not outlive the keys that it was concluded from.
+    *server.body.lock() = keys(&[other.ec_jwk("b")]);
+    verifier.reload().await;
+    assert_eq!(fault(&verifier, &by_b).await, None);
     refresher.abort();
 }
 
