@@ -16,8 +16,10 @@ pub enum Owed {
     Parse,
     /// BindComplete.
     Bind,
-    /// RowDescription or NoData.
+    /// RowDescription or NoData, of a portal.
     Describe,
+    /// ParameterDescription, then RowDescription or NoData, of a statement.
+    DescribeStatement,
     /// CommandComplete, EmptyQueryResponse or PortalSuspended.
     Execute,
     /// CloseComplete.
@@ -36,7 +38,10 @@ pub enum Owed {
 
 impl Owed {
     fn is_extended(self) -> bool {
-        matches!(self, Owed::Parse | Owed::Bind | Owed::Describe | Owed::Execute | Owed::Close)
+        matches!(
+            self,
+            Owed::Parse | Owed::Bind | Owed::Describe | Owed::DescribeStatement | Owed::Execute | Owed::Close
+        )
     }
 }
 
@@ -111,6 +116,11 @@ impl Ledger {
         self.copy_in
     }
 
+    /// Whether the next answer describes a statement.
+    pub fn describes_statement(&self) -> bool {
+        matches!(self.queue.front(), Some((Owed::DescribeStatement, _)))
+    }
+
     /// Statements completed, ever.
     pub fn completed(&self) -> u64 {
         self.completed
@@ -182,8 +192,11 @@ impl Ledger {
         let fate = if how == How::Forward { Fate::Forward } else { Fate::Drop };
         let settles = match (kind, owed) {
             (b'D', Owed::Execute | Owed::Query) => return Ok(fate),
-            (b'1', Owed::Parse) | (b'2', Owed::Bind) | (b'3', Owed::Close) | (b'T' | b'n', Owed::Describe) => true,
-            (b't', Owed::Describe) => false,
+            (b'1', Owed::Parse)
+            | (b'2', Owed::Bind)
+            | (b'3', Owed::Close)
+            | (b'T' | b'n', Owed::Describe | Owed::DescribeStatement) => true,
+            (b't', Owed::DescribeStatement) => false,
             (b'C' | b'I', Owed::Execute) => {
                 self.completed += 1;
                 true
