@@ -10,6 +10,9 @@
 //! - A statement name reaches a server only as one of ours, or as the client's own while it is pinned.
 //! - Every message is forwarded by its length; a body is read only where a name, a tag or a state hides in it.
 
+#[cfg(any(test, fuzzing))]
+pub mod script;
+
 use std::{
     collections::VecDeque,
     sync::{Arc, atomic::Ordering},
