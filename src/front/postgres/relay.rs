@@ -484,10 +484,10 @@ impl Relay {
 
     /// What others want of this session, if anything.
     fn signal(&mut self) -> Option<Event> {
-        let live = Arc::clone(self.session.live());
-        if !live.signalled() && self.stopping.is_none() {
+        if !self.session.live().signalled() && self.stopping.is_none() {
             return None;
         }
+        let live = Arc::clone(self.session.live());
         if live.take_cancel() {
             return Some(Event::Cancel);
         }
