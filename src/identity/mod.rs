@@ -7,6 +7,8 @@
 //! Entry point: [`Verifier::verify`].
 
 mod config;
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 mod json;
 mod keyring;
 mod keys;
@@ -32,6 +34,10 @@ use keyring::Keyring;
 use keys::{KeySet, sha256};
 use moka::{Expiry, sync::Cache};
 use source::Source;
+/// The fuzzer's way in.
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use fuzz::play as fuzz_token;
 pub use token::TOKEN_MAX_BYTES;
 use token::{Rules, Token};
 

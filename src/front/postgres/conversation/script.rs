@@ -478,7 +478,7 @@ struct Stage {
 /// When something comes out that must not.
 pub fn play(script: &[u8]) {
     let mut script = Script(script);
-    let shared = Arc::new(Shared::new(Arc::new(1.into())));
+    let shared = Arc::new(Shared::new(Arc::default()));
     let clients = [1, 2].map(|id| {
         let base = match script.byte().unwrap_or(0) % 3 {
             0 => Settings::none(),
@@ -648,7 +648,6 @@ impl Stage {
                 }
             };
             let Step { consumed, want } = step;
-            /*T*/ if std::env::var("SCRIPT").is_ok() { let mut u=Vec::new(); up.copy_to(&input,&mut u); let mut d=Vec::new(); down.copy_to(&input,&mut d); eprintln!("client {who} given {:?} -> {want:?} consumed {consumed}\n    up {:?}\n    down {:?}", String::from_utf8_lossy(&input).replace('\0',""), String::from_utf8_lossy(&u).replace('\0',""), String::from_utf8_lossy(&d).replace('\0',"")); }
             assert!(consumed <= input.len());
             let mut bytes = Vec::new();
             up.copy_to(&input, &mut bytes);
@@ -737,7 +736,6 @@ impl Stage {
             }
         };
         assert!(consumed <= input.len());
-        /*T*/ if std::env::var("SCRIPT").is_ok() { let mut d=Vec::new(); down.copy_to(&input,&mut d); eprintln!("server {at} said {:?} consumed {consumed}\n    down {:?}", String::from_utf8_lossy(&input).replace('\0',""), String::from_utf8_lossy(&d).replace('\0',"")); }
         self.tell(who, &down, &input);
         self.waiting[at] = input[consumed..].to_vec();
         if fatal {
@@ -877,12 +875,5 @@ mod tests {
             let script: Vec<u8> = script.into_iter().flat_map(|(who, act, a, b)| [act | who << 7, a, b]).collect();
             super::play(&script);
         }
-    }
-}
-#[cfg(test)]
-mod replay {
-    #[test]
-    fn replay() {
-        if let Ok(path) = std::env::var("SCRIPT") { super::play(&std::fs::read(path).unwrap()); }
     }
 }
