@@ -51,7 +51,8 @@ pub fn play(input: &[u8]) {
     }
     assert!(forged == signed.as_bytes() || accept(&forged).is_err());
     let signature = signed.rsplit('.').next().unwrap_or_default();
-    let other = format!("{}.{}.{signature}", URL_SAFE_NO_PAD.encode(header), URL_SAFE_NO_PAD.encode(format!("{claims} ")));
+    let other =
+        format!("{}.{}.{signature}", URL_SAFE_NO_PAD.encode(header), URL_SAFE_NO_PAD.encode(format!("{claims} ")));
     assert!(accept(other.as_bytes()).is_err());
 }
 

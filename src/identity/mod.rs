@@ -30,14 +30,14 @@ use std::{
 };
 
 pub use config::{Config, Secret};
-use keyring::Keyring;
-use keys::{KeySet, sha256};
-use moka::{Expiry, sync::Cache};
-use source::Source;
 /// The fuzzer's way in.
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub use fuzz::play as fuzz_token;
+use keyring::Keyring;
+use keys::{KeySet, sha256};
+use moka::{Expiry, sync::Cache};
+use source::Source;
 pub use token::TOKEN_MAX_BYTES;
 use token::{Rules, Token};
 

@@ -499,7 +499,8 @@ pub fn play(script: &[u8]) {
             gone: false,
         }
     });
-    let mut stage = Stage { clients, servers: [Server::new(), Server::new()], waiting: Default::default(), strict: true };
+    let mut stage =
+        Stage { clients, servers: [Server::new(), Server::new()], waiting: Default::default(), strict: true };
     for _ in 0..ACTS_MAX {
         let Some(act) = script.byte() else { break };
         let who = usize::from(act >> 7);
