@@ -1,9 +1,10 @@
 //! One upstream connection and what its server is known to hold: reported parameters, applied settings, prepared
 //! statements. All of it belongs to one tenant's role in one database; none of it may be seen by the next client.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use hashbrown::HashSet;
+use tokio::io::AsyncReadExt;
 
 use crate::net::Stream;
 
@@ -37,6 +38,29 @@ impl Connection {
             sequences: false,
         };
         Self { stream, key, database, remote }
+    }
+
+    /// Whether the server comes to an end of what it is doing, or goes away, within `patience`. What it says is lost:
+    /// for connections that are given up.
+    pub async fn ends_within(&mut self, patience: Duration) -> bool {
+        let ended = async {
+            let mut bytes = vec![0; 16 * 1024];
+            let mut last = [0; 6];
+            loop {
+                match self.stream.read(&mut bytes).await {
+                    Ok(0) | Err(_) => return,
+                    Ok(n) => {
+                        let new = &bytes[..n.min(bytes.len())];
+                        let joined = [&last[..], &new[n.saturating_sub(6)..]].concat();
+                        last.copy_from_slice(&joined[joined.len() - 6..]);
+                        if last[..5] == [b'Z', 0, 0, 0, 5] {
+                            return;
+                        }
+                    }
+                }
+            }
+        };
+        tokio::time::timeout(patience, ended).await.is_ok()
     }
 
     /// The server's process id, if it told one.
@@ -106,6 +130,19 @@ pub enum Value {
     Verbatim(Box<str>),
 }
 
+impl Value {
+    /// Bytes of it.
+    pub fn len(&self) -> usize {
+        let (Value::Raw(text) | Value::Verbatim(text)) = self;
+        text.len()
+    }
+
+    /// Whether it is empty.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// A client's settings on top of the server's defaults, sorted by name. Immutable and shared, so that equal ones
 /// are usually the same pointer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -141,6 +178,11 @@ impl Settings {
     /// How many.
     pub fn len(&self) -> usize {
         self.0.len()
+    }
+
+    /// Bytes of all of them.
+    pub fn bytes(&self) -> usize {
+        self.0.iter().map(|(name, Value::Raw(value) | Value::Verbatim(value))| name.len() + value.len()).sum()
     }
 
     /// Whether there are none.

@@ -23,7 +23,7 @@ use crate::{
     },
     wire::postgres::{
         self as wire,
-        backend::{self, Report, Severity, Status},
+        backend::{self, Report, Severity},
         frontend,
     },
 };
@@ -61,8 +61,10 @@ impl Begun {
             resume: false,
             cancelling: None,
             stopping: None,
-            timed_out: false,
-            armed: (0, false, Status::Idle),
+            timed_out: None,
+            delayed: None,
+            spoilt: false,
+            armed: (0, false, true),
             metered: super::Metered::default(),
             bytes_in: 0,
             bytes_out: 0,
@@ -269,15 +271,23 @@ impl Relay {
             Waited::ClientGone => return Err("client_gone"),
         };
         let script = self.conversation.preparation(&lease.remote);
-        if prepare(&mut lease, &script, deadline.max(Instant::now() + Duration::from_secs(1))).await.is_err() {
+        let patience = deadline.max(Instant::now() + Duration::from_secs(1));
+        if prepare(&mut lease, &script, patience).await.is_err() {
+            // What the last client left may be what it refuses; a fresh connection has nothing of that.
             drop(lease);
-            return Err(self.end(&Refusal::UpstreamDown).await);
+            let again = self.pool.try_take(&self.home);
+            let Ok(fresh) = self.pool.take(&self.home, again, patience).await else {
+                return Err(self.end(&Refusal::UpstreamDown).await);
+            };
+            lease = fresh;
+            let script = self.conversation.preparation(&lease.remote);
+            if prepare(&mut lease, &script, patience).await.is_err() {
+                return Err(self.end(&Refusal::UpstreamDown).await);
+            }
         }
         let mut down = Out::default();
         self.linked(lease, &mut down);
-        let mut told = Vec::new();
-        down.copy_to(&[], &mut told);
-        self.client.write_all(&told).await.map_err(|_| "client_gone")?;
+        down.copy_to(&[], &mut self.to_client.bytes);
         self.resume = true;
         Ok(())
     }
@@ -293,6 +303,9 @@ impl Relay {
                     Ok(lease) => Waited::Lease(lease),
                     Err(error) => Waited::Refused(error),
                 });
+            }
+            if let Poll::Ready(Err(_)) = self.to_client.poll(&mut self.client, cx) {
+                return Poll::Ready(Waited::ClientGone);
             }
             live.register(cx);
             if live.take_cancel() {
@@ -332,8 +345,9 @@ impl Relay {
     pub(super) async fn over_rate(&mut self, over: Over) -> Result<(), &'static str> {
         let rate = self.session.slot().policy().limits.postgres.rate;
         let wait = over.retry_after.unwrap_or_default();
-        if rate.over == OverRate::Delay && wait <= rate.max_delay {
-            let began = Instant::now();
+        let began = Instant::now();
+        let waited = began - *self.delayed.get_or_insert(began);
+        if rate.over == OverRate::Delay && waited + wait <= rate.max_delay {
             // The coarse clock may lag by its resolution: a little longer, or the first try after it fails.
             tokio::time::sleep(wait + clock::RESOLUTION).await;
             let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -341,6 +355,7 @@ impl Relay {
             self.resume = true;
             return Ok(());
         }
+        self.delayed = None;
         let refusal = Refusal::OverLimit(over);
         count_refusal(&refusal);
         self.refuse(&refuse::error(&refusal)).await
@@ -353,11 +368,9 @@ impl Relay {
         self.conversation.refuse(next_kind(&self.tail), report, &mut down);
         let done = self.conversation.skip_refused(&self.tail);
         self.tail.drain(..done);
-        let mut told = Vec::new();
-        down.copy_to(&[], &mut told);
-        self.bytes_out += told.len() as u64;
-        self.client.write_all(&told).await.map_err(|_| "client_gone")?;
-        self.client.flush().await.map_err(|_| "client_gone")?;
+        self.bytes_out += down.len() as u64;
+        // Behind what the client has not taken yet.
+        down.copy_to(&[], &mut self.to_client.bytes);
         self.resume = true;
         Ok(())
     }
