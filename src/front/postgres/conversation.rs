@@ -1002,7 +1002,9 @@ impl Conversation {
                     let fate = self.ledger.answer(kind, |_, _| unanswered += 1)?;
                     self.answered += unanswered;
                     match kind {
-                        b'C' if looks => self.tag(backend::tag(message).map_err(Fault::Server)?, remote),
+                        b'C' if looks && fate == Fate::Forward => {
+                            self.tag(backend::tag(message).map_err(Fault::Server)?, remote)
+                        }
                         // Its books were kept when it was sent; now they are final. A Close of the client's has none.
                         b'1' => drop(self.notes.pop_front()),
                         b'3' if fate == Fate::Drop => drop(self.notes.pop_front()),
