@@ -2,4 +2,6 @@
 
 mod dev;
 mod floors;
+mod postgres;
 mod provision;
+mod support;

@@ -47,7 +47,9 @@ const LOOK_MAX: usize = 64 * 1024;
 
 /// What undoes whatever a client may have left in a server session without our seeing it.
 pub const RESET: &str = "SET SESSION AUTHORIZATION DEFAULT;RESET ALL;CLOSE ALL;UNLISTEN *;\
-    SELECT pg_catalog.pg_advisory_unlock_all();DISCARD TEMP;DISCARD SEQUENCES";
+    SELECT pg_catalog.pg_advisory_unlock_all();DISCARD TEMP;DISCARD SEQUENCES;\
+    DO $$DECLARE it text;BEGIN FOR it IN SELECT name FROM pg_catalog.pg_prepared_statements WHERE from_sql LOOP \
+    EXECUTE pg_catalog.format('DEALLOCATE %I',it);END LOOP;END$$";
 
 /// How far the client's bytes were taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +109,8 @@ enum Note {
     Close { id: u64 },
     /// A Describe of a statement that was sent.
     Describe(Option<Arc<Statement>>),
+    /// A Parse or Close that is answered here: the client's name, and what it stood for before.
+    Own { name: Box<[u8]>, was: Option<Arc<Statement>> },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -500,9 +504,12 @@ impl Conversation {
             }
             b'C' => match frontend::subject(message).map_err(fault)? {
                 Subject::Statement(name) => {
-                    self.forget(name);
-                    self.push(Owed::Close, How::Invent);
-                    self.invent(down);
+                    if !self.ledger.is_skipping() {
+                        let was = self.forget(name);
+                        self.push(Owed::Close, How::Invent);
+                        self.notes.push_back(Note::Own { name: name.into(), was });
+                        self.invent(down);
+                    }
                     return Ok(Some(head.len));
                 }
                 Subject::Portal(_) => {
@@ -695,6 +702,7 @@ impl Conversation {
     ) {
         if remote.prepared.has(statement.id) {
             self.push(Owed::Parse, How::Invent);
+            self.notes.push_back(Note::Own { name: own.unwrap_or_default().into(), was: None });
             self.invent(down);
         } else {
             self.prepare(statement, How::Forward, own, remote, up);
@@ -705,6 +713,10 @@ impl Conversation {
     fn prepare(&mut self, statement: &Statement, how: How, own: Option<&[u8]>, remote: &mut Remote, up: &mut Out) {
         if self.ledger.is_skipping() || (remote.prepared.has(statement.id) && how == How::Swallow) {
             return;
+        }
+        if remote.prepared.has(statement.id) {
+            // In a failed transaction the server itself has to say whether it takes the statement.
+            self.close(statement.id, up);
         }
         if let Some(evicted) = remote.prepared.insert(statement.id) {
             self.close(evicted, up);
@@ -903,11 +915,12 @@ impl Conversation {
     }
 
     /// Forgets a statement that the client closes. The server keeps it for others.
-    fn forget(&mut self, name: &[u8]) {
+    fn forget(&mut self, name: &[u8]) -> Option<Arc<Statement>> {
         if name.is_empty() {
             self.names.unnamed = None;
+            None
         } else {
-            self.names.remove(name);
+            self.names.remove(name)
         }
     }
 
@@ -932,6 +945,9 @@ impl Conversation {
     /// Answers what it is our turn to answer.
     fn invent(&mut self, down: &mut Out) {
         while let Some(owed) = self.ledger.take_invented() {
+            if owed != Owed::Deallocate {
+                self.notes.pop_front();
+            }
             let status = self.ledger.status();
             down.own(|own| match owed {
                 Owed::Parse => own.extend_from_slice(&backend::PARSE_COMPLETE),
@@ -1122,11 +1138,12 @@ impl Conversation {
         self.holding = None;
         self.types = Types::default();
         let (notes, names) = (&mut self.notes, &mut self.names);
+        let mut undone = Vec::new();
         let fate = self.ledger.answer(b'E', |owed, how| {
             unanswered += u64::from(matches!(owed, Owed::Query | Owed::Call));
             let noted = match owed {
-                Owed::Parse => how != How::Invent,
-                Owed::Close => how == How::Swallow,
+                Owed::Parse => true,
+                Owed::Close => how != How::Forward,
                 Owed::DescribeStatement => true,
                 _ => false,
             };
@@ -1141,15 +1158,23 @@ impl Conversation {
                             names.unnamed = None;
                             remote.unnamed = None;
                         }
-                        Some(own) => drop(names.remove(&own)),
+                        Some(own) => undone.push((own, None)),
                         None => {}
                     }
                 }
+                Some(Note::Own { name, was }) => undone.push((name, was)),
                 // It was skipped: the server still has it.
                 Some(Note::Close { id }) if id != 0 => remote.prepared.restore(id),
                 Some(Note::Close { .. } | Note::Describe(_)) | None => {}
             }
         })?;
+        // Last first: of several messages that name one statement the first knows what it was.
+        for (name, was) in undone.into_iter().rev().filter(|(name, _)| !name.is_empty()) {
+            self.names.remove(&name);
+            if let Some(was) = was {
+                self.names.insert(&name, was);
+            }
+        }
         self.answered += unanswered;
         self.errors += 1;
         self.done.clear();
