@@ -17,7 +17,10 @@ use crate::{
     refusal::{Limit, Over, Refusal},
     session::Session,
     tenant::{OverRate, PoolMode},
-    upstream::postgres::{Connection, Home, Lease, Pool, TakeError, Taken, connection::Value},
+    upstream::postgres::{
+        Connection, Home, Lease, Pool, TakeError, Taken,
+        connection::{Parameters, Value},
+    },
     wire::postgres::{
         self as wire,
         backend::{self, Report, Severity, Status},
