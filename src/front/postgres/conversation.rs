@@ -27,7 +27,9 @@ use super::{
 };
 use crate::{
     refusal::Over,
+    tenant::Protocol,
     upstream::postgres::connection::{Parameters, Remote, Settings},
+    usage,
     wire::{
         self,
         postgres::{
@@ -909,7 +911,7 @@ impl Conversation {
             return;
         }
         for label in pins.without(self.pins).pin_labels() {
-            metrics::counter!("dynabase_postgres_pins_total", "reason" => label).increment(1);
+            usage::event::pinned(Protocol::Postgres, label);
         }
         self.pins = pins;
     }

@@ -27,16 +27,7 @@ pub struct Connection {
 impl Connection {
     /// A fresh connection.
     pub fn new(stream: Stream, key: Vec<u8>, database: Arc<str>, parameters: Parameters) -> Self {
-        let remote = Remote {
-            parameters: Arc::new(parameters),
-            settings: Settings::none(),
-            prepared: Prepared::default(),
-            unnamed: None,
-            owner: 0,
-            soiled: false,
-            sequences: false,
-        };
-        Self { stream, key, database, remote }
+        Self { stream, key, database, remote: Remote::new(parameters) }
     }
 
     /// The server's process id, if it told one.
@@ -62,6 +53,21 @@ pub struct Remote {
     pub soiled: bool,
     /// A statement ran that may have set `currval`/`lastval`.
     pub sequences: bool,
+}
+
+impl Remote {
+    /// A fresh session's, which reported these parameters.
+    pub fn new(parameters: Parameters) -> Self {
+        Self {
+            parameters: Arc::new(parameters),
+            settings: Settings::none(),
+            prepared: Prepared::default(),
+            unnamed: None,
+            owner: 0,
+            soiled: false,
+            sequences: false,
+        }
+    }
 }
 
 /// Names and values reported by ParameterStatus, sorted by name.
