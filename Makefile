@@ -1,13 +1,11 @@
 # make dev     everything on this machine, with paste-ready connection strings
 # make test    everything that proves something; what CI runs
-.PHONY: dev test lint doc fuzz fuzz-smoke bench bench-postgres tools help
+.PHONY: dev test lint doc unit drivers fuzz fuzz-smoke deny bench bench-postgres tools help
 .DEFAULT_GOAL := help
 
 CARGO ?= cargo
 FUZZ_SECONDS ?= 600
-FUZZ_TARGETS := $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
-FUZZER := $(shell command -v cargo-fuzz 2>/dev/null)
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -27,34 +25,41 @@ lint:
 doc:
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --document-private-items
 
-test: tools lint
+# Each step says how long it took. The binary is the drivers'.
+step = @began=$$(date +%s); $(2) || exit 1; echo "== $(1): $$(($$(date +%s) - began)) s"
+
+test:
+	$(call step,tools,$(MAKE) --no-print-directory tools)
+	$(call step,lint,$(MAKE) --no-print-directory lint)
+	$(call step,build,$(CARGO) build --bin dynabase)
+	$(call step,tests,$(MAKE) --no-print-directory unit)
+	$(call step,compose,tests/compose)
+	$(call step,drivers,$(MAKE) --no-print-directory drivers)
+	$(call step,documentation,$(MAKE) --no-print-directory doc)
+	$(call step,fuzz,$(MAKE) --no-print-directory fuzz-smoke)
+
+unit:
 ifneq ($(NEXTEST),)
 	$(CARGO) nextest run
 	$(CARGO) test --doc
 else
 	$(CARGO) test
 endif
-	@if [ -x tests/compose ]; then tests/compose; fi
-	@if [ -x tests/drivers/run ]; then tests/drivers/run; fi
-	$(MAKE) doc
-	$(MAKE) fuzz-smoke
+
+# make drivers  the real drivers before dynabase, on this machine's PostgreSQL and on 18
+drivers:
+	DYNABASE_BIN="$$PWD/target/debug/dynabase" tests/drivers/run
 
 # make fuzz    every fuzz target for FUZZ_SECONDS (600)
 fuzz:
-	@for target in $(FUZZ_TARGETS); do \
-		echo "fuzz $$target"; \
-		$(CARGO) +nightly fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) || exit 1; \
-	done
+	SECONDS_EACH=$(FUZZ_SECONDS) fuzz/run
 
-# Only where cargo-fuzz and a nightly compiler are there.
 fuzz-smoke:
-ifneq ($(FUZZER),)
-	@if rustup toolchain list 2>/dev/null | grep -q nightly; then \
-		$(MAKE) fuzz FUZZ_SECONDS=20; \
-	else echo "fuzz: skipped, no nightly compiler (rustup toolchain install nightly)"; fi
-else
-	@echo "fuzz: skipped, no cargo-fuzz (cargo install cargo-fuzz)"
-endif
+	SECONDS_EACH=20 fuzz/run
+
+# make deny    licences, sources and banned crates; needs cargo-deny
+deny:
+	$(CARGO) deny check licenses bans sources
 
 # make bench   the criterion benchmarks
 bench:
@@ -63,4 +68,4 @@ bench:
 # make bench-postgres   direct, dynabase and PgBouncer side by side, into benches/RESULTS.md
 bench-postgres:
 	$(CARGO) build --release --bin dynabase
-	sh benches/postgres.sh
+	python3 benches/postgres.py

@@ -81,10 +81,27 @@ LEDGER = {
     "invented": bytes([0, 18, 6, 0, 0, 26, 6, 0]),
     **{f"text-{name}": data[5:] for name, data in FRONTEND.items()},
 }
+# Acts of two clients and two servers: see src/front/postgres/conversation/script.rs.
+CONVERSATION = {
+    "simple": bytes([0, 0, 0, 0, 100, 0]),
+    "prepared": bytes([0, 0, 2, 1, 1, 4, 1, 5, 8]) + bytes([100, 0]) * 4,
+    "two-clients": bytes([1, 2, 0, 6, 128, 7, 100, 0, 228, 0, 2, 1, 1, 130, 1, 1, 8, 136, 100, 0, 228, 0, 100, 0, 228, 0]),
+    "wiped": bytes([0, 0, 2, 1, 0, 8, 100, 0, 100, 0, 0, 16, 4, 1, 8]) + bytes([100, 0]) * 4,
+    "copy": bytes([0, 0, 0, 12, 100, 0, 3, 7, 100, 0, 100, 0]),
+    "failed": bytes([0, 0, 2, 1, 1, 4, 1, 5, 8, 100, 7, 100, 0, 100, 0]),
+    "raw": bytes([0, 0, 120, 14]) + message("Q", z("SELECT 1")) + bytes([121, 6]) + message("Z", b"I"),
+}
+TOKEN = {
+    "good": b'{"alg":"HS256","typ":"JWT"}\n{"iss":"https://issuer.invalid/auth/v1","aud":"authenticated","exp":2000000,'
+    b'"sub":"11111111-2222-4333-8444-555555555555","session_id":"x","role":"authenticated","org_id":"acme"}',
+    "none": b"eyJhbGciOiJub25lIn0.e30.",
+    "keys": b'{"keys":[{"kty":"EC","crv":"P-256","alg":"ES256","kid":"k","x":"AA","y":"AA"},{"kty":"RSA","kid":"r","n":"AQ","e":"AQAB"}]}',
+}
 ROOT = HERE.parent
 CONFIGURATION = {name: (ROOT / "config" / name).read_bytes() for name in ["tiers.toml", "dynabase.toml"]}
 
-SEEDS = {"startup": STARTUP, "frontend": FRONTEND, "backend": BACKEND, "ledger": LEDGER, "configuration": CONFIGURATION}
+SEEDS = {"startup": STARTUP, "frontend": FRONTEND, "backend": BACKEND, "ledger": LEDGER, "configuration": CONFIGURATION, "conversation": CONVERSATION,
+         "token": TOKEN}
 for target, seeds in SEEDS.items():
     folder = CORPUS / target
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import traceback
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 # One case; the longest one moves 20 MB twice.
 CASE_SECONDS = 90
@@ -42,9 +42,10 @@ def tenant(org):
 def url(org, **parts):
     """The tenant's address, with `user`, `password` or `database` replaced."""
     plain = urlsplit(tenant(org)["urls"]["postgres"])
-    user = parts.get("user", plain.username)
+    user = parts.get("user", unquote(plain.username))
     password = parts.get("password", unquote(plain.password))
-    database = parts.get("database", plain.path[1:])
+    database = parts.get("database", unquote(plain.path[1:]))
+    user, database = quote(user, safe=""), quote(database, safe="")
     return f"postgres://{user}:{password}@{plain.hostname}:{plain.port}/{database}"
 
 
@@ -94,7 +95,7 @@ LOGIN_WORDS = {
     "53300": "too many connections",
     "42501": "permission denied",
     "55000": "not currently accepting connections",
-    "0A000": "not supported",
+    "0A000": "not available through dynabase",
 }
 
 

@@ -47,7 +47,7 @@ const OPENED: &str = "/proc/self/fd/9";
 pub struct Programs(PathBuf);
 
 impl Programs {
-    /// Finds the newest installed server, Debian's folders first, then PATH.
+    /// Finds a server: the first on PATH, where Debian puts none by itself, then the newest in Debian's folders.
     ///
     /// # Errors
     /// None is there; says how to install one.
@@ -59,10 +59,9 @@ impl Programs {
             .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin"))))
             .collect();
         versioned.sort_by_key(|(version, _)| std::cmp::Reverse(*version));
-        versioned
+        program_folders()
             .into_iter()
-            .map(|(_, folder)| folder)
-            .chain(program_folders())
+            .chain(versioned.into_iter().map(|(_, folder)| folder))
             .map(Self)
             .find(Self::complete)
             .ok_or_else(|| {

@@ -27,7 +27,9 @@ use super::{
 };
 use crate::{
     refusal::Over,
+    tenant::Protocol,
     upstream::postgres::connection::{Parameters, Remote, Settings},
+    usage,
     wire::{
         self,
         postgres::{
@@ -987,7 +989,7 @@ impl Conversation {
             return;
         }
         for label in pins.without(self.pins).pin_labels() {
-            metrics::counter!("dynabase_postgres_pins_total", "reason" => label).increment(1);
+            usage::event::pinned(Protocol::Postgres, label);
         }
         self.pins = pins;
     }
@@ -1092,7 +1094,9 @@ impl Conversation {
                     let fate = self.ledger.answer(kind, |_, _| unanswered += 1)?;
                     self.answered += unanswered;
                     match kind {
-                        b'C' if looks => self.tag(backend::tag(message).map_err(Fault::Server)?, remote),
+                        b'C' if looks && fate == Fate::Forward => {
+                            self.tag(backend::tag(message).map_err(Fault::Server)?, remote)
+                        }
                         // Its books were kept when it was sent; now they are final. A Close of the client's has none.
                         b'1' => drop(self.notes.pop_front()),
                         b'3' if fate == Fate::Drop => drop(self.notes.pop_front()),

@@ -28,16 +28,7 @@ pub struct Connection {
 impl Connection {
     /// A fresh connection.
     pub fn new(stream: Stream, key: Vec<u8>, database: Arc<str>, parameters: Parameters) -> Self {
-        let remote = Remote {
-            parameters: Arc::new(parameters),
-            settings: Settings::none(),
-            prepared: Prepared::default(),
-            unnamed: None,
-            owner: 0,
-            soiled: false,
-            sequences: false,
-        };
-        Self { stream, key, database, remote }
+        Self { stream, key, database, remote: Remote::new(parameters) }
     }
 
     /// Whether the server comes to an end of what it is doing, or goes away, within `patience`. What it says is lost:
@@ -86,6 +77,21 @@ pub struct Remote {
     pub soiled: bool,
     /// A statement ran that may have set `currval`/`lastval`.
     pub sequences: bool,
+}
+
+impl Remote {
+    /// A fresh session's, which reported these parameters.
+    pub fn new(parameters: Parameters) -> Self {
+        Self {
+            parameters: Arc::new(parameters),
+            settings: Settings::none(),
+            prepared: Prepared::default(),
+            unnamed: None,
+            owner: 0,
+            soiled: false,
+            sequences: false,
+        }
+    }
 }
 
 /// Names and values reported by ParameterStatus, sorted by name.

@@ -22,7 +22,7 @@ use crate::{
     },
     refusal::{Limit, Over, Refusal},
     tenant::Tier,
-    upstream::postgres::connection::{Parameters, Prepared, Remote, Settings, Value},
+    upstream::postgres::connection::{Parameters, Remote, Settings, Value},
     wire::postgres::{
         HEAD,
         backend::{self, Report, Severity, Status},
@@ -119,15 +119,7 @@ enum Ran {
 impl Server {
     fn new() -> Self {
         Self {
-            remote: Remote {
-                parameters: Arc::default(),
-                settings: Settings::none(),
-                prepared: Prepared::default(),
-                unnamed: None,
-                owner: 0,
-                soiled: false,
-                sequences: false,
-            },
+            remote: Remote::new(Parameters::default()),
             lessee: None,
             input: Vec::new(),
             output: Vec::new(),
