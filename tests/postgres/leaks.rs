@@ -54,11 +54,6 @@ const FOLLOWS: &[Trace] = &[
     trace("select set_config('work_mem', '7MB', false)", "show work_mem", "7MB"),
     trace("set application_name = 'leaky'", "show application_name", "leaky"),
     trace("set default_transaction_read_only = on", "show default_transaction_read_only", "on"),
-    trace(
-        "set session characteristics as transaction isolation level serializable",
-        "show default_transaction_isolation",
-        "serializable",
-    ),
     trace("set names 'latin1'", "show client_encoding", "LATIN1"),
     trace("begin; set local work_mem = '7MB'; commit", "show work_mem", "4MB"),
     trace("begin; set work_mem = '7MB'; rollback", "show work_mem", "4MB"),
@@ -70,6 +65,11 @@ const FOLLOWS: &[Trace] = &[
 
 /// What holds a client to its connection, or can't be seen at all: the other one comes after it.
 const HOLDS: &[Trace] = &[
+    trace(
+        "set session characteristics as transaction isolation level serializable",
+        "show default_transaction_isolation",
+        "serializable",
+    ),
     trace("begin; set work_mem = '7MB'; commit", "show work_mem", "7MB"),
     trace("create temp table leak_temp (x int); insert into leak_temp values (5)", "select x from leak_temp", "5"),
     trace("select 6 as x into temporary leak_temp", "select x from leak_temp", "6"),

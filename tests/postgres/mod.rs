@@ -1,4 +1,5 @@
 //! The Postgres front before a real server, seen by clients that choose every byte and by drivers.
 
+mod faults;
 mod leaks;
 mod parity;

@@ -645,11 +645,8 @@ impl Relay {
         } else if ledger.is_settled() || lease.key.is_empty() {
             drop(lease);
         } else {
-            let upstream = Arc::clone(&self.server.upstream);
-            tokio::spawn(async move {
-                upstream.cancel(&lease.key).await;
-                drop(lease);
-            });
+            let (upstream, home) = (Arc::clone(&self.server.upstream), Arc::clone(&self.home));
+            tokio::spawn(async move { link::abandon(&upstream, lease, &home.place.role).await });
         }
     }
 }
