@@ -56,7 +56,6 @@ const FOLLOWS: &[Trace] = &[
     trace("set default_transaction_read_only = on", "show default_transaction_read_only", "on"),
     trace("set names 'latin1'", "show client_encoding", "LATIN1"),
     trace("begin; set local work_mem = '7MB'; commit", "show work_mem", "4MB"),
-    trace("begin; set work_mem = '7MB'; rollback", "show work_mem", "4MB"),
     trace("set work_mem = '7MB'; reset all", "show work_mem", "4MB"),
     trace("set work_mem = '7MB'; select 1/0", "show work_mem", "4MB"),
     trace("select nextval('leak_seq')", "select 1", "1"),
@@ -65,6 +64,7 @@ const FOLLOWS: &[Trace] = &[
 
 /// What holds a client to its connection, or can't be seen at all: the other one comes after it.
 const HOLDS: &[Trace] = &[
+    trace("begin; set work_mem = '7MB'; rollback", "show work_mem", "4MB"),
     trace(
         "set session characteristics as transaction isolation level serializable",
         "show default_transaction_isolation",

@@ -2,4 +2,5 @@
 
 mod faults;
 mod leaks;
+mod limits;
 mod parity;

@@ -511,13 +511,16 @@ impl Relay {
     fn arm(&mut self) {
         let ledger = self.conversation.ledger();
         let busy = self.link.is_some() && !ledger.is_settled();
-        let state = (ledger.completed(), busy, ledger.status());
+        // A pipeline without its Sync or half a message holds the connection as an open transaction does.
+        let holds = self.link.is_some() && !busy && (!ledger.is_idle() || !self.tail.is_empty());
+        let status = if holds { Status::Transaction } else { ledger.status() };
+        let state = (ledger.completed(), busy, status);
         if state == self.armed || (self.timed_out && busy) {
             return;
         }
         self.armed = state;
         let live = self.session.live();
-        let limit = if busy || ledger.status() != Status::Idle {
+        let limit = if busy || status != Status::Idle {
             let policy = self.session.slot().policy();
             let limits = &policy.limits.postgres;
             let limit = if busy { limits.statement_timeout } else { limits.idle_in_transaction_timeout };
@@ -557,9 +560,7 @@ impl Relay {
             in_use: u64::try_from(max.as_millis()).unwrap_or(u64::MAX),
             retry_after: None,
         };
-        if self.link.is_none()
-            || (self.conversation.ledger().is_settled() && self.conversation.ledger().status() == Status::Idle)
-        {
+        if self.link.is_none() || (self.conversation.ledger().is_idle() && self.tail.is_empty()) {
             return Ok(());
         }
         if self.conversation.ledger().is_settled() {
