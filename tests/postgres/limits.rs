@@ -169,6 +169,24 @@ fn a_statement_timeout_has_no_way_around_it() {
 }
 
 #[test]
+fn after_a_statement_that_took_too_long_the_next_one_has_its_own_time() {
+    let proxy = Proxy::start(&Setup::free(Limits { statement_timeout: "600ms", ..Limits::default() }));
+    let org = proxy.tenant("acme", Tier::Free);
+    let mut client = org.wire();
+    let sleep = |seconds: &str| {
+        let text = format!("select pg_sleep({seconds})");
+        [parse("", &text), bind("", "", &[]), execute("", 0), sync()].concat()
+    };
+    for _ in 0..3 {
+        // In one write: while the first is being cancelled the others wait at the server already.
+        let replies =
+            client.run(&[sleep("30"), sleep("0.4"), sleep("0.4"), sleep("30"), query("select 1")].concat(), 5);
+        assert_eq!(replies.codes(), ["57014", "57014"], "{replies:?}");
+        assert_eq!(replies.tags(), ["SELECT 1"; 3]);
+    }
+}
+
+#[test]
 fn a_statement_that_swallows_cancels_loses_its_backend() {
     let proxy = Proxy::start(&Setup::free(Limits { statement_timeout: "300ms", ..Limits::default() }));
     let org = proxy.tenant("acme", Tier::Free);

@@ -10,6 +10,9 @@
 //! - A statement name reaches a server only as one of ours, or as the client's own while it is pinned.
 //! - Every message is forwarded by its length; a body is read only where a name, a tag or a state hides in it.
 
+#[cfg(any(test, fuzzing))]
+pub mod script;
+
 use std::{
     collections::VecDeque,
     sync::{Arc, atomic::Ordering},
@@ -149,6 +152,11 @@ pub struct Conversation {
     /// The statement whose types are being compared; and one of which they differ from what the client was told.
     holding: Option<Arc<Statement>>,
     changed: Option<u64>,
+    /// A portal was bound, then a statement sent, that may take all prepared statements away; and what the client
+    /// sent behind it waits until it is known whether it did.
+    wipe_bound: bool,
+    wiping: bool,
+    waits: bool,
     /// Bytes of a message that is passing, in each direction.
     client_rest: (usize, Rest),
     server_rest: (usize, Fate),
@@ -184,6 +192,9 @@ impl Conversation {
             types: Types::default(),
             holding: None,
             changed: None,
+            wipe_bound: false,
+            wiping: false,
+            waits: false,
             client_rest: (0, Rest::Drop),
             server_rest: (0, Fate::Drop),
             paced: false,
@@ -229,7 +240,7 @@ impl Conversation {
 
     /// Whether the client's next message waits for the server's answer to a question of ours.
     pub fn is_holding(&self) -> bool {
-        self.holding.is_some()
+        self.holding.is_some() || self.waits
     }
 
     /// Whether the session can end without cutting anything short.
@@ -245,6 +256,11 @@ impl Conversation {
     /// Sets whether growing statements are refused, and with which numbers.
     pub fn set_over_storage(&mut self, over: Option<Over>) {
         self.over_storage = over;
+    }
+
+    /// Whether a statement that is being cancelled because it exceeded its time has not ended yet.
+    pub fn is_timed_out(&self) -> bool {
+        self.timed_out.is_some()
     }
 
     /// Notes that the running statement is being cancelled because it exceeded its time.
@@ -383,6 +399,12 @@ impl Conversation {
                 }
                 (None, _) => Want::Link,
                 (Some(_), _) if !self.paced && self.ledger.is_idle() => Want::Pace,
+                (Some(_), b'Q' | b'F' | b'P' | b'B' | b'D' | b'C' | b'E') if self.wiping && !self.is_wiped() => {
+                    if !std::mem::replace(&mut self.waits, true) {
+                        up.own(|own| put(own, b'H', |_| {}));
+                    }
+                    Want::Hold
+                }
                 (Some(remote), _) => match self.request(head, message, remote, up, down)? {
                     Some(taken) => {
                         at += taken;
@@ -482,6 +504,7 @@ impl Conversation {
                     return Ok(Some(head.len));
                 }
                 self.push(Owed::Execute, How::Forward);
+                self.wiping |= std::mem::take(&mut self.wipe_bound);
                 pass(self);
             }
             b'C' => match frontend::subject(message).map_err(fault)? {
@@ -552,6 +575,7 @@ impl Conversation {
             remote.sequences = false;
         }
         self.note(scan.shape, remote);
+        self.wiping |= scan.shape.has(Shape::WIPES);
         // A simple Query destroys the unnamed statement.
         self.names.unnamed = None;
         remote.unnamed = None;
@@ -746,6 +770,13 @@ impl Conversation {
         true
     }
 
+    /// Whether it is known what became of the prepared statements.
+    fn is_wiped(&mut self) -> bool {
+        let known = self.ledger.is_settled() || self.ledger.is_skipping();
+        self.wiping &= !known;
+        known
+    }
+
     /// Whether the types of a statement were just found to differ from what the client was told.
     fn has_changed(&self, own: &[u8]) -> bool {
         self.changed.is_some() && self.mapped(own).map(|statement| statement.id) == self.changed
@@ -821,6 +852,7 @@ impl Conversation {
             remote.sequences = false;
         }
         self.note(scan.shape, remote);
+        self.wipe_bound |= scan.shape.has(Shape::WIPES);
         self.refuse_execute = self.over_storage.is_some_and(|over| self.is_refused(scan, &over));
         self.staged.extend(scan.tracks.iter().map(|(by, track)| (self.sent, *by, track.clone())));
     }
@@ -1000,6 +1032,15 @@ impl Conversation {
                     fate
                 }
             };
+            if matches!(head.kind, b'D' | b'd') && fate == Fate::Forward {
+                // Rows come in runs, and nothing but their length matters: the end of the run is looked for first.
+                let run = run_of(head.kind, rest);
+                down.input(at..at + run);
+                at += run;
+                if run > 0 {
+                    continue;
+                }
+            }
             self.server_rest = (head.len, fate);
             let n = head.len.min(rest.len());
             if fate == Fate::Forward {
@@ -1009,6 +1050,7 @@ impl Conversation {
             at += n;
             self.invent(down);
         }
+        self.waits = self.waits && !self.is_wiped();
         Ok(Heard { consumed: at, fatal })
     }
 
@@ -1020,10 +1062,10 @@ impl Conversation {
         }
         self.refuse_execute = false;
         self.changed = None;
+        self.timed_out = None;
         match status {
             Status::Idle => {
                 self.paced = false;
-                self.timed_out = None;
                 if std::mem::take(&mut self.changed_schema) {
                     self.shared.raise_epoch();
                 }
@@ -1235,6 +1277,19 @@ impl Conversation {
             }
         }
     }
+}
+
+/// Bytes of the whole messages of one kind that stand at the head of `bytes`.
+fn run_of(kind: u8, bytes: &[u8]) -> usize {
+    let mut end = 0;
+    while let Some(&[found, a, b, c, d]) = bytes.get(end..).and_then(|rest| rest.first_chunk::<HEAD>()) {
+        let next = end + 1 + u32::from_be_bytes([a, b, c, d]) as usize;
+        if found != kind || next > bytes.len() || next < end + HEAD {
+            break;
+        }
+        end = next;
+    }
+    end
 }
 
 /// Fails as PostgreSQL does when a statement's types have changed since it was prepared.
