@@ -3,5 +3,7 @@
 mod faults;
 mod leaks;
 mod limits;
+mod logins;
 mod parity;
 mod startup;
+mod tenants;
