@@ -169,7 +169,8 @@ fn a_client_that_vanishes_in_a_transaction_leaves_no_row_and_no_connection() {
     let org = proxy.tenant("acme", Tier::Free);
     let mut watcher = org.wire();
     watcher.ask("create table vanish (x int)");
-    let leaves: [(&str, fn(&mut Wire)); 5] = [
+    type Leave = fn(&mut Wire);
+    let leaves: [(&str, Leave); 5] = [
         ("idle in a transaction", |_| {}),
         ("in a running statement", |client| client.send(&query("select pg_sleep(60)"))),
         ("in the middle of a message", |client| client.send(&query("insert into vanish values (2)")[..12])),
@@ -355,7 +356,8 @@ fn garbage_in_any_state_harms_nobody_else() {
     let proxy = Proxy::start(&Setup::default());
     let org = proxy.tenant("acme", Tier::Starter);
     let mut bystander = org.wire();
-    let states: [(&str, fn(&Org<'_>) -> Wire); 7] = [
+    type Enter = fn(&Org<'_>) -> Wire;
+    let states: [(&str, Enter); 7] = [
         ("startup", |org| Wire::connect(org.proxy.address())),
         ("after SSLRequest", |org| {
             let mut client = Wire::connect(org.proxy.address());

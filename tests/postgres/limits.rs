@@ -95,10 +95,10 @@ fn an_expired_token_ends_a_strict_session_between_transactions() {
     setup.tiers[1].expiry = "connect-only";
     let proxy = Proxy::start(&setup);
     let (strict, lax) = (proxy.tenant("acme", Tier::Pro), proxy.tenant("globex", Tier::Starter));
-    let login = |org: &Org<'_>, token: &str| Wire::login(proxy.address(), token, &[]).expect("not expired yet");
+    let login = |token: &str| Wire::login(proxy.address(), token, &[]).expect("not expired yet");
     let ttl = Duration::from_secs(2);
     let (token, lax_token) = (strict.token_for(ttl), lax.token_for(ttl));
-    let (mut idle, mut working, mut stays) = (login(&strict, &token), login(&strict, &token), login(&lax, &lax_token));
+    let (mut idle, mut working, mut stays) = (login(&token), login(&token), login(&lax_token));
     working.ask("begin; create table survives (x int)");
     assert_eq!(idle.rest().codes(), ["57P01"]);
     // Expired meanwhile; what it has begun it may finish.
