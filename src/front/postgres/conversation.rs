@@ -299,6 +299,11 @@ impl Conversation {
         self.over_storage = over;
     }
 
+    /// Whether a statement that is being cancelled because it exceeded its time has not ended yet.
+    pub fn is_timed_out(&self) -> bool {
+        self.timed_out.is_some()
+    }
+
     /// Notes that the running statement is being cancelled because it exceeded its time.
     pub fn set_timed_out(&mut self, over: Option<Over>) {
         self.timed_out = over;
@@ -1141,12 +1146,12 @@ impl Conversation {
             }
         }
         self.changed = None;
+        self.timed_out = None;
         if status != Status::Idle {
             // What was set inside a transaction may yet be rolled back: it is settled at its end.
             return Ok(fate);
         }
         self.paced = false;
-        self.timed_out = None;
         if std::mem::take(&mut self.changed_schema) {
             self.shared.raise_epoch();
         }

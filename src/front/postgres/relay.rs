@@ -576,22 +576,19 @@ impl Relay {
 
     /// Sets the deadline for what is happening now, if that has changed.
     fn arm(&mut self) {
+        self.forget_timeout();
         let ledger = self.conversation.ledger();
         let busy = self.link.is_some() && !ledger.is_settled();
-        let state = (ledger.completed(), busy, ledger.is_idle());
-        // The statement that exceeded its time has ended once an error came; what follows has its own time.
-        let obeyed = self.timed_out.is_some_and(|(errors, _)| !busy || self.conversation.errors() != errors);
-        if state == self.armed && !obeyed {
+        // A pipeline without its Sync or half a message holds the connection as an open transaction does.
+        let idle = self.link.is_none() || (ledger.is_idle() && self.tail.is_empty());
+        let state = (ledger.completed(), busy, idle);
+        if state == self.armed {
             return;
-        }
-        if obeyed {
-            self.timed_out = None;
-            self.conversation.set_timed_out(None);
         }
         self.armed = state;
         let deadline = match self.timed_out {
             Some((_, at)) => at,
-            None if busy || !state.2 => {
+            None if busy || !idle => {
                 let policy = self.session.slot().policy();
                 let limits = &policy.limits.postgres;
                 let limit = if busy { limits.statement_timeout } else { limits.idle_in_transaction_timeout };
@@ -600,6 +597,19 @@ impl Relay {
             None => u64::MAX,
         };
         self.session.live().set_deadline(deadline.min(self.stopping.map_or(u64::MAX, |(_, at)| at)));
+    }
+
+    /// The statement that was cancelled for its time has ended: the next one has all of its own.
+    fn forget_timeout(&mut self) -> bool {
+        let Some((errors, _)) = self.timed_out else { return false };
+        let busy = self.link.is_some() && !self.conversation.ledger().is_settled();
+        let over = !busy || self.conversation.errors() != errors || !self.conversation.is_timed_out();
+        if over {
+            self.timed_out = None;
+            self.conversation.set_timed_out(None);
+            self.armed.0 = u64::MAX;
+        }
+        over
     }
 
     /// Asks the server to cancel what is running, if anything is. The connection stays leased until the server has
@@ -622,6 +632,9 @@ impl Relay {
             self.cancel();
             return Err(self.stop(stop).await);
         }
+        if self.forget_timeout() {
+            return Ok(());
+        }
         let policy = Arc::clone(&self.session.slot().policy());
         let limits = &policy.limits.postgres;
         let over = |limit, max: Duration| Over {
@@ -631,7 +644,7 @@ impl Relay {
             in_use: u64::try_from(max.as_millis()).unwrap_or(u64::MAX),
             retry_after: None,
         };
-        if self.link.is_none() || self.conversation.ledger().is_idle() {
+        if self.link.is_none() || (self.conversation.ledger().is_idle() && self.tail.is_empty()) {
             return Ok(());
         }
         if self.conversation.ledger().is_settled() {
@@ -718,18 +731,8 @@ impl Relay {
         } else if ledger.is_settled() || lease.key.is_empty() {
             drop(lease);
         } else {
-            let upstream = Arc::clone(&self.server.upstream);
-            let role = self.home.place.role.clone();
-            tokio::spawn(async move {
-                upstream.cancel(&lease.key).await;
-                // A statement that swallows cancels would run on without a client, outside every limit.
-                if !lease.ends_within(CANCEL_GRACE).await
-                    && let Some(pid) = lease.pid()
-                {
-                    upstream.terminate(pid, &role).await;
-                }
-                drop(lease);
-            });
+            let (upstream, home) = (Arc::clone(&self.server.upstream), Arc::clone(&self.home));
+            tokio::spawn(async move { link::abandon(&upstream, lease, &home.place.role).await });
         }
     }
 }

@@ -175,7 +175,7 @@ pub fn scan(text: &[u8]) -> Scan {
         scan.deallocates = None;
         scan.shape = scan.shape.without(Shape::PLAIN);
         // Which of them a COMMIT between the statements has kept is more than we want to know.
-        if scan.shape.has(Shape::TRANSACTION) && !scan.tracks.is_empty() {
+        if scan.shape.has(Shape::TRANSACTION) && scan.tracks.iter().any(|(_, track)| *track != Track::Nothing) {
             scan.shape = scan.shape.and(Shape::SETS);
         }
     }

@@ -1,10 +1,9 @@
 //! One upstream connection and what its server is known to hold: reported parameters, applied settings, prepared
 //! statements. All of it belongs to one tenant's role in one database; none of it may be seen by the next client.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc};
 
 use hashbrown::HashSet;
-use tokio::io::AsyncReadExt;
 
 use crate::net::Stream;
 
@@ -29,29 +28,6 @@ impl Connection {
     /// A fresh connection.
     pub fn new(stream: Stream, key: Vec<u8>, database: Arc<str>, parameters: Parameters) -> Self {
         Self { stream, key, database, remote: Remote::new(parameters) }
-    }
-
-    /// Whether the server comes to an end of what it is doing, or goes away, within `patience`. What it says is lost:
-    /// for connections that are given up.
-    pub async fn ends_within(&mut self, patience: Duration) -> bool {
-        let ended = async {
-            let mut bytes = vec![0; 16 * 1024];
-            let mut last = [0; 6];
-            loop {
-                match self.stream.read(&mut bytes).await {
-                    Ok(0) | Err(_) => return,
-                    Ok(n) => {
-                        let new = &bytes[..n.min(bytes.len())];
-                        let joined = [&last[..], &new[n.saturating_sub(6)..]].concat();
-                        last.copy_from_slice(&joined[joined.len() - 6..]);
-                        if last[..5] == [b'Z', 0, 0, 0, 5] {
-                            return;
-                        }
-                    }
-                }
-            }
-        };
-        tokio::time::timeout(patience, ended).await.is_ok()
     }
 
     /// The server's process id, if it told one.

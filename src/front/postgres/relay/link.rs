@@ -18,7 +18,7 @@ use crate::{
     session::Session,
     tenant::{OverRate, PoolMode},
     upstream::postgres::{
-        Connection, Home, Lease, Pool, TakeError, Taken,
+        Connection, Home, Lease, Pool, TakeError, Taken, Upstream,
         connection::{Parameters, Value},
     },
     wire::postgres::{
@@ -27,6 +27,9 @@ use crate::{
         frontend,
     },
 };
+
+/// Cancels for what a client left running, before its backend is ended otherwise.
+const CANCELS: u32 = 3;
 
 /// Most bytes of a server's answer to a preparation.
 const PREPARATION_MAX: usize = 1024 * 1024;
@@ -39,6 +42,8 @@ pub(super) struct Begun {
     home: Arc<Home>,
     conversation: Conversation,
     mode: PoolMode,
+    /// What the client sent before it was told that it is in: some pipeline their first query behind the password.
+    early: Vec<u8>,
 }
 
 impl Begun {
@@ -53,12 +58,12 @@ impl Begun {
             home: self.home,
             conversation: self.conversation,
             mode: self.mode,
-            tail: Vec::new(),
+            resume: !self.early.is_empty(),
+            tail: self.early,
             server_tail: Vec::new(),
             to_client: Pending::default(),
             to_server: Pending::default(),
             held: Vec::new(),
-            resume: false,
             cancelling: None,
             stopping: None,
             timed_out: None,
@@ -95,6 +100,7 @@ pub(super) async fn begin(
     };
     let known = if mode == PoolMode::Transaction { shared.profile(&bare) } else { None };
     let mut link = None;
+    let mut early = Vec::new();
     let reported = match known {
         Some(reported) => reported,
         None => {
@@ -104,17 +110,20 @@ pub(super) async fn begin(
             };
             let deadline = Instant::now() + limits.queue_timeout;
             let taken = pool.try_take(&home);
-            // Nothing more may come from the client now; if it goes away, waiting for its turn is in vain.
+            // If the client goes away, waiting for its turn is in vain.
             let mut byte = [0; 1];
             let gone = std::pin::pin!(client.read(&mut byte));
             let take = std::pin::pin!(pool.take(&home, taken, deadline));
-            let lease = match select(take, gone).await {
-                Either::Left((lease, _)) => {
-                    lease.map_err(|error| refused(take_refusal(&session, &error, limits.queue_timeout)))?
+            let taken = match select(take, gone).await {
+                Either::Left((taken, _)) => taken,
+                Either::Right((Ok(1), take)) => {
+                    let taken = take.await;
+                    early.extend_from_slice(&byte);
+                    taken
                 }
                 Either::Right(_) => return Err((refuse::fatal(&Refusal::Draining), "client_gone")),
             };
-            let mut lease = lease;
+            let mut lease = taken.map_err(|error| refused(take_refusal(&session, &error, limits.queue_timeout)))?;
             let scratch =
                 Conversation::new(session.live().id, minor, Arc::clone(&shared), Arc::clone(&bare), Arc::default());
             let script = scratch.preparation(&lease.remote);
@@ -162,7 +171,7 @@ pub(super) async fn begin(
         conversation.link(&mut lease.remote, &mut Out::default());
         session.live().set_idle(false);
     }
-    Ok(Begun { session, link, pool, home, conversation, mode })
+    Ok(Begun { session, link, pool, home, conversation, mode, early })
 }
 
 /// The refusal for a lease that was not to be had.
@@ -228,6 +237,29 @@ async fn prepare(connection: &mut Connection, script: &str, deadline: Instant) -
         Ok(Some(None)) => Ok(()),
         Ok(Some(Some(report))) => Err(PrepareError::Refused(Box::new(report))),
         Ok(None) | Err(_) => Err(PrepareError::Lost),
+    }
+}
+
+/// Ends what a client that has gone left running, and waits until the server has closed. A cancel that comes before
+/// the statement has begun does nothing, so it is sent again; a statement that swallows cancels loses its backend.
+pub(super) async fn abandon(upstream: &Upstream, mut lease: Lease, role: &str) {
+    let goodbye = async {
+        lease.stream.write_all(&frontend::TERMINATE).await?;
+        lease.stream.shutdown().await
+    };
+    // A server in the middle of a large message may not take it; then the end of the stream has to do.
+    let _ = tokio::time::timeout(super::CANCEL_GRACE, goodbye).await;
+    for attempt in 0..=CANCELS {
+        if attempt < CANCELS {
+            upstream.cancel(&lease.key).await;
+        } else if let Some(pid) = lease.pid() {
+            upstream.terminate(pid, role).await;
+        }
+        let mut rest = [0; 4096];
+        let ended = async { while lease.stream.read(&mut rest).await.is_ok_and(|n| n > 0) {} };
+        if tokio::time::timeout(super::CANCEL_GRACE, ended).await.is_ok() {
+            return;
+        }
     }
 }
 
