@@ -372,7 +372,7 @@ fn ten_thousand_orgs_cost_as_many_labels_as_configured_and_one() {
 #[test]
 fn counters_only_grow_whatever_tiers_labels_and_meters_do() {
     let (meters, table) = (Meters::default(), table());
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let acme = runtime.block_on(table.slot(&org("acme"))).unwrap();
     let mut tally = Tally::new(1);
     let requests = |tier: &str| format!("dynabase_requests_total{{protocol=\"postgres\",tier=\"{tier}\"}}");
