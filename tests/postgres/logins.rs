@@ -52,6 +52,13 @@ fn encrypted(org: &Org<'_>) -> String {
     org.wire().ask("select ssl from pg_stat_ssl where pid = pg_backend_pid()")
 }
 
+/// Ends the tenant's connections, so that the next client needs a login.
+fn forget(server: &Own, org: &Org<'_>) {
+    let role = org.role();
+    server.place.sql(&format!("select pg_terminate_backend(pid) from pg_stat_activity where usename = '{role}'"));
+    until("they have ended", || org.backends() == 0);
+}
+
 #[test]
 fn every_method_that_a_server_asks_for() {
     let server = Own::start();
@@ -59,9 +66,7 @@ fn every_method_that_a_server_asks_for() {
     let org = plain.tenant("acme", Tier::Free);
     for method in ["scram-sha-256", "password", "trust"] {
         ask_for(&server, &format!("host all all 127.0.0.1/32 {method}"));
-        server
-            .place
-            .sql(&format!("select pg_terminate_backend(pid) from pg_stat_activity where usename = '{}'", org.role()));
+        forget(&server, &org);
         assert_eq!(encrypted(&org), "f", "{method}");
     }
     let names = plain.config.names().expect("our own");
@@ -72,15 +77,11 @@ fn every_method_that_a_server_asks_for() {
         org.role(),
         password.expose()
     ));
-    server
-        .place
-        .sql(&format!("select pg_terminate_backend(pid) from pg_stat_activity where usename = '{}'", org.role()));
+    forget(&server, &org);
     assert_eq!(encrypted(&org), "f", "md5");
     // A wrong password is ours to mend, not the client's to see.
     server.place.sql(&format!("alter role {} password 'another'", org.role()));
-    server
-        .place
-        .sql(&format!("select pg_terminate_backend(pid) from pg_stat_activity where usename = '{}'", org.role()));
+    forget(&server, &org);
     let refused = org.wire().query("select 1");
     assert_eq!(refused.code(), "57P03", "{refused:?}");
     assert!(plain.log().contains("28P01"), "{}", plain.log());
