@@ -34,8 +34,12 @@ const HIDDEN: [(&str, &str); 2] = [("session", "catalog"), ("front", "catalog")]
 const LINES_MAX: usize = 500;
 
 /// Longer files and why they are not split.
-const LONG: [(&str, &str); 4] = [
+const LONG: [(&str, &str); 5] = [
     ("front/postgres/conversation.rs", "every message type of one state machine, decided in one place"),
+    (
+        "front/postgres/conversation/script.rs",
+        "a model of server and clients that drives the machine above, for tests and fuzzing only",
+    ),
     ("front/postgres/relay.rs", "one connection's life: what is borrowed and given back has to be seen together"),
     ("front/postgres/scan.rs", "one lexer with its table of statements"),
     ("upstream/postgres/pool.rs", "queue, budget and idle list share one lock and its invariants"),
