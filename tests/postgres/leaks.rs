@@ -191,7 +191,7 @@ fn what_is_not_seen_is_gone_also_while_its_maker_stays() {
 fn a_client_is_held_only_by_what_needs_it_and_that_is_counted() {
     let proxy = Proxy::start(&Setup::default());
     let org = proxy.tenant("acme", Tier::Pro);
-    let pins = |reason: &str| proxy.metric("dynabase_postgres_pins_total", reason);
+    let pins = |reason: &str| proxy.metric("dynabase_pins_total", reason);
     let held = |client: &mut Wire| {
         // Another client gets the connection of this one, if it may.
         let mine = client.ask("select pg_backend_pid()");

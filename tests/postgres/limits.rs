@@ -214,14 +214,23 @@ fn a_pause_in_a_transaction_has_an_end() {
     let mut client = org.wire();
     assert_eq!(client.ask("select count(*) from t"), "0");
     client.close();
-    // A pipeline without Sync and half a message hold a connection just the same.
-    let open = [parse("", "select 1"), bind("", "", &[]), execute("", 0), flush()].concat();
-    for held in [open, query("select 'half'")[..8].to_vec(), bind("", "", &[])[..6].to_vec()] {
-        let mut client = org.wire();
-        client.send(&held);
-        assert_eq!(client.rest().code(), "25P03", "{held:?}");
-        assert_eq!(org.wire().ask("select 1"), "1");
-    }
+    // A pipeline without Sync holds a connection just the same.
+    let mut client = org.wire();
+    client.send(&[parse("", "select 1"), bind("", "", &[]), execute("", 0), flush()].concat());
+    assert_eq!(client.rest().code(), "25P03");
+    // Half a message holds none: more such clients than the tenant has connections keep nobody waiting.
+    let halves: Vec<_> = [query("select 'half'")[..8].to_vec(), bind("", "", &[])[..6].to_vec()]
+        .iter()
+        .cycle()
+        .take(12)
+        .map(|half| {
+            let mut client = org.wire();
+            client.send(half);
+            client
+        })
+        .collect();
+    assert_eq!(org.wire().ask("select 1"), "1");
+    drop(halves);
 }
 
 #[test]

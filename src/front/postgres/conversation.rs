@@ -440,6 +440,7 @@ impl Conversation {
                 }
                 // A connection is not held for a message that has yet to arrive.
                 (None, b'Q' | b'P' | b'D' | b'E') if !whole && head.len <= READ_MAX => Want::More,
+                (None, b'B') if frontend::bind(message, whole).map_err(Fault::Client)?.is_none() => Want::More,
                 (None, _) => Want::Link,
                 // What asks for nothing, or ends what was, is not counted.
                 (Some(_), kind)
