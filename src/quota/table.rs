@@ -184,7 +184,7 @@ impl Table {
 
     /// Swaps the tiers and gives every resident tenant its new limits.
     pub fn set_tiers(&self, tiers: Tiers) {
-        self.tiers.store(Arc::new(tiers));
+        self.tiers.store(Arc::new(tiers.keeping(&self.tiers.load())));
         for slot in self.slots() {
             // The present record under the new numbers is never stale.
             let _ = slot.change(None, &self.tiers);

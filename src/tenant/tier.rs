@@ -198,6 +198,18 @@ impl Tiers {
         if faults.is_empty() { Ok(Self(tiers.map(Arc::new))) } else { Err(faults) }
     }
 
+    /// These tiers, with `old`'s own values where nothing has changed: who compares by pointer sees what did.
+    #[must_use]
+    pub fn keeping(self, old: &Tiers) -> Self {
+        let mut tiers = self.0;
+        for (new, old) in tiers.iter_mut().zip(&old.0) {
+            if *new == *old {
+                *new = Arc::clone(old);
+            }
+        }
+        Self(tiers)
+    }
+
     /// The numbers of one tier.
     pub fn limits(&self, tier: Tier) -> &Arc<Limits> {
         &self.0[tier as usize]

@@ -3,7 +3,7 @@
 use dynabase::tenant::Tier;
 
 use crate::support::{
-    proxy::{Org, Proxy},
+    proxy::{Org, Proxy, Setup},
     until,
     wire::{Wire, bind, close, describe, execute, parse, sync},
 };
@@ -54,14 +54,8 @@ const FOLLOWS: &[Trace] = &[
     trace("select set_config('work_mem', '7MB', false)", "show work_mem", "7MB"),
     trace("set application_name = 'leaky'", "show application_name", "leaky"),
     trace("set default_transaction_read_only = on", "show default_transaction_read_only", "on"),
-    trace(
-        "set session characteristics as transaction isolation level serializable",
-        "show default_transaction_isolation",
-        "serializable",
-    ),
     trace("set names 'latin1'", "show client_encoding", "LATIN1"),
     trace("begin; set local work_mem = '7MB'; commit", "show work_mem", "4MB"),
-    trace("begin; set work_mem = '7MB'; rollback", "show work_mem", "4MB"),
     trace("set work_mem = '7MB'; reset all", "show work_mem", "4MB"),
     trace("set work_mem = '7MB'; select 1/0", "show work_mem", "4MB"),
     trace("select nextval('leak_seq')", "select 1", "1"),
@@ -70,6 +64,12 @@ const FOLLOWS: &[Trace] = &[
 
 /// What holds a client to its connection, or can't be seen at all: the other one comes after it.
 const HOLDS: &[Trace] = &[
+    trace("begin; set work_mem = '7MB'; rollback", "show work_mem", "4MB"),
+    trace(
+        "set session characteristics as transaction isolation level serializable",
+        "show default_transaction_isolation",
+        "serializable",
+    ),
     trace("begin; set work_mem = '7MB'; commit", "show work_mem", "7MB"),
     trace("create temp table leak_temp (x int); insert into leak_temp values (5)", "select x from leak_temp", "5"),
     trace("select 6 as x into temporary leak_temp", "select x from leak_temp", "6"),
@@ -184,6 +184,49 @@ fn what_is_not_seen_is_gone_also_while_its_maker_stays() {
         assert_eq!(fingerprint(&mut next), clean, "{does}");
         assert_eq!(sequences(&mut next), ["55000", "55000"], "{does}");
         stayer.close();
+    }
+}
+
+#[test]
+fn a_client_is_held_only_by_what_needs_it_and_that_is_counted() {
+    let proxy = Proxy::start(&Setup::default());
+    let org = proxy.tenant("acme", Tier::Pro);
+    let pins = |reason: &str| proxy.metric("dynabase_postgres_pins_total", reason);
+    let held = |client: &mut Wire| {
+        // Another client gets the connection of this one, if it may.
+        let mine = client.ask("select pg_backend_pid()");
+        mine != org.wire().ask("select pg_backend_pid()")
+    };
+    for (does, undoes) in [
+        ("listen a", "unlisten *"),
+        ("select pg_advisory_lock(1)", "select pg_advisory_unlock_all()"),
+        ("create temp table held_temp (x int)", "discard temp"),
+        ("begin; declare held_cursor cursor with hold for select 1; commit", "close all"),
+        ("prepare held_statement as select 1", "deallocate all"),
+        ("begin; set work_mem = '7MB'; commit", "discard all"),
+    ] {
+        let mut client = org.wire();
+        let before = pins("");
+        assert!(!held(&mut client), "{does}: before");
+        client.ask(does);
+        assert!(held(&mut client), "{does}");
+        assert!((pins("") - before - 1.0).abs() < 0.1, "{does} is counted once");
+        client.ask(undoes);
+        assert!(!held(&mut client), "{does}, then {undoes}");
+        client.close();
+    }
+    for harmless in [
+        "begin; set local work_mem = '7MB'; commit",
+        "select set_config('work_mem', '7MB', true)",
+        "select pg_advisory_xact_lock(1)",
+        "begin; declare c cursor for select 1; fetch c; commit",
+        "set work_mem = '7MB'",
+        "select nextval('pg_catalog.nosuch')",
+        "select 'listen', 'prepare', 'create temp table' -- pg_advisory_lock",
+    ] {
+        let mut client = org.wire();
+        client.query(harmless);
+        assert!(!held(&mut client), "{harmless}");
     }
 }
 

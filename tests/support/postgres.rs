@@ -1,9 +1,10 @@
 //! Real PostgreSQL servers: one that all tests share, and private ones for tests that stop, stall or reconfigure it.
 
 use std::{
+    os::unix::process::CommandExt,
     path::PathBuf,
     process::{Child, Command, Stdio},
-    sync::{OnceLock, mpsc},
+    sync::{Mutex, OnceLock, mpsc},
 };
 
 use dynabase::{
@@ -106,7 +107,7 @@ pub fn shared() -> &'static Place {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
             let server = runtime.block_on(start(&folder));
             let place = Place::of(&server, &folder);
-            let _keeper = keeper(place.pid(), folder.path().into());
+            keep(place.pid(), folder.path().into());
             sender.send(place).expect("somebody waits");
             loop {
                 std::thread::park();
@@ -116,12 +117,13 @@ pub fn shared() -> &'static Place {
     })
 }
 
-/// A small process that outlives this one, waits for the end of process `pid` and removes `folder`.
-pub fn keeper(pid: i32, folder: PathBuf) -> Child {
+/// Starts a small process that outlives this one, then ends process `pid` and removes `folder`.
+pub fn keep(pid: i32, folder: PathBuf) {
+    /// Their standard inputs end with this process.
+    static KEEPERS: Mutex<Vec<Child>> = Mutex::new(Vec::new());
     const SCRIPT: &str = "cat; kill -INT $1 2>/dev/null; while kill -0 $1 2>/dev/null; do sleep 0.1; done; rm -rf $2";
     let mut command = Command::new("sh");
     command.args(["-c", SCRIPT, "keeper", &pid.to_string()]).arg(folder);
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-    std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    command.spawn().expect("a shell")
+    KEEPERS.lock().expect("no panic").push(command.process_group(0).spawn().expect("a shell"));
 }

@@ -182,7 +182,7 @@ impl Proxy {
             std::thread::spawn(move || {
                 let proxy = Self::start(&Setup::default());
                 let pid = i32::try_from(proxy.pid()).expect("small");
-                let _keeper = postgres::keeper(pid, proxy.folder.path().into());
+                postgres::keep(pid, proxy.folder.path().into());
                 sender.send(proxy).expect("somebody waits");
                 loop {
                     std::thread::park();
@@ -265,10 +265,6 @@ impl Proxy {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("a line");
         line.split_whitespace().nth(1).and_then(|kb| kb.parse::<u64>().ok()).expect("a number") * 1024
-    }
-
-    pub fn file(&self, name: &str) -> std::path::PathBuf {
-        self.folder.path().join(name)
     }
 }
 

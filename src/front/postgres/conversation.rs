@@ -44,6 +44,13 @@ use crate::{
 /// Longest Query or Parse that is read; longer ones are forwarded unread and their worst is assumed.
 const READ_MAX: usize = 256 * 1024;
 
+/// Most bytes of our own to a server in one go: a Bind of a few bytes may need a Parse of many before it.
+const UP_MAX: usize = 256 * 1024;
+
+/// Most settings of a client that follow it, and their bytes; beyond, it is held to its connection.
+const SETTINGS_MAX: usize = 128;
+const SETTINGS_MAX_BYTES: usize = 16 * 1024;
+
 /// Longest message from a server that is looked into; longer ones are forwarded unread.
 const LOOK_MAX: usize = 64 * 1024;
 
@@ -73,6 +80,8 @@ pub enum Want {
     Pace,
     /// The server's answer: the rest goes on once [`Conversation::is_holding`] says no.
     Hold,
+    /// What there is to write has to leave first: it is more than the client sent.
+    Again,
     /// Nothing: the client has said goodbye.
     Close,
 }
@@ -109,8 +118,10 @@ enum Note {
     Parse { id: u64, own: Option<Box<[u8]>> },
     /// A Close of ours that was sent.
     Close { id: u64 },
-    /// A Describe of a statement that was sent.
+    /// A Describe of a statement that was sent, by the client.
     Describe(Option<Arc<Statement>>),
+    /// A Describe of ours: what the client was told is compared with the answer.
+    Compare,
     /// A Parse or Close that is answered here: the client's name, and what it stood for before.
     Own { name: Box<[u8]>, was: Option<Arc<Statement>> },
 }
@@ -164,7 +175,19 @@ pub struct Conversation {
     server_rest: (usize, Fate),
     paced: bool,
     refusing: Refusing,
-    refuse_execute: bool,
+    /// Executes sent since the last Sync.
+    executes: u32,
+    /// Pins that are undone once the transaction that undoes them is over.
+    undoing: Shape,
+    /// How the present transaction went: COMMITs, ROLLBACKs and errors seen.
+    committed: bool,
+    rolled_back: bool,
+    failed: bool,
+    /// An unnamed statement that is too large to follow the client is on the server; whether it was bound.
+    large_unnamed: Option<bool>,
+    large_named: bool,
+    /// The connection must not serve anybody else.
+    spoilt: bool,
     moved_sequence: bool,
     changed_schema: bool,
     over_storage: Option<Over>,
@@ -201,7 +224,14 @@ impl Conversation {
             server_rest: (0, Fate::Drop),
             paced: false,
             refusing: Refusing::No,
-            refuse_execute: false,
+            executes: 0,
+            undoing: Shape::default(),
+            committed: false,
+            rolled_back: false,
+            failed: false,
+            large_unnamed: None,
+            large_named: false,
+            spoilt: false,
             moved_sequence: false,
             changed_schema: false,
             over_storage: None,
@@ -237,7 +267,16 @@ impl Conversation {
 
     /// Whether the connection may serve somebody else.
     pub fn may_release(&self) -> bool {
-        self.ledger.is_idle() && self.pins.is_empty() && self.client_rest.0 == 0 && self.server_rest.0 == 0
+        self.ledger.is_idle()
+            && !self.paced
+            && self.pins.is_empty()
+            && self.client_rest.0 == 0
+            && self.server_rest.0 == 0
+    }
+
+    /// Takes the news that the connection must not serve anybody else.
+    pub fn take_spoilt(&mut self) -> bool {
+        std::mem::take(&mut self.spoilt)
     }
 
     /// Whether the client's next message waits for the server's answer to a question of ours.
@@ -258,6 +297,11 @@ impl Conversation {
     /// Sets whether growing statements are refused, and with which numbers.
     pub fn set_over_storage(&mut self, over: Option<Over>) {
         self.over_storage = over;
+    }
+
+    /// Whether a statement that is being cancelled because it exceeded its time has not ended yet.
+    pub fn is_timed_out(&self) -> bool {
+        self.timed_out.is_some()
     }
 
     /// Notes that the running statement is being cancelled because it exceeded its time.
@@ -394,8 +438,18 @@ impl Conversation {
                     self.client_rest = (head.len, Rest::Drop);
                     continue;
                 }
+                // A connection is not held for a message that has yet to arrive.
+                (None, b'Q' | b'P' | b'D' | b'E') if !whole && head.len <= READ_MAX => Want::More,
                 (None, _) => Want::Link,
-                (Some(_), _) if !self.paced && self.ledger.is_idle() => Want::Pace,
+                // What asks for nothing, or ends what was, is not counted.
+                (Some(_), kind)
+                    if !self.paced
+                        && self.ledger.is_idle()
+                        && !matches!(kind, b'd' | b'c' | b'f' | b'H' | b'S' | b'C') =>
+                {
+                    Want::Pace
+                }
+                (Some(_), _) if up.len() > UP_MAX => Want::Again,
                 (Some(_), b'Q' | b'F' | b'P' | b'B' | b'D' | b'C' | b'E') if self.wiping && !self.is_wiped() => {
                     if !std::mem::replace(&mut self.waits, true) {
                         up.own(|own| put(own, b'H', |_| {}));
@@ -452,7 +506,16 @@ impl Conversation {
                 if self.hold(bind.statement, remote, up) {
                     return Ok(None);
                 }
+                if let Some(over) = self.over_storage
+                    && !self.ledger.is_skipping()
+                    && self.bound_scan(bind.statement).is_some_and(|scan| is_refused(scan, &over))
+                {
+                    self.inject(&storage_error(&over), How::Forward, remote, up);
+                    self.client_rest = (head.len, Rest::Drop);
+                    return Ok(Some(0));
+                }
                 if let Some(id) = self.changed
+                    && !self.ledger.is_skipping()
                     && self.has_changed(bind.statement)
                 {
                     // It is there under types that nobody was told: the next one who needs it asks again.
@@ -493,13 +556,7 @@ impl Conversation {
                 }
             }
             b'E' => {
-                if std::mem::take(&mut self.refuse_execute)
-                    && let Some(over) = self.over_storage
-                    && !self.ledger.is_skipping()
-                {
-                    self.inject(&storage_error(&over), How::Forward, remote, up);
-                    return Ok(Some(head.len));
-                }
+                self.executes += 1;
                 self.push(Owed::Execute, How::Forward);
                 self.wiping |= std::mem::take(&mut self.wipe_bound);
                 pass(self);
@@ -522,6 +579,7 @@ impl Conversation {
             b'S' => {
                 if self.push(Owed::Sync, How::Forward) {
                     self.sent += 1;
+                    self.executes = 0;
                 }
                 pass(self);
             }
@@ -577,7 +635,7 @@ impl Conversation {
         self.names.unnamed = None;
         remote.unnamed = None;
         if let Some(over) = self.over_storage
-            && self.is_refused(&scan, &over)
+            && is_refused(&scan, &over)
         {
             up.own(|own| frontend::put_query(own, &storage_error(&over)));
             self.client_rest.1 = Rest::Drop;
@@ -603,6 +661,10 @@ impl Conversation {
         if message.len() < head.len || head.len > READ_MAX {
             // Too large to be kept for another connection: it stays on this one, under the client's own name.
             self.note(Shape::UNREAD.and(Shape::LARGE), remote);
+            // A named one stays for good; an unnamed one until it has been used.
+            let unnamed = message.get(HEAD) == Some(&0);
+            self.large_unnamed = (unnamed && (self.large_unnamed.is_some() || !self.large_named)).then_some(false);
+            self.large_named |= !unnamed;
             self.names.unnamed = None;
             remote.unnamed = None;
             self.push(Owed::Parse, How::Forward);
@@ -647,7 +709,8 @@ impl Conversation {
             self.client_rest.1 = Rest::Drop;
             return Ok(());
         }
-        if self.pins.has(Shape::LARGE) || !self.names.has_room(parse.definition) {
+        if self.large_named || !self.names.has_room(parse.definition) {
+            self.large_named = true;
             self.note(Shape::LARGE.and(scan::scan(parse.query).shape), remote);
             if parse.name.starts_with(PREFIX) {
                 return Err(wire::Error { at: "Parse", what: "a statement name that is reserved" });
@@ -757,7 +820,7 @@ impl Conversation {
             put(out, b'H', |_| {});
         });
         self.push(Owed::DescribeStatement, How::Swallow);
-        self.notes.push_back(Note::Describe(None));
+        self.notes.push_back(Note::Compare);
         self.holding = Some(statement);
         true
     }
@@ -781,13 +844,16 @@ impl Conversation {
             return;
         }
         let types = std::mem::take(&mut self.types).finish();
-        if let Some(Note::Describe(Some(statement))) = self.notes.pop_front() {
-            // The first answer is what clients that share the statement were told.
-            let _ = statement.described.compare_exchange(0, types, Ordering::Relaxed, Ordering::Relaxed);
-        } else if let Some(statement) = self.holding.take()
-            && statement.described.load(Ordering::Relaxed) != types
-        {
-            self.changed = Some(statement.id);
+        match self.notes.pop_front() {
+            Some(Note::Describe(Some(statement))) => {
+                // The first answer is what clients that share the statement were told.
+                let _ = statement.described.compare_exchange(0, types, Ordering::Relaxed, Ordering::Relaxed);
+            }
+            Some(Note::Compare) => {
+                let held = self.holding.take();
+                self.changed = held.filter(|it| it.described.load(Ordering::Relaxed) != types).map(|it| it.id);
+            }
+            _ => {}
         }
     }
 
@@ -810,6 +876,10 @@ impl Conversation {
                     if runs {
                         self.runs(&statement.scan, remote, up);
                     }
+                    return None;
+                }
+                None if self.large_unnamed.is_some() => {
+                    self.large_unnamed = self.large_unnamed.map(|bound| bound || runs);
                     return None;
                 }
                 None => {
@@ -845,8 +915,17 @@ impl Conversation {
         }
         self.note(scan.shape, remote);
         self.wipe_bound |= scan.shape.has(Shape::WIPES);
-        self.refuse_execute = self.over_storage.is_some_and(|over| self.is_refused(scan, &over));
-        self.staged.extend(scan.tracks.iter().map(|(by, track)| (self.sent, *by, track.clone())));
+        for (by, track) in &scan.tracks {
+            // Which of several answers belongs to it could not be told: a SELECT's tag says no more.
+            let alone = !self.staged.iter().any(|(segment, ..)| *segment == self.sent);
+            let told = *by == By::Set || self.executes == 0;
+            let track = if alone && told { track.clone() } else { Track::Unknown };
+            if track == Track::Unknown {
+                self.set_pins(self.pins.and(Shape::SETS));
+                remote.soiled = true;
+            }
+            self.staged.push_back((self.sent, *by, track));
+        }
     }
 
     /// Sends a statement of ours in the extended protocol; only its execution is answered to the client, if at all.
@@ -872,25 +951,29 @@ impl Conversation {
         remote.sequences && !self.moved_sequence
     }
 
-    /// Whether a statement is refused because the tenant is over its storage. A tenth over, what may grow without
-    /// saying so is refused too.
-    fn is_refused(&self, scan: &Scan, over: &Over) -> bool {
-        let far_over = over.in_use > over.max.saturating_add(over.max / 10);
-        scan.shape.has(Shape::GROWS) || (far_over && (scan.shape.has(Shape::HIDDEN) || !scan.shape.has(Shape::FREES)))
+    /// What a statement that is bound may do.
+    fn bound_scan(&self, own: &[u8]) -> Option<&Scan> {
+        if own.is_empty() {
+            self.names.unnamed.as_ref().map(Unnamed::scan)
+        } else {
+            self.names.find(own).map(|statement| &statement.scan)
+        }
     }
 
     fn note(&mut self, shape: Shape, remote: &mut Remote) {
         if shape.is_empty() || shape == Shape::PLAIN {
             return;
         }
-        let mut pins = self.pins.and(shape.only(Shape::PINS.and(Shape::LARGE)));
+        let pins = self.pins.and(shape.only(Shape::PINS.and(Shape::LARGE)));
         for (undoes, pin) in [
             (Shape::UNLOCKS_ALL, Shape::ADVISORY),
             (Shape::CLOSES_ALL, Shape::HOLD),
             (Shape::UNLISTENS_ALL, Shape::LISTENS),
         ] {
             if shape.has(undoes) && !shape.has(pin) {
-                pins = pins.without(pin);
+                self.undoing = self.undoing.and(pin);
+            } else if shape.has(pin) {
+                self.undoing = self.undoing.without(pin);
             }
         }
         self.set_pins(pins);
@@ -988,11 +1071,7 @@ impl Conversation {
             let fate = match head.kind {
                 b'Z' => {
                     let status = backend::ready(message).map_err(Fault::Server)?;
-                    let fate = self.ready(status)?;
-                    if status == Status::Idle {
-                        self.settle(remote);
-                    }
-                    fate
+                    self.ready(status, remote)?
                 }
                 b'S' if looks => self.parameter(message, remote)?,
                 b'E' => {
@@ -1048,30 +1127,48 @@ impl Conversation {
         Ok(Heard { consumed: at, fatal })
     }
 
-    fn ready(&mut self, status: Status) -> Result<Fate, Fault> {
+    fn ready(&mut self, status: Status, remote: &mut Remote) -> Result<Fate, Fault> {
         let fate = self.ledger.ready(status)?;
         self.answered += 1;
-        while self.staged.front().is_some_and(|(segment, ..)| *segment < self.answered) {
-            self.staged.pop_front();
+        while let Some((segment, ..)) = self.staged.front()
+            && *segment < self.answered
+        {
+            // It may have run without a tag that says so: an Execute with a row limit ends before.
+            if let Some((_, _, track)) = self.staged.pop_front()
+                && track != Track::Nothing
+            {
+                self.done.push(Track::Unknown);
+            }
         }
-        self.refuse_execute = false;
         self.changed = None;
-        match status {
-            Status::Idle => {
-                self.paced = false;
-                self.timed_out = None;
-                if std::mem::take(&mut self.changed_schema) {
-                    self.shared.raise_epoch();
-                }
-                return Ok(fate);
-            }
-            // What was set inside a transaction may yet be rolled back: the server keeps it, and the client stays.
-            Status::Transaction if self.done.iter().any(|track| *track != Track::Nothing) => {
-                self.set_pins(self.pins.and(Shape::SETS));
-            }
-            Status::Transaction | Status::Failed => {}
+        self.timed_out = None;
+        if status != Status::Idle {
+            // What was set inside a transaction may yet be rolled back: it is settled at its end.
+            return Ok(fate);
         }
-        self.done.clear();
+        self.paced = false;
+        if std::mem::take(&mut self.changed_schema) {
+            self.shared.raise_epoch();
+        }
+        if self.large_unnamed == Some(true) {
+            self.large_unnamed = None;
+            self.set_pins(self.pins.without(Shape::LARGE));
+        }
+        let explicit = self.committed || self.rolled_back;
+        let undoing = std::mem::take(&mut self.undoing);
+        if !self.failed && !self.rolled_back {
+            self.set_pins(self.pins.without(undoing));
+        }
+        if explicit && (self.failed || self.rolled_back) {
+            // All of it is undone, unless a part was kept by a savepoint or a COMMIT: then nobody knows which.
+            if self.committed && self.done.iter().any(|track| *track != Track::Nothing) {
+                self.done = vec![Track::Unknown];
+            } else {
+                self.done.clear();
+            }
+        }
+        self.settle(remote);
+        (self.committed, self.rolled_back, self.failed) = (false, false, false);
         Ok(fate)
     }
 
@@ -1081,6 +1178,14 @@ impl Conversation {
             let (wanted, applied) = match track {
                 Track::Nothing => continue,
                 Track::Unknown => {
+                    self.set_pins(self.pins.and(Shape::SETS));
+                    remote.soiled = true;
+                    continue;
+                }
+                Track::Set(name, value)
+                    if self.settings.len() >= SETTINGS_MAX
+                        || self.settings.bytes() + name.len() + value.len() > SETTINGS_MAX_BYTES =>
+                {
                     self.set_pins(self.pins.and(Shape::SETS));
                     remote.soiled = true;
                     continue;
@@ -1162,7 +1267,7 @@ impl Conversation {
                 Some(Note::Own { name, was }) => undone.push((name, was)),
                 // It was skipped: the server still has it.
                 Some(Note::Close { id }) if id != 0 => remote.prepared.restore(id),
-                Some(Note::Close { .. } | Note::Describe(_)) | None => {}
+                Some(Note::Close { .. } | Note::Describe(_) | Note::Compare) | None => {}
             }
         })?;
         // Last first: of several messages that name one statement the first knows what it was.
@@ -1174,7 +1279,13 @@ impl Conversation {
         }
         self.answered += unanswered;
         self.errors += 1;
-        self.done.clear();
+        self.failed = true;
+        if self.ledger.status() == Status::Idle && !self.committed {
+            // An implicit transaction is undone as a whole.
+            self.done.clear();
+        } else if self.done.iter().any(|track| *track != Track::Nothing) {
+            remote.soiled = true;
+        }
         let answered = self.answered;
         self.staged.retain(|(segment, ..)| *segment > answered);
         if !looks || fate == Fate::Drop {
@@ -1193,11 +1304,21 @@ impl Conversation {
             self.shared.raise_epoch();
         }
         if memchr::memmem::find(message, PREFIX).is_some() {
+            // The server has other statements under our names than we think: nobody else shall meet that.
+            self.spoilt |= matches!(code, b"26000" | b"42P05") && self.names_unknown(text);
             let renamed = self.rename(message);
             down.own(|own| put(own, b'E', |own| own.extend_from_slice(&renamed)));
             return Ok(None);
         }
         Ok(Some(fate))
+    }
+
+    /// Whether the statement of ours in an error's text is none of the client's own: then the error is not its doing.
+    fn names_unknown(&self, text: &[u8]) -> bool {
+        let Some(start) = memchr::memmem::find(text, PREFIX) else { return false };
+        let digits = text[start + PREFIX.len()..].iter().take_while(|b| b.is_ascii_hexdigit()).count();
+        let name = &text[start..start + PREFIX.len() + digits];
+        self.names.own_name(name).is_none()
     }
 
     /// The body of an error with the client's own statement names in place of ours.
@@ -1220,20 +1341,23 @@ impl Conversation {
         // The tags of everyday statements first: SELECT, INSERT, UPDATE, DELETE, BEGIN, COMMIT.
         match tag.first_chunk::<3>() {
             Some(b"SEL") => {
-                if self.staged.front().is_some_and(|(_, by, _)| *by == By::Select) {
+                if self.staged.front().is_some_and(|(at, by, _)| *by == By::Select && *at == self.answered) {
                     self.done.extend(self.staged.pop_front().map(|(_, _, track)| track));
                 }
                 return;
             }
-            Some(b"INS" | b"UPD" | b"DEL" | b"BEG" | b"COM" | b"FET") => return,
+            Some(b"INS" | b"UPD" | b"DEL" | b"BEG" | b"FET") => return,
             Some(_) => {}
             None => return,
         }
         match tag {
             b"SET" | b"RESET" => {
-                let track = self.staged.pop_front().map_or(Track::Unknown, |(_, _, track)| track);
-                self.done.push(track);
+                let staged = self.staged.front().is_some_and(|(at, by, _)| *by == By::Set && *at == self.answered);
+                let track = if staged { self.staged.pop_front().map(|(_, _, track)| track) } else { None };
+                self.done.push(track.unwrap_or(Track::Unknown));
             }
+            b"COMMIT" => self.committed = true,
+            b"ROLLBACK" => self.rolled_back = true,
             b"LISTEN" => {
                 remote.soiled = true;
                 self.set_pins(self.pins.and(Shape::LISTENS));
@@ -1289,6 +1413,13 @@ fn run_of(kind: u8, bytes: &[u8]) -> usize {
 /// Fails as PostgreSQL does when a statement's types have changed since it was prepared.
 const CHANGED_PLAN: &str = "DO $dynabase$BEGIN RAISE EXCEPTION USING ERRCODE='0A000',\
     MESSAGE='cached plan must not change result type';END$dynabase$";
+
+/// Whether a statement is refused because the tenant is over its storage. A tenth over, what may grow without saying
+/// so is refused too.
+fn is_refused(scan: &Scan, over: &Over) -> bool {
+    let far_over = over.in_use > over.max.saturating_add(over.max / 10);
+    scan.shape.has(Shape::GROWS) || (far_over && (scan.shape.has(Shape::HIDDEN) || !scan.shape.has(Shape::FREES)))
+}
 
 fn unread() -> Scan {
     Scan { shape: Shape::UNREAD, statements: 1, ..Scan::default() }

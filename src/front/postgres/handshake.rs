@@ -105,6 +105,10 @@ pub async fn admit(server: &Server, stream: &mut Option<Stream>, local: bool) ->
         Refusal::Suspended => Early::Refused(refuse::suspended_login(), refusal.kind()),
         other => refused(other),
     })?;
+    // A drain that began meanwhile has told every session that was there; this one was not.
+    if server.drain.is_draining() {
+        return Err(refused(Refusal::Draining));
+    }
     let policy = session.slot().policy();
     let allowed = session.identity().user.as_deref().is_none_or(|user| user == options.user);
     if !allowed || !policy.tenant.has_user(&options.user) {

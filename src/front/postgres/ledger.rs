@@ -109,6 +109,11 @@ impl Ledger {
         self.queue.is_empty() && !self.copy_in && !self.skipping
     }
 
+    /// How many answers are owed.
+    pub fn len(&self) -> usize {
+        self.queue.len()
+    }
+
     /// The transaction status as last reported.
     pub fn status(&self) -> Status {
         self.status

@@ -49,6 +49,9 @@ const READ: usize = 64 * 1024;
 const HELD_MAX: usize = 16 * 1024;
 const HELD_KEPT: usize = 32;
 
+/// Answers owed at once; a client that wants more has to wait for some.
+const OWED_MAX: usize = 4096;
+
 /// How long a session that has to end may take to reach a safe point.
 const STOP_GRACE: Duration = Duration::from_secs(60);
 /// The same where the tenant is suspended or its key revoked.
@@ -111,9 +114,15 @@ struct Relay {
     resume: bool,
     cancelling: Option<JoinHandle<bool>>,
     stopping: Option<(Stop, u64)>,
-    timed_out: bool,
-    /// What the deadline was last set for: statements completed, busy, in a transaction.
-    armed: (u64, bool, Status),
+    /// A statement is being cancelled because it exceeded its time: the errors seen before, and when its backend has
+    /// to go if it does not obey.
+    timed_out: Option<(u64, u64)>,
+    /// When the first of the delays of the next request began.
+    delayed: Option<Instant>,
+    /// The connection must not serve anybody else.
+    spoilt: bool,
+    /// What the deadline was last set for: statements completed, busy, idle.
+    armed: (u64, bool, bool),
     /// Totals that have been added to the meter.
     metered: Metered,
     bytes_in: u64,
@@ -280,12 +289,17 @@ impl Relay {
                 return Err(event);
             }
             if let Some(cancelling) = &mut self.cancelling
-                && Pin::new(cancelling).poll(cx).is_ready()
+                && let Poll::Ready(taken) = Pin::new(cancelling).poll(cx)
             {
+                // A request that the server may yet take must not hit whoever comes next.
+                self.spoilt |= !matches!(taken, Ok(true));
                 self.cancelling = None;
                 self.release_if_done();
             }
-            if self.to_client.poll(&mut self.client, cx).map_err(client_gone)?.is_ready() && self.resume {
+            if self.to_client.poll(&mut self.client, cx).map_err(client_gone)?.is_ready()
+                && self.resume
+                && self.to_server.is_empty()
+            {
                 self.resume = false;
                 self.on_client(cx, scratch, 0)?;
                 continue;
@@ -293,7 +307,12 @@ impl Relay {
             let mut progress = false;
             if let Some(link) = &mut self.link {
                 let told = |_| Event::ServerGone(false);
-                let _ = self.to_server.poll(&mut link.stream, cx).map_err(told)?;
+                if self.to_server.poll(&mut link.stream, cx).map_err(told)?.is_ready()
+                    && self.resume
+                    && self.to_client.is_empty()
+                {
+                    continue;
+                }
                 if self.to_client.is_empty()
                     && let Poll::Ready(n) = read(&mut link.stream, cx, &mut scratch.read).map_err(told)?
                 {
@@ -304,10 +323,7 @@ impl Relay {
                     progress = true;
                 }
             }
-            // A client whose bytes the server does not take is not read; neither is one that has to end.
-            if self.to_server.is_empty()
-                && !self.resume
-                && !self.conversation.is_holding()
+            if self.may_read_client()
                 && let Poll::Ready(n) = read(&mut self.client, cx, &mut scratch.read).map_err(client_gone)?
             {
                 if n == 0 {
@@ -321,6 +337,19 @@ impl Relay {
                 return Ok(Poll::Pending);
             }
         }
+    }
+
+    /// Whether the client is read. Not while one side does not take what it is sent, nor while a pipeline is longer
+    /// than a server would buffer, so that nothing here grows with what a client sends; nor while a cancel is on its
+    /// way that could hit the next statement.
+    fn may_read_client(&self) -> bool {
+        let ledger = self.conversation.ledger();
+        self.to_server.is_empty()
+            && self.to_client.is_empty()
+            && !self.resume
+            && !self.conversation.is_holding()
+            && ledger.len() < OWED_MAX
+            && !(self.cancelling.is_some() && ledger.is_settled())
     }
 
     /// Takes `n` bytes that the client sent, behind those that waited.
@@ -354,9 +383,18 @@ impl Relay {
             at += step.consumed;
             match step.want {
                 Want::More | Want::Hold => break None,
+                Want::Again if self.to_server.is_empty() => {}
+                Want::Again => {
+                    self.resume = true;
+                    break None;
+                }
                 Want::Close => break Some(Event::ClientGone),
                 Want::Pace => match self.session.take(1) {
-                    Ok(()) => self.conversation.pace(),
+                    Ok(()) => {
+                        self.delayed = None;
+                        self.conversation.pace();
+                        self.conversation.set_over_storage(self.over_storage());
+                    }
                     Err(over) => break Some(Event::OverRate(over)),
                 },
                 Want::Link => match self.link_now(cx, down) {
@@ -376,7 +414,10 @@ impl Relay {
         }
         match event {
             Some(event) => Err(event),
-            None => Ok(()),
+            None => {
+                self.release_if_done();
+                Ok(())
+            }
         }
     }
 
@@ -387,6 +428,7 @@ impl Relay {
             return Err(Event::Stop(self.stopping.map_or(Stop::Draining, |(stop, _)| stop)));
         }
         self.session.take(1).map_err(Event::OverRate)?;
+        self.delayed = None;
         self.conversation.pace();
         match self.pool.try_take(&self.home) {
             Taken::Lease(lease) if self.conversation.preparation(&lease.remote).is_empty() => {
@@ -473,8 +515,12 @@ impl Relay {
             && self.server_tail.is_empty()
             && let Some(lease) = self.link.take()
         {
-            lease.release();
-            self.timed_out = false;
+            if self.spoilt || self.conversation.take_spoilt() {
+                self.spoilt = false;
+                drop(lease);
+            } else {
+                lease.release();
+            }
             self.session.live().set_idle(true);
             self.meter();
         }
@@ -530,23 +576,40 @@ impl Relay {
 
     /// Sets the deadline for what is happening now, if that has changed.
     fn arm(&mut self) {
+        self.forget_timeout();
         let ledger = self.conversation.ledger();
         let busy = self.link.is_some() && !ledger.is_settled();
-        let state = (ledger.completed(), busy, ledger.status());
-        if state == self.armed || (self.timed_out && busy) {
+        // A pipeline without its Sync or half a message holds the connection as an open transaction does.
+        let idle = self.link.is_none() || (ledger.is_idle() && self.tail.is_empty());
+        let state = (ledger.completed(), busy, idle);
+        if state == self.armed {
             return;
         }
         self.armed = state;
-        let live = self.session.live();
-        let limit = if busy || ledger.status() != Status::Idle {
-            let policy = self.session.slot().policy();
-            let limits = &policy.limits.postgres;
-            let limit = if busy { limits.statement_timeout } else { limits.idle_in_transaction_timeout };
-            clock::now_ms() + u64::try_from(limit.as_millis()).unwrap_or(u64::MAX / 2)
-        } else {
-            u64::MAX
+        let deadline = match self.timed_out {
+            Some((_, at)) => at,
+            None if busy || !idle => {
+                let policy = self.session.slot().policy();
+                let limits = &policy.limits.postgres;
+                let limit = if busy { limits.statement_timeout } else { limits.idle_in_transaction_timeout };
+                clock::now_ms() + u64::try_from(limit.as_millis()).unwrap_or(u64::MAX / 2)
+            }
+            None => u64::MAX,
         };
-        live.set_deadline(limit.min(self.stopping.map_or(u64::MAX, |(_, at)| at)));
+        self.session.live().set_deadline(deadline.min(self.stopping.map_or(u64::MAX, |(_, at)| at)));
+    }
+
+    /// The statement that was cancelled for its time has ended: the next one has all of its own.
+    fn forget_timeout(&mut self) -> bool {
+        let Some((errors, _)) = self.timed_out else { return false };
+        let busy = self.link.is_some() && !self.conversation.ledger().is_settled();
+        let over = !busy || self.conversation.errors() != errors || !self.conversation.is_timed_out();
+        if over {
+            self.timed_out = None;
+            self.conversation.set_timed_out(None);
+            self.armed.0 = u64::MAX;
+        }
+        over
     }
 
     /// Asks the server to cancel what is running, if anything is. The connection stays leased until the server has
@@ -569,6 +632,9 @@ impl Relay {
             self.cancel();
             return Err(self.stop(stop).await);
         }
+        if self.forget_timeout() {
+            return Ok(());
+        }
         let policy = Arc::clone(&self.session.slot().policy());
         let limits = &policy.limits.postgres;
         let over = |limit, max: Duration| Over {
@@ -578,9 +644,7 @@ impl Relay {
             in_use: u64::try_from(max.as_millis()).unwrap_or(u64::MAX),
             retry_after: None,
         };
-        if self.link.is_none()
-            || (self.conversation.ledger().is_settled() && self.conversation.ledger().status() == Status::Idle)
-        {
+        if self.link.is_none() || (self.conversation.ledger().is_idle() && self.tail.is_empty()) {
             return Ok(());
         }
         if self.conversation.ledger().is_settled() {
@@ -588,13 +652,13 @@ impl Relay {
             return Err(self.end(&refusal).await);
         }
         let refusal = over(Limit::StatementTimeout, limits.statement_timeout);
-        if !self.timed_out {
+        if self.timed_out.is_none() {
             count_refusal(&Refusal::OverLimit(refusal));
-            self.timed_out = true;
+            let at = clock::now_ms() + u64::try_from(CANCEL_GRACE.as_millis()).unwrap_or(0);
+            self.timed_out = Some((self.conversation.errors(), at));
+            self.armed.0 = u64::MAX;
             self.conversation.set_timed_out(Some(refusal));
             self.cancel();
-            let grace = u64::try_from(CANCEL_GRACE.as_millis()).unwrap_or(0);
-            self.session.live().set_deadline(clock::now_ms() + grace);
             return Ok(());
         }
         // The statement swallows cancels: its backend has to go.
@@ -667,11 +731,8 @@ impl Relay {
         } else if ledger.is_settled() || lease.key.is_empty() {
             drop(lease);
         } else {
-            let upstream = Arc::clone(&self.server.upstream);
-            tokio::spawn(async move {
-                upstream.cancel(&lease.key).await;
-                drop(lease);
-            });
+            let (upstream, home) = (Arc::clone(&self.server.upstream), Arc::clone(&self.home));
+            tokio::spawn(async move { link::abandon(&upstream, lease, &home.place.role).await });
         }
     }
 }

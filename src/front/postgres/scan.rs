@@ -175,7 +175,7 @@ pub fn scan(text: &[u8]) -> Scan {
         scan.deallocates = None;
         scan.shape = scan.shape.without(Shape::PLAIN);
         // Which of them a COMMIT between the statements has kept is more than we want to know.
-        if scan.shape.has(Shape::TRANSACTION) && !scan.tracks.is_empty() {
+        if scan.shape.has(Shape::TRANSACTION) && scan.tracks.iter().any(|(_, track)| *track != Track::Nothing) {
             scan.shape = scan.shape.and(Shape::SETS);
         }
     }
@@ -205,7 +205,7 @@ const WORD_MAX: usize = 32;
 #[derive(Clone, Copy)]
 enum Token<'a> {
     Word(&'a [u8]),
-    Quoted,
+    Quoted(&'a [u8]),
     Open,
     Semicolon,
     Dot,
@@ -220,6 +220,7 @@ fn statement(lexer: &mut Lexer<'_>, scan: &mut Scan) -> Option<Statement> {
     let mut set_config = false;
     let mut declares = false;
     let mut copies = false;
+    let mut reads = false;
     let mut unlistens = false;
     // The last word, when nothing but white space came since: a function's name if a parenthesis follows.
     let mut name: Option<Word> = None;
@@ -248,6 +249,7 @@ fn statement(lexer: &mut Lexer<'_>, scan: &mut Scan) -> Option<Statement> {
                     shape = shape.and(lead_shape);
                     frees = is_free;
                     declares = word.text() == b"declare";
+                    reads = word.text() == b"select";
                     copies = word.text() == b"copy";
                     unlistens = word.text() == b"unlisten";
                 } else {
@@ -259,6 +261,8 @@ fn statement(lexer: &mut Lexer<'_>, scan: &mut Scan) -> Option<Statement> {
                         b"into" if !matches!(previous.text(), b"insert" | b"merge") => shape = shape.and(Shape::GROWS),
                         b"from" if copies => shape = shape.and(Shape::GROWS).and(Shape::MOVES_SEQUENCE),
                         b"temp" | b"temporary" | b"pg_temp" => shape = shape.and(Shape::TEMP),
+                        // Updating this view sets.
+                        b"pg_settings" if !reads => shape = shape.and(Shape::SETS),
                         b"hold" if declares => shape = shape.and(Shape::HOLD),
                         b"all" if previous.text() == b"close" => shape = shape.and(Shape::CLOSES_ALL),
                         _ => {}
@@ -280,8 +284,11 @@ fn statement(lexer: &mut Lexer<'_>, scan: &mut Scan) -> Option<Statement> {
                 previous = before;
                 name = None;
             }
-            Some(Token::Quoted) => {
+            Some(Token::Quoted(text)) => {
                 any = true;
+                if text.starts_with(b"pg_temp") {
+                    shape = shape.and(Shape::TEMP);
+                }
                 // A quoted name may be a function's; `"f"(` is one unless a table is expected here.
                 before = previous;
                 previous = Word::new(b"\"");
@@ -654,7 +661,11 @@ impl<'a> Lexer<'a> {
                     self.comment();
                 }
                 b'\'' => return self.quoted(1, b'\'', false, Token::Other),
-                b'"' => return self.quoted(1, b'"', false, Token::Quoted),
+                b'"' => {
+                    let start = self.at + 1;
+                    self.quoted(1, b'"', false, Token::Other);
+                    return Some(Token::Quoted(&self.text[start.min(self.at)..self.at]));
+                }
                 b'e' | b'E' if rest.get(1) == Some(&b'\'') => return self.quoted(2, b'\'', true, Token::Other),
                 b'$' => return self.dollar(),
                 b';' => return self.single(Token::Semicolon),
@@ -761,7 +772,15 @@ fn read_set(body: &[u8]) -> Track {
         }
     }
     match name.as_str() {
-        "transaction" | "constraints" => return Track::Nothing,
+        // These last for a transaction only, and outside one for nothing.
+        "transaction"
+        | "constraints"
+        | "transaction_isolation"
+        | "transaction_read_only"
+        | "transaction_deferrable" => {
+            return Track::Nothing;
+        }
+        "seed" => return Track::Unknown,
         "role" | "xml" | "session_authorization" | "" => return Track::Unknown,
         "names" => return value("client_encoding", rest),
         "schema" => return value("search_path", rest),
@@ -787,7 +806,8 @@ fn read_set(body: &[u8]) -> Track {
 
 fn value(name: &str, text: &str) -> Track {
     let text = text.trim();
-    if text.is_empty() {
+    // A path through the temporary schema makes temporary tables out of ordinary statements.
+    if text.is_empty() || (name == "search_path" && text.contains("pg_temp")) {
         Track::Unknown
     } else if text.eq_ignore_ascii_case("default") {
         Track::Reset(name.into())

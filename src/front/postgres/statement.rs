@@ -175,9 +175,8 @@ impl Shared {
         if let Some(found) = known.get(&settings).and_then(Weak::upgrade) {
             return found;
         }
-        if known.len() >= PROFILES_MAX {
-            known.retain(|_, weak| weak.strong_count() > 0);
-        }
+        // Dead ones are swept each time: a client that goes on setting leaves one behind with every step.
+        known.retain(|_, weak| weak.strong_count() > 0);
         let shared = Arc::new(settings);
         known.insert(Settings::clone(&shared), Arc::downgrade(&shared));
         shared
@@ -259,6 +258,13 @@ pub struct Unnamed {
     pub statement: Arc<Statement>,
     /// Whether it is kept prepared upstream under a name.
     pub named: bool,
+}
+
+impl Unnamed {
+    /// What it may do.
+    pub fn scan(&self) -> &Scan {
+        &self.statement.scan
+    }
 }
 
 /// Prepared statements that one client may hold, and their bytes; beyond, it is held to one connection and its

@@ -112,6 +112,19 @@ pub enum Value {
     Verbatim(Box<str>),
 }
 
+impl Value {
+    /// Bytes of it.
+    pub fn len(&self) -> usize {
+        let (Value::Raw(text) | Value::Verbatim(text)) = self;
+        text.len()
+    }
+
+    /// Whether it is empty.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// A client's settings on top of the server's defaults, sorted by name. Immutable and shared, so that equal ones
 /// are usually the same pointer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -147,6 +160,11 @@ impl Settings {
     /// How many.
     pub fn len(&self) -> usize {
         self.0.len()
+    }
+
+    /// Bytes of all of them.
+    pub fn bytes(&self) -> usize {
+        self.0.iter().map(|(name, Value::Raw(value) | Value::Verbatim(value))| name.len() + value.len()).sum()
     }
 
     /// Whether there are none.

@@ -12,10 +12,7 @@ mod provision;
 mod scram;
 mod size;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use dashmap::DashMap;
 use tokio::{
@@ -156,29 +153,34 @@ impl Upstream {
         self.pools.iter().map(|entry| Arc::clone(entry.value())).collect()
     }
 
-    /// Tidies the pools and samples sizes, until dropped.
+    /// Tidies the pools, follows tiers with the roles' own limits, samples sizes, until dropped. None waits for
+    /// another: a slow look at a size must not keep clients from their turn.
     pub async fn run_maintenance(&self) {
-        let mut ticker = tokio::time::interval(TIDY_EVERY);
-        ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut sampled = Instant::now();
-        loop {
-            tokio::select! {
-                _ = ticker.tick() => {}
-                () = self.stale.notified() => {
-                    self.raise_ceilings().await;
-                    continue;
+        let tidy = async {
+            let mut ticker = tokio::time::interval(TIDY_EVERY);
+            ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                ticker.tick().await;
+                for pool in self.pools() {
+                    pool.tidy(self.idle_timeout);
                 }
+                // More than one reference: sessions or connections hold it.
+                self.pools.retain(|_, pool| Arc::strong_count(pool) > 1 || !pool.is_unused());
             }
-            for pool in self.pools() {
-                pool.tidy(self.idle_timeout);
+        };
+        let follow = async {
+            loop {
+                self.stale.notified().await;
+                self.raise_ceilings().await;
             }
-            // Two references: the map's and `pool`'s own temporary one; sessions and connections hold more.
-            self.pools.retain(|_, pool| Arc::strong_count(pool) > 1 || !pool.is_unused());
-            if sampled.elapsed() >= self.storage_interval {
+        };
+        let sample = async {
+            loop {
+                tokio::time::sleep(self.storage_interval).await;
                 self.sample().await;
-                sampled = Instant::now();
             }
-        }
+        };
+        tokio::join!(tidy, follow, sample);
     }
 
     /// Brings the roles' own limits to those of a tier that was changed in the catalog. Until then the server refuses

@@ -97,9 +97,14 @@ impl Budget {
         let mut hungry = self.hungry.lock();
         if !hungry.iter().any(|weak| std::ptr::eq(weak.as_ptr(), Arc::as_ptr(pool))) {
             hungry.push_back(Arc::downgrade(pool));
-            self.waiting.store(hungry.len(), Ordering::Relaxed);
+            self.waiting.store(hungry.len(), Ordering::Release);
         }
         drop(hungry);
+        // A place that was given back before we stood in the ring was offered to nobody.
+        if self.used.taken() < self.max {
+            self.freed();
+            return;
+        }
         let pools: Vec<Arc<Pool>> = self.pools.lock().iter().filter_map(Weak::upgrade).collect();
         let richest = pools.iter().max_by_key(|pool| pool.state.lock().idle.len());
         if let Some(pool) = richest {
@@ -112,14 +117,20 @@ impl Budget {
         if self.waiting.load(Ordering::Relaxed) == 0 {
             return;
         }
-        let next = {
-            let mut hungry = self.hungry.lock();
-            let next = hungry.pop_front();
-            self.waiting.store(hungry.len(), Ordering::Relaxed);
-            next
-        };
-        if let Some(pool) = next.and_then(|weak| weak.upgrade()) {
-            pool.wake();
+        loop {
+            let next = {
+                let mut hungry = self.hungry.lock();
+                let next = hungry.pop_front();
+                self.waiting.store(hungry.len(), Ordering::Release);
+                next
+            };
+            let Some(next) = next else { return };
+            // One whose clients have all gone meanwhile passes its turn on.
+            if let Some(pool) = next.upgrade()
+                && pool.wake()
+            {
+                return;
+            }
         }
     }
 
@@ -320,30 +331,26 @@ impl Pool {
 
     /// Takes what can be had without waiting; an idle connection is checked for a server that has gone.
     pub fn try_take(self: &Arc<Self>, home: &Home) -> Taken {
-        let mut dead = Vec::new();
+        loop {
+            let mut state = self.state.lock();
+            state.waiting.retain(|waiter| !waiter.grant.is_closed());
+            if !state.waiting.is_empty() {
+                break;
+            }
+            let Some(at) = state.idle.iter().rposition(|idle| idle.connection.database == home.database) else { break };
+            let Idle { mut connection, places, .. } = state.idle.remove(at);
+            // Asking the socket is not done under the lock; neither is giving the places of a dead one back.
+            drop(state);
+            if alive(&mut connection) {
+                return Taken::Lease(Lease { held: Some((connection, places)) });
+            }
+        }
         let mut state = self.state.lock();
         state.waiting.retain(|waiter| !waiter.grant.is_closed());
-        if state.waiting.is_empty() {
-            while let Some(at) = state.idle.iter().rposition(|idle| idle.connection.database == home.database) {
-                let Idle { mut connection, places, .. } = state.idle.remove(at);
-                if alive(&mut connection) {
-                    drop(state);
-                    drop(dead);
-                    return Taken::Lease(Lease { held: Some((connection, places)) });
-                }
-                dead.push((connection, places));
-            }
-            // Connections of a server that went away give their places back before new ones are asked for.
-            if !dead.is_empty() {
-                drop(state);
-                dead.into_iter().for_each(|(connection, places)| drop((connection, places)));
-                state = self.state.lock();
-            }
-            if state.waiting.is_empty()
-                && let Some(places) = self.places()
-            {
-                return Taken::Places(places);
-            }
+        if state.waiting.is_empty()
+            && let Some(places) = self.places()
+        {
+            return Taken::Places(places);
         }
         let (grant, turn) = oneshot::channel();
         state.waiting.push_back(Waiter { database: Arc::clone(&home.database), grant });
@@ -438,11 +445,12 @@ impl Pool {
         }
     }
 
-    /// Gives free places to whoever waits first.
-    fn wake(self: &Arc<Self>) {
+    /// Gives free places to whoever waits first; tells whether anybody was waiting.
+    fn wake(self: &Arc<Self>) -> bool {
         let mut late = Vec::new();
         let mut state = self.state.lock();
         state.waiting.retain(|waiter| !waiter.grant.is_closed());
+        let waited = !state.waiting.is_empty();
         while !state.waiting.is_empty() {
             let Some(places) = self.places() else { break };
             let Some(waiter) = state.waiting.pop_front() else { break };
@@ -455,6 +463,7 @@ impl Pool {
         if hungry && self.tenant_has_room() {
             self.budget.ask(self);
         }
+        waited
     }
 
     fn places(self: &Arc<Self>) -> Option<Places> {

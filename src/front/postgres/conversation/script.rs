@@ -654,7 +654,7 @@ impl Stage {
             client.tail.drain(..consumed);
             given -= consumed;
             match want {
-                Want::More | Want::Hold => return,
+                Want::More | Want::Hold | Want::Again => return,
                 Want::Close => return self.leave(who),
                 Want::Pace => client.conversation.pace(),
                 Want::Link => {

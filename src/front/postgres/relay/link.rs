@@ -18,15 +18,18 @@ use crate::{
     session::Session,
     tenant::{OverRate, PoolMode},
     upstream::postgres::{
-        Connection, Home, Lease, Pool, TakeError, Taken,
+        Connection, Home, Lease, Pool, TakeError, Taken, Upstream,
         connection::{Parameters, Value},
     },
     wire::postgres::{
         self as wire,
-        backend::{self, Report, Severity, Status},
+        backend::{self, Report, Severity},
         frontend,
     },
 };
+
+/// Cancels for what a client left running, before its backend is ended otherwise.
+const CANCELS: u32 = 3;
 
 /// Most bytes of a server's answer to a preparation.
 const PREPARATION_MAX: usize = 1024 * 1024;
@@ -39,6 +42,8 @@ pub(super) struct Begun {
     home: Arc<Home>,
     conversation: Conversation,
     mode: PoolMode,
+    /// What the client sent before it was told that it is in: some pipeline their first query behind the password.
+    early: Vec<u8>,
 }
 
 impl Begun {
@@ -53,16 +58,18 @@ impl Begun {
             home: self.home,
             conversation: self.conversation,
             mode: self.mode,
-            tail: Vec::new(),
+            resume: !self.early.is_empty(),
+            tail: self.early,
             server_tail: Vec::new(),
             to_client: Pending::default(),
             to_server: Pending::default(),
             held: Vec::new(),
-            resume: false,
             cancelling: None,
             stopping: None,
-            timed_out: false,
-            armed: (0, false, Status::Idle),
+            timed_out: None,
+            delayed: None,
+            spoilt: false,
+            armed: (0, false, true),
             metered: super::Metered::default(),
             bytes_in: 0,
             bytes_out: 0,
@@ -93,6 +100,7 @@ pub(super) async fn begin(
     };
     let known = if mode == PoolMode::Transaction { shared.profile(&bare) } else { None };
     let mut link = None;
+    let mut early = Vec::new();
     let reported = match known {
         Some(reported) => reported,
         None => {
@@ -102,17 +110,20 @@ pub(super) async fn begin(
             };
             let deadline = Instant::now() + limits.queue_timeout;
             let taken = pool.try_take(&home);
-            // Nothing more may come from the client now; if it goes away, waiting for its turn is in vain.
+            // If the client goes away, waiting for its turn is in vain.
             let mut byte = [0; 1];
             let gone = std::pin::pin!(client.read(&mut byte));
             let take = std::pin::pin!(pool.take(&home, taken, deadline));
-            let lease = match select(take, gone).await {
-                Either::Left((lease, _)) => {
-                    lease.map_err(|error| refused(take_refusal(&session, &error, limits.queue_timeout)))?
+            let taken = match select(take, gone).await {
+                Either::Left((taken, _)) => taken,
+                Either::Right((Ok(1), take)) => {
+                    let taken = take.await;
+                    early.extend_from_slice(&byte);
+                    taken
                 }
                 Either::Right(_) => return Err((refuse::fatal(&Refusal::Draining), "client_gone")),
             };
-            let mut lease = lease;
+            let mut lease = taken.map_err(|error| refused(take_refusal(&session, &error, limits.queue_timeout)))?;
             let scratch =
                 Conversation::new(session.live().id, minor, Arc::clone(&shared), Arc::clone(&bare), Arc::default());
             let script = scratch.preparation(&lease.remote);
@@ -160,7 +171,7 @@ pub(super) async fn begin(
         conversation.link(&mut lease.remote, &mut Out::default());
         session.live().set_idle(false);
     }
-    Ok(Begun { session, link, pool, home, conversation, mode })
+    Ok(Begun { session, link, pool, home, conversation, mode, early })
 }
 
 /// The refusal for a lease that was not to be had.
@@ -229,6 +240,29 @@ async fn prepare(connection: &mut Connection, script: &str, deadline: Instant) -
     }
 }
 
+/// Ends what a client that has gone left running, and waits until the server has closed. A cancel that comes before
+/// the statement has begun does nothing, so it is sent again; a statement that swallows cancels loses its backend.
+pub(super) async fn abandon(upstream: &Upstream, mut lease: Lease, role: &str) {
+    let goodbye = async {
+        lease.stream.write_all(&frontend::TERMINATE).await?;
+        lease.stream.shutdown().await
+    };
+    // A server in the middle of a large message may not take it; then the end of the stream has to do.
+    let _ = tokio::time::timeout(super::CANCEL_GRACE, goodbye).await;
+    for attempt in 0..=CANCELS {
+        if attempt < CANCELS {
+            upstream.cancel(&lease.key).await;
+        } else if let Some(pid) = lease.pid() {
+            upstream.terminate(pid, role).await;
+        }
+        let mut rest = [0; 4096];
+        let ended = async { while lease.stream.read(&mut rest).await.is_ok_and(|n| n > 0) {} };
+        if tokio::time::timeout(super::CANCEL_GRACE, ended).await.is_ok() {
+            return;
+        }
+    }
+}
+
 /// The server's own words about a setting, with the codes that it has for them.
 fn server_report(message: &[u8]) -> Report {
     let text = |field| String::from_utf8_lossy(backend::field(message, field).unwrap_or_default()).into_owned();
@@ -269,15 +303,23 @@ impl Relay {
             Waited::ClientGone => return Err("client_gone"),
         };
         let script = self.conversation.preparation(&lease.remote);
-        if prepare(&mut lease, &script, deadline.max(Instant::now() + Duration::from_secs(1))).await.is_err() {
+        let patience = deadline.max(Instant::now() + Duration::from_secs(1));
+        if prepare(&mut lease, &script, patience).await.is_err() {
+            // What the last client left may be what it refuses; a fresh connection has nothing of that.
             drop(lease);
-            return Err(self.end(&Refusal::UpstreamDown).await);
+            let again = self.pool.try_take(&self.home);
+            let Ok(fresh) = self.pool.take(&self.home, again, patience).await else {
+                return Err(self.end(&Refusal::UpstreamDown).await);
+            };
+            lease = fresh;
+            let script = self.conversation.preparation(&lease.remote);
+            if prepare(&mut lease, &script, patience).await.is_err() {
+                return Err(self.end(&Refusal::UpstreamDown).await);
+            }
         }
         let mut down = Out::default();
         self.linked(lease, &mut down);
-        let mut told = Vec::new();
-        down.copy_to(&[], &mut told);
-        self.client.write_all(&told).await.map_err(|_| "client_gone")?;
+        down.copy_to(&[], &mut self.to_client.bytes);
         self.resume = true;
         Ok(())
     }
@@ -293,6 +335,9 @@ impl Relay {
                     Ok(lease) => Waited::Lease(lease),
                     Err(error) => Waited::Refused(error),
                 });
+            }
+            if let Poll::Ready(Err(_)) = self.to_client.poll(&mut self.client, cx) {
+                return Poll::Ready(Waited::ClientGone);
             }
             live.register(cx);
             if live.take_cancel() {
@@ -332,8 +377,9 @@ impl Relay {
     pub(super) async fn over_rate(&mut self, over: Over) -> Result<(), &'static str> {
         let rate = self.session.slot().policy().limits.postgres.rate;
         let wait = over.retry_after.unwrap_or_default();
-        if rate.over == OverRate::Delay && wait <= rate.max_delay {
-            let began = Instant::now();
+        let began = Instant::now();
+        let waited = began - *self.delayed.get_or_insert(began);
+        if rate.over == OverRate::Delay && waited + wait <= rate.max_delay {
             // The coarse clock may lag by its resolution: a little longer, or the first try after it fails.
             tokio::time::sleep(wait + clock::RESOLUTION).await;
             let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -341,6 +387,7 @@ impl Relay {
             self.resume = true;
             return Ok(());
         }
+        self.delayed = None;
         let refusal = Refusal::OverLimit(over);
         count_refusal(&refusal);
         self.refuse(&refuse::error(&refusal)).await
@@ -353,11 +400,9 @@ impl Relay {
         self.conversation.refuse(next_kind(&self.tail), report, &mut down);
         let done = self.conversation.skip_refused(&self.tail);
         self.tail.drain(..done);
-        let mut told = Vec::new();
-        down.copy_to(&[], &mut told);
-        self.bytes_out += told.len() as u64;
-        self.client.write_all(&told).await.map_err(|_| "client_gone")?;
-        self.client.flush().await.map_err(|_| "client_gone")?;
+        self.bytes_out += down.len() as u64;
+        // Behind what the client has not taken yet.
+        down.copy_to(&[], &mut self.to_client.bytes);
         self.resume = true;
         Ok(())
     }
