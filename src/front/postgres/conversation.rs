@@ -682,9 +682,9 @@ impl Conversation {
             let recurring = recurring && !self.pins.has(Shape::TEMP);
             let shape = statement.scan.shape;
             if let Some(own) = statement.scan.deallocates.clone()
-                && let Some(doomed) = self.names.find(&own).cloned()
+                && self.names.find(&own).is_some()
             {
-                return self.deallocate(&doomed, &own, remote, up);
+                return self.deallocate(&own, remote, up);
             }
             let named = recurring
                 && !failed
@@ -735,15 +735,11 @@ impl Conversation {
         Ok(())
     }
 
-    /// `DEALLOCATE name` in the extended protocol: the server gets it under our name for the statement.
-    fn deallocate(
-        &mut self,
-        doomed: &Arc<Statement>,
-        own: &[u8],
-        remote: &mut Remote,
-        up: &mut Out,
-    ) -> Result<(), wire::Error> {
-        self.prepare(doomed, How::Swallow, None, remote, up);
+    /// `DEALLOCATE name` in the extended protocol. What the server gets to deallocate, if this is ever executed, is a
+    /// statement made for it: the client's own is others' too.
+    fn deallocate(&mut self, own: &[u8], remote: &mut Remote, up: &mut Out) -> Result<(), wire::Error> {
+        let doomed = self.shared.private(b"SELECT\0\0\0", b"SELECT", None);
+        self.prepare(&doomed, How::Swallow, None, remote, up);
         let text = format!("DEALLOCATE \"{}\"", String::from_utf8_lossy(&doomed.name));
         let definition = [text.as_bytes(), &[0, 0, 0]].concat();
         up.own(|out| frontend::put_parse(out, b"", &definition));
@@ -751,7 +747,6 @@ impl Conversation {
         self.notes.push_back(Note::Parse { id: 0, own: None });
         let (statement, _) = self.shared.recurring(&definition, text.as_bytes(), None);
         remote.unnamed = Some(statement.id);
-        remote.prepared.remove(doomed.id);
         self.names.unnamed = Some(Unnamed { statement, named: false });
         self.names.remove(own);
         self.client_rest.1 = Rest::Drop;

@@ -6,12 +6,17 @@
 //! server, what reaches a client, when a connection changes hands. Once it has put raw bytes into either direction,
 //! nobody's words are checked any more: then nothing may panic, nor take more than it was given.
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-    time::Duration,
-};
+mod client;
+mod server;
+#[cfg(test)]
+mod tests;
 
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use self::{
+    client::{Client, NAMES, Script},
+    server::Server,
+};
 use super::{Conversation, Fault, Heard, PREFIX, Step, Want};
 use crate::{
     front::postgres::{
@@ -22,11 +27,10 @@ use crate::{
     },
     refusal::{Limit, Over, Refusal},
     tenant::Tier,
-    upstream::postgres::connection::{Parameters, Remote, Settings, Value},
+    upstream::postgres::connection::{Parameters, Settings, Value},
     wire::postgres::{
-        HEAD,
-        backend::{self, Report, Severity, Status},
-        frontend, head, put, put_cstr,
+        backend::{self, Report, Severity},
+        head, put,
     },
 };
 
@@ -35,425 +39,6 @@ const ACTS_MAX: usize = 512;
 
 /// Rounds in which everything said has to be answered once nothing new comes.
 const ROUNDS_MAX: usize = 64;
-
-const COPY: &str = "COPY t FROM STDIN";
-const TEXTS: [&str; 24] = [
-    "SELECT 1",
-    "SELECT $1::int",
-    "INSERT INTO t VALUES (1)",
-    "BEGIN",
-    "COMMIT",
-    "ROLLBACK",
-    "SET search_path = a",
-    "SET search_path = b",
-    "SET LOCAL search_path = c",
-    "RESET ALL",
-    "SELECT 1; SELECT 2",
-    "BEGIN; SET search_path = d; COMMIT",
-    COPY,
-    "COPY t TO STDOUT",
-    "DEALLOCATE a",
-    "DEALLOCATE ALL",
-    "DISCARD ALL",
-    "CREATE TABLE u (a int)",
-    "CREATE TEMP TABLE v (a int)",
-    "LISTEN c",
-    "SELECT nextval('s')",
-    "SELECT currval('s')",
-    "SELECT f(1)",
-    "",
-];
-const NAMES: [&[u8]; 6] = [b"", b"a", b"b", b"c", b"_dynabase_1", b"?"];
-
-struct Script<'a>(&'a [u8]);
-
-impl Script<'_> {
-    fn byte(&mut self) -> Option<u8> {
-        let (&first, rest) = self.0.split_first()?;
-        self.0 = rest;
-        Some(first)
-    }
-
-    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
-        of[usize::from(self.byte().unwrap_or(0)) % of.len()]
-    }
-
-    fn raw(&mut self) -> Vec<u8> {
-        let n = usize::from(self.byte().unwrap_or(0)).min(self.0.len());
-        let (raw, rest) = self.0.split_at(n);
-        self.0 = rest;
-        raw.to_vec()
-    }
-}
-
-/// What the model of a server holds.
-#[derive(Debug)]
-struct Server {
-    remote: Remote,
-    lessee: Option<usize>,
-    input: Vec<u8>,
-    output: Vec<u8>,
-    statements: HashMap<Vec<u8>, Vec<u8>>,
-    portals: HashMap<Vec<u8>, Vec<u8>>,
-    status: Status,
-    skipping: bool,
-    /// Extended messages were taken since the last Sync.
-    open: bool,
-    /// Waits for COPY data; `true` where a Query asked for it.
-    copy: Option<bool>,
-    path: String,
-    said: Option<&'static [u8]>,
-    dead: bool,
-    /// A Parse failed or was skipped: what was sent behind it may miss its statement.
-    lost: bool,
-}
-
-/// A statement's end.
-enum Ran {
-    Done(&'static str),
-    Empty,
-    Copies,
-    Failed(&'static [u8]),
-}
-
-impl Server {
-    fn new() -> Self {
-        Self {
-            remote: Remote::new(Parameters::default()),
-            lessee: None,
-            input: Vec::new(),
-            output: Vec::new(),
-            statements: HashMap::new(),
-            portals: HashMap::new(),
-            status: Status::Idle,
-            skipping: false,
-            open: false,
-            copy: None,
-            path: String::new(),
-            said: None,
-            dead: false,
-            lost: false,
-        }
-    }
-
-    /// What another client may be given.
-    fn is_clean(&self) -> bool {
-        let mut rest = &self.input[..];
-        // What has no answer and no effect may still be on its way.
-        while let Ok(Some(found)) = head(rest)
-            && matches!(found.kind, b'H' | b'd' | b'c' | b'f')
-        {
-            rest = rest.get(found.len..).unwrap_or_default();
-        }
-        rest.is_empty()
-            && self.output.is_empty()
-            && self.status == Status::Idle
-            && self.copy.is_none()
-            && !self.skipping
-            && !self.open
-    }
-
-    fn say(&mut self, kind: u8, body: &[u8]) {
-        put(&mut self.output, kind, |out| out.extend_from_slice(body));
-    }
-
-    fn done(&mut self, tag: &str) {
-        put(&mut self.output, b'C', |out| put_cstr(out, tag.as_bytes()));
-    }
-
-    fn ready(&mut self) {
-        if self.status == Status::Idle {
-            self.portals.clear();
-        }
-        self.open = false;
-        self.output.extend_from_slice(&backend::ready_message(self.status));
-    }
-
-    fn fail(&mut self, code: &'static [u8], name: &[u8]) {
-        self.said = Some(code);
-        let text = [b"statement \"", name, b"\" failed"].concat();
-        let fields = [(b'S', &b"ERROR"[..]), (b'V', b"ERROR"), (b'C', code), (b'M', &text)];
-        put(&mut self.output, b'E', |out| {
-            for (field, value) in fields {
-                out.push(field);
-                put_cstr(out, value);
-            }
-            out.push(0);
-        });
-        if self.status == Status::Transaction {
-            self.status = Status::Failed;
-        }
-    }
-
-    /// Takes one message, or as much of COPY data as there is.
-    fn serve(&mut self, choice: u8) {
-        self.said = None;
-        if self.dead {
-            self.input.clear();
-        }
-        let Ok(Some(found)) = head(&self.input) else { return };
-        if self.input.len() < found.len {
-            return;
-        }
-        let rest = self.input.split_off(found.len);
-        let message = std::mem::replace(&mut self.input, rest);
-        let body = &message[HEAD..];
-        if let Some(simple) = self.copy {
-            match found.kind {
-                b'd' | b'H' | b'S' => {}
-                b'c' | b'f' => {
-                    self.copy = None;
-                    if found.kind == b'c' && choice % 8 != 7 {
-                        self.done("COPY 1");
-                    } else {
-                        self.fail(b"57014", b"");
-                        self.skipping = !simple;
-                    }
-                    if simple {
-                        self.ready();
-                    }
-                }
-                // Out of step for good, as PostgreSQL sees it.
-                _ => {
-                    self.say(b'E', b"SFATAL\0VFATAL\0C08P01\0Mout of step\0\0");
-                    self.dead = true;
-                }
-            }
-            return;
-        }
-        if found.kind == b'S' {
-            self.skipping = false;
-            self.ready();
-            return;
-        }
-        if self.skipping {
-            self.lost |= found.kind == b'P';
-            return;
-        }
-        check_name(found.kind, &message);
-        self.open |= matches!(found.kind, b'P' | b'B' | b'D' | b'E' | b'C');
-        match found.kind {
-            b'Q' => {
-                self.statements.remove(&b""[..]);
-                self.query(frontend::query(&message).expect("a Query"), choice);
-            }
-            b'F' => {
-                if choice % 8 == 7 || self.status == Status::Failed {
-                    self.fail(b"22012", b"");
-                } else {
-                    self.say(b'V', &[255; 4]);
-                }
-                self.ready();
-            }
-            b'd' | b'c' | b'f' | b'H' => {}
-            _ => {
-                if let Err((code, name)) = self.extended(found.kind, &message, body, choice) {
-                    self.lost |= found.kind == b'P';
-                    self.fail(code, &name);
-                    self.skipping = true;
-                }
-            }
-        }
-    }
-
-    fn extended(&mut self, kind: u8, message: &[u8], body: &[u8], choice: u8) -> Result<(), (&'static [u8], Vec<u8>)> {
-        const NONE: &[u8] = b"26000";
-        let missing = |name: &[u8]| (NONE, name.to_vec());
-        match kind {
-            b'P' => {
-                let parse = frontend::parse(message).expect("a Parse");
-                let ends = parse.query.starts_with(b"COMMIT") || parse.query.starts_with(b"ROLLBACK");
-                if choice % 8 == 7 || (self.status == Status::Failed && !ends) {
-                    return Err((b"42601", parse.name.to_vec()));
-                }
-                if !parse.name.is_empty() && self.statements.contains_key(parse.name) {
-                    return Err((b"42P05", parse.name.to_vec()));
-                }
-                self.statements.insert(parse.name.to_vec(), parse.query.to_vec());
-                self.say(b'1', &[]);
-            }
-            b'B' => {
-                let bind = frontend::bind(message, true).expect("a Bind").expect("whole");
-                let text = self.statements.get(bind.statement).ok_or(missing(bind.statement))?.clone();
-                let ends = text.starts_with(b"COMMIT") || text.starts_with(b"ROLLBACK");
-                if choice % 8 == 7 || (self.status == Status::Failed && !ends) {
-                    return Err((b"22P02", Vec::new()));
-                }
-                self.portals.insert(bind.portal.to_vec(), text);
-                self.say(b'2', &[]);
-            }
-            b'D' => {
-                match frontend::subject(message).expect("a Describe") {
-                    frontend::Subject::Statement(name) => {
-                        let _ = self.statements.get(name).ok_or(missing(name))?;
-                        self.say(b't', &[0, 0]);
-                    }
-                    frontend::Subject::Portal(name) => {
-                        let _ = self.portals.get(name).ok_or((&b"34000"[..], Vec::new()))?;
-                    }
-                }
-                if choice & 1 == 0 { self.say(b'n', &[]) } else { self.say(b'T', &[0, choice % 3]) }
-            }
-            b'E' => {
-                let (name, _) = crate::wire::postgres::cstr(body).expect("an Execute");
-                let text = self.portals.get(name).ok_or((&b"34000"[..], Vec::new()))?.clone();
-                match self.run(&text, choice, false) {
-                    Ran::Done(_) if choice % 8 == 6 => self.say(b's', &[]),
-                    Ran::Done(tag) => self.done(tag),
-                    Ran::Empty => self.say(b'I', &[]),
-                    Ran::Copies => self.copy = Some(false),
-                    Ran::Failed(code) => return Err((code, Vec::new())),
-                }
-            }
-            b'C' => {
-                match frontend::subject(message).expect("a Close") {
-                    frontend::Subject::Statement(name) => _ = self.statements.remove(name),
-                    frontend::Subject::Portal(name) => _ = self.portals.remove(name),
-                }
-                self.say(b'3', &[]);
-            }
-            kind => panic!("{:?} reached a server", char::from(kind)),
-        }
-        Ok(())
-    }
-
-    fn query(&mut self, text: &[u8], choice: u8) {
-        let parts: Vec<&[u8]> = text.split(|&b| b == b';').collect();
-        // COPY is never followed by another statement in these scripts.
-        for part in &parts {
-            match self.run(part.trim_ascii(), choice, parts.len() == 1) {
-                Ran::Done(tag) => self.done(tag),
-                Ran::Empty if parts.len() == 1 => self.say(b'I', &[]),
-                Ran::Empty => {}
-                Ran::Copies => {
-                    self.copy = Some(true);
-                    return;
-                }
-                Ran::Failed(code) => {
-                    self.fail(code, b"");
-                    break;
-                }
-            }
-        }
-        self.ready();
-    }
-
-    fn run(&mut self, text: &[u8], choice: u8, rows: bool) -> Ran {
-        let text = String::from_utf8_lossy(text).into_owned();
-        let ends = text.starts_with("COMMIT") || text.starts_with("ROLLBACK");
-        if self.status == Status::Failed && !ends && !text.is_empty() {
-            return Ran::Failed(b"25P02");
-        }
-        if choice % 8 == 7 && !ends {
-            return Ran::Failed(b"22012");
-        }
-        if choice % 8 == 5 {
-            self.say(b'N', b"SNOTICE\0C00000\0Mhear\0\0");
-        }
-        let mut words = text.split_whitespace();
-        match (words.next().unwrap_or_default(), words.next().unwrap_or_default()) {
-            ("", _) => Ran::Empty,
-            ("BEGIN", _) => {
-                self.status = Status::Transaction;
-                Ran::Done("BEGIN")
-            }
-            ("COMMIT" | "ROLLBACK", _) => {
-                self.status = Status::Idle;
-                self.portals.clear();
-                Ran::Done("ROLLBACK")
-            }
-            ("SET", name) => {
-                if name != "LOCAL" && self.status == Status::Idle {
-                    self.path = text.rsplit(' ').next().unwrap_or_default().to_owned();
-                    let path = self.path.clone();
-                    if choice & 8 != 0 {
-                        backend::put_parameter(&mut self.output, "search_path", &path);
-                    }
-                }
-                Ran::Done("SET")
-            }
-            ("RESET", _) => Ran::Done("RESET"),
-            ("DISCARD", "ALL") if self.status != Status::Idle => Ran::Failed(b"25001"),
-            ("DISCARD", "ALL") => {
-                self.statements.clear();
-                self.portals.clear();
-                Ran::Done("DISCARD ALL")
-            }
-            ("DISCARD", _) => Ran::Done("DISCARD SEQUENCES"),
-            ("DEALLOCATE", "ALL") => {
-                self.statements.clear();
-                Ran::Done("DEALLOCATE ALL")
-            }
-            ("DEALLOCATE", name) => match self.statements.remove(name.trim_matches('"').as_bytes()) {
-                Some(_) => Ran::Done("DEALLOCATE"),
-                None => Ran::Failed(b"26000"),
-            },
-            ("COPY", _) if text.contains("FROM") => {
-                self.say(b'G', &[0, 0, 0]);
-                Ran::Copies
-            }
-            ("COPY", _) => {
-                self.say(b'H', &[0, 0, 0]);
-                self.say(b'd', b"1\n");
-                self.say(b'c', &[]);
-                Ran::Done("COPY 1")
-            }
-            ("CREATE", _) => Ran::Done("CREATE TABLE"),
-            ("LISTEN", _) => Ran::Done("LISTEN"),
-            ("DO", _) => Ran::Failed(b"53100"),
-            ("INSERT", _) => Ran::Done("INSERT 0 1"),
-            _ => {
-                if rows {
-                    self.say(b'T', &[0, 0]);
-                }
-                self.say(b'D', &[0, 0]);
-                Ran::Done("SELECT 1")
-            }
-        }
-    }
-}
-
-/// A name upstream is ours, or one that a client used itself and that can't be taken for ours.
-fn check_name(kind: u8, message: &[u8]) {
-    let name = match kind {
-        b'P' => frontend::parse(message).expect("a Parse").name,
-        b'B' => frontend::bind(message, true).expect("a Bind").expect("whole").statement,
-        b'D' | b'C' => match frontend::subject(message).expect("a Describe or Close") {
-            frontend::Subject::Statement(name) => name,
-            frontend::Subject::Portal(_) => return,
-        },
-        _ => return,
-    };
-    let shown = String::from_utf8_lossy(name);
-    let ours = name.strip_prefix(PREFIX).is_some_and(|id| id.iter().all(u8::is_ascii_hexdigit));
-    let hidden = name.strip_prefix(b"?").is_some_and(|own| NAMES.contains(&own));
-    let own = NAMES.contains(&name) && !name.starts_with(PREFIX);
-    assert!(ours || hidden || own, "{shown}");
-    // No pin of these scripts lets a client prepare under its own name.
-    assert!(kind != b'P' || ours || name.is_empty(), "Parse of {shown}");
-}
-
-#[derive(Debug)]
-struct Client {
-    conversation: Conversation,
-    /// Said, and not taken yet.
-    tail: Vec<u8>,
-    /// Received, and not a whole message yet.
-    received: Vec<u8>,
-    /// What it is owed, by its own account.
-    owed: Ledger,
-    link: Option<usize>,
-    /// Names that it has used.
-    names: HashSet<Vec<u8>>,
-    /// It may have been told that a name is taken, or lost its statements, by its own doing.
-    reused: bool,
-    wiped: bool,
-    /// It asked for a COPY, or may have: until it knows, it says nothing that a COPY would not take.
-    copying: bool,
-    /// It prepared a COPY.
-    copies: bool,
-    gone: bool,
-}
 
 /// The clients, the servers, and how much of what they say is checked.
 struct Stage {
@@ -497,7 +82,13 @@ pub fn play(script: &[u8]) {
         let Some(act) = script.byte() else { break };
         let who = usize::from(act >> 7);
         match act & 0x7f {
-            0..=79 => stage.speak(who, act & 0x7f, &mut script),
+            0..=79 => {
+                stage.clients[who].say(act & 0x7f, &mut script);
+                // Most drivers write a message at once; some scripts cut it with `hear` instead.
+                if act & 0x7f < 70 {
+                    stage.hear(who, usize::MAX);
+                }
+            }
             80..=99 => stage.hear(who, usize::from(script.byte().unwrap_or(255))),
             100..=117 => {
                 let choice = script.byte().unwrap_or(0);
@@ -535,91 +126,6 @@ fn timeout() -> Over {
 }
 
 impl Stage {
-    /// One whole message of a client, as a driver might send it.
-    fn speak(&mut self, who: usize, act: u8, script: &mut Script<'_>) {
-        let client = &mut self.clients[who];
-        // A driver that is asked for COPY data gives that, or ends it.
-        let copies = client.owed.copies_in();
-        client.copying &= !copies && !client.owed.is_settled() && !client.owed.is_skipping();
-        let mut out = Vec::new();
-        match act % 10 {
-            // Data may come before the server asks for it; a Sync may stand behind the Execute.
-            0..4 if client.copying => put(&mut out, b'd', |out| out.extend_from_slice(b"1\n")),
-            4 if client.copying => {
-                put(&mut out, b'c', |_| {});
-                client.owed.end_copy();
-                client.copying = false;
-            }
-            5..8 if client.copying => {}
-            _ if copies && act % 10 < 7 => put(&mut out, b'd', |out| out.extend_from_slice(b"1\n")),
-            _ if copies => {
-                let kind = if act % 10 == 9 { b'f' } else { b'c' };
-                put(&mut out, kind, |out| {
-                    if kind == b'f' {
-                        out.push(0);
-                    }
-                });
-                client.owed.end_copy();
-            }
-            0 | 1 => {
-                let text = script.pick(&TEXTS);
-                client.wiped |= text.ends_with("ALL");
-                client.copying = text == COPY;
-                frontend::put_query(&mut out, text);
-                client.owed.push(Owed::Query, How::Forward);
-            }
-            2 | 3 => {
-                let (name, text) = (script.pick(&NAMES), script.pick(&TEXTS));
-                client.wiped |= text.ends_with("ALL");
-                client.copies |= text == COPY;
-                client.reused |= !name.is_empty() && !client.names.insert(name.to_vec());
-                frontend::put_parse(&mut out, name, &[text.as_bytes(), &[0, 0, 0]].concat());
-                client.owed.push(Owed::Parse, How::Forward);
-            }
-            4 => {
-                frontend::put_bind_head(&mut out, b"", script.pick(&NAMES), 6);
-                out.extend_from_slice(&[0; 6]);
-                client.owed.push(Owed::Bind, How::Forward);
-            }
-            5 => {
-                client.copying = client.copies;
-                put(&mut out, b'E', |out| out.extend_from_slice(&[0; 5]));
-                client.owed.push(Owed::Execute, How::Forward);
-            }
-            6 => {
-                let name = script.pick(&NAMES);
-                if act >= 40 {
-                    put(&mut out, b'D', |out| out.extend_from_slice(b"P\0"));
-                    client.owed.push(Owed::Describe, How::Forward);
-                } else {
-                    frontend::put_statement(&mut out, b'D', name);
-                    client.owed.push(Owed::DescribeStatement, How::Forward);
-                }
-            }
-            7 => {
-                let name = script.pick(&NAMES);
-                if act >= 60 {
-                    put(&mut out, b'H', |_| {});
-                } else if act >= 50 {
-                    put(&mut out, b'F', |out| out.extend_from_slice(&[0; 10]));
-                    client.owed.push(Owed::Call, How::Forward);
-                } else {
-                    frontend::put_statement(&mut out, b'C', name);
-                    client.owed.push(Owed::Close, How::Forward);
-                }
-            }
-            _ => {
-                put(&mut out, b'S', |_| {});
-                client.owed.push(Owed::Sync, How::Forward);
-            }
-        }
-        client.tail.extend(out);
-        // Most drivers write a message or a pipeline at once; some scripts cut it with `hear` instead.
-        if act < 70 {
-            self.hear(who, usize::MAX);
-        }
-    }
-
     /// Gives a conversation up to `n` bytes of what its client said.
     fn hear(&mut self, who: usize, n: usize) {
         if self.clients[who].gone {
@@ -847,26 +353,5 @@ impl Stage {
             }
         }
         panic!("somebody still waits: {:?} {:?}", self.clients, self.servers);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::{collection::vec, prelude::*};
-
-    proptest! {
-        #![proptest_config(ProptestConfig { cases: 4096, ..ProptestConfig::default() })]
-
-        #[test]
-        fn whatever_clients_and_servers_say_every_answer_reaches_who_asked(script in vec(any::<u8>(), 0..600)) {
-            super::play(&script);
-        }
-
-        /// Without raw bytes, so that every check holds to the end.
-        #[test]
-        fn well_behaved_clients_never_notice_each_other(script in vec((0u8..2, 0u8..120, any::<u8>(), any::<u8>()), 0..150)) {
-            let script: Vec<u8> = script.into_iter().flat_map(|(who, act, a, b)| [act | who << 7, a, b]).collect();
-            super::play(&script);
-        }
     }
 }
