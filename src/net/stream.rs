@@ -7,10 +7,13 @@ use std::{
     task::{Context, Poll},
 };
 
+use bytes::Bytes;
 use tokio::{
     io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf},
     net::{TcpStream, UnixStream},
 };
+
+use super::limit::Unauthenticated;
 
 /// Where a connection comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +22,13 @@ pub enum Peer {
     Ip(SocketAddr),
     /// A Unix socket.
     Unix,
+}
+
+impl Peer {
+    /// A TCP peer; an IPv4 address that came mapped into IPv6 is written as IPv4.
+    pub(super) fn tcp(addr: SocketAddr) -> Self {
+        Peer::Ip(SocketAddr::new(addr.ip().to_canonical(), addr.port()))
+    }
 }
 
 impl std::fmt::Display for Peer {
@@ -37,10 +47,14 @@ pub struct Conn {
     pub id: u64,
     /// Where it comes from.
     pub peer: Peer,
-    /// Whether bytes stay on this machine without TLS: the socket itself (not a PROXY header) is loopback or Unix.
+    /// Whether bytes stay on this machine without TLS: the socket is loopback or Unix, and no PROXY header says that
+    /// the client is elsewhere.
     pub local: bool,
     /// The bytes.
     pub stream: Stream,
+    /// Its place among the unauthenticated connections of its source, where that is counted. Drop it once the caller
+    /// is admitted.
+    pub unauthenticated: Option<Unauthenticated>,
 }
 
 /// A socket without TLS.
@@ -52,6 +66,30 @@ pub enum Raw {
     Unix(UnixStream),
     /// An in-memory pipe, for tests.
     Memory(DuplexStream),
+    /// Bytes that were already read, then the socket. Turns into the socket with the first read after them.
+    Replay(Box<Replay>),
+}
+
+/// Bytes to be read again before the socket's own.
+#[derive(Debug)]
+pub struct Replay {
+    left: Bytes,
+    /// Taken only when this value is being replaced by it.
+    inner: Option<Raw>,
+}
+
+impl Replay {
+    fn inner(&mut self) -> io::Result<&mut Raw> {
+        self.inner.as_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+
+impl Raw {
+    /// A socket that gives `bytes` first: what was read to find out which protocol follows. Free once they are read.
+    pub fn replaying(self, bytes: impl Into<Bytes>) -> Raw {
+        let left = bytes.into();
+        if left.is_empty() { self } else { Raw::Replay(Box::new(Replay { left, inner: Some(self) })) }
+    }
 }
 
 /// A byte stream.
@@ -68,6 +106,17 @@ impl Stream {
     pub fn is_tls(&self) -> bool {
         matches!(self, Stream::Tls(_))
     }
+
+    /// A plain stream that gives `bytes` first, as [`Raw::replaying`].
+    ///
+    /// # Errors
+    /// `InvalidInput` for a TLS stream: its bytes were read decrypted.
+    pub fn replaying(self, bytes: impl Into<Bytes>) -> io::Result<Stream> {
+        match self {
+            Stream::Plain(raw) => Ok(Stream::Plain(raw.replaying(bytes))),
+            Stream::Tls(_) => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
 }
 
 macro_rules! each {
@@ -76,12 +125,26 @@ macro_rules! each {
             Raw::Tcp($inner) => $call,
             Raw::Unix($inner) => $call,
             Raw::Memory($inner) => $call,
+            Raw::Replay(replay) => {
+                let $inner = replay.inner()?;
+                $call
+            }
         }
     };
 }
 
 impl AsyncRead for Raw {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if let Raw::Replay(replay) = &mut *self {
+            if !replay.left.is_empty() {
+                let some = replay.left.len().min(buf.remaining());
+                buf.put_slice(&replay.left.split_to(some));
+                return Poll::Ready(Ok(()));
+            }
+            if let Some(inner) = replay.inner.take() {
+                *self = inner;
+            }
+        }
         each!(self, inner => Pin::new(inner).poll_read(cx, buf))
     }
 }
@@ -100,7 +163,11 @@ impl AsyncWrite for Raw {
     }
 
     fn is_write_vectored(&self) -> bool {
-        !matches!(self, Raw::Memory(_))
+        match self {
+            Raw::Memory(_) => false,
+            Raw::Replay(replay) => replay.inner.as_ref().is_some_and(Raw::is_write_vectored),
+            Raw::Tcp(_) | Raw::Unix(_) => true,
+        }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
