@@ -17,5 +17,7 @@ pub mod refusal;
 pub mod identity;
 pub mod quota;
 
+pub mod upstream;
+
 pub mod session;
 pub mod usage;

@@ -275,6 +275,8 @@ fn hex(line: &[u8], at: usize) -> Option<u8> {
 pub struct Reply {
     /// Values still to come; 0 before the first byte.
     values: u64,
+    /// A first header was walked.
+    begun: bool,
     /// Payload bytes of a bulk (with its CRLF) still to come.
     skip: usize,
 }
@@ -283,6 +285,11 @@ impl Reply {
     /// Whether a reply is begun and not ended.
     pub fn is_open(&self) -> bool {
         self.values > 0 || self.skip > 0
+    }
+
+    /// Whether any of its bytes were walked.
+    pub fn is_begun(&self) -> bool {
+        self.begun
     }
 
     /// Walks `bytes` on. Gives how many of them belong to the reply, and whether it ends there. When it does not
@@ -300,6 +307,7 @@ impl Reply {
             if self.skip > 0 {
                 let step = self.skip.min(bytes.len() - at);
                 at += step;
+                self.begun = true;
                 self.skip -= step;
                 if self.skip > 0 {
                     return Ok((at, false));
@@ -308,6 +316,7 @@ impl Reply {
             if self.values == 0 {
                 return Ok((at, true));
             }
+            self.begun |= at > 0;
             let Some(kind) = bytes.get(at) else { return Ok((at, false)) };
             match kind {
                 b'$' | b'!' | b'=' => {

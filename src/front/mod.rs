@@ -1,0 +1,3 @@
+//! The protocols as clients see them.
+
+pub mod redis;

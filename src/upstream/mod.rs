@@ -1,0 +1,3 @@
+//! The way out to the real databases.
+
+pub mod redis;
