@@ -17,7 +17,18 @@ pub mod refusal;
 pub mod identity;
 pub mod quota;
 
+pub mod usage;
+
+pub mod catalog;
+
 pub mod upstream;
 
 pub mod session;
-pub mod usage;
+
+pub mod front;
+
+pub mod admin;
+
+pub mod config;
+
+pub mod cli;

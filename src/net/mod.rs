@@ -3,6 +3,7 @@
 //! [`listen::run`] accepts and hands each [`Conn`] to a front; [`tls`] turns a plain [`Stream`] into a TLS one, at once
 //! or where the protocol asks for it; [`Drain`] ends it all in order.
 
+mod bind;
 pub mod drain;
 pub mod limit;
 pub mod listen;
@@ -11,8 +12,8 @@ pub mod stream;
 pub mod tls;
 mod trust;
 
+pub use bind::{Address, ListenConfig, Listener};
 pub use drain::Drain;
 pub use limit::{AcceptLimits, Unauthenticated};
-pub use listen::{Address, ListenConfig, Listener};
 pub use stream::{Conn, Peer, Raw, Stream};
 pub use tls::{ClientTls, ServerTls, TlsConfig, TlsError, TlsMode, accept_tls};

@@ -1,6 +1,11 @@
 //! The coarse monotonic clock: milliseconds of resolution for a few nanoseconds of cost. Enough for limits that
 //! are counted in requests per second, and for deadlines that are checked every [`crate::quota::table::TICK`].
 
+use std::time::Duration;
+
+/// How far the clock may lag behind: one kernel tick at 100 Hz, the coarsest in use.
+pub const RESOLUTION: Duration = Duration::from_millis(10);
+
 /// Nanoseconds since an arbitrary start, never zero.
 pub fn now_ns() -> u64 {
     // 32.32 fixed-point seconds.

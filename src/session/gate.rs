@@ -31,6 +31,12 @@ pub struct Gate {
     allow_plaintext: bool,
 }
 
+impl std::fmt::Debug for Gate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Gate")
+    }
+}
+
 impl Gate {
     /// A door before `table`, trusting `verifier`.
     pub fn new(verifier: Arc<Verifier>, table: Arc<Table>, meters: Arc<Meters>, allow_plaintext: bool) -> Self {

@@ -1,4 +1,4 @@
-use std::{net::IpAddr, process::Command};
+use std::{net::IpAddr, os::unix::fs::PermissionsExt, process::Command};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -7,7 +7,10 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::*;
+use super::{
+    super::bind::{KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES, UNIX_MODE},
+    *,
+};
 
 /// A listener whose connections are handed to the test.
 struct Running {
@@ -109,6 +112,8 @@ async fn over_the_cap_a_client_waits_and_is_served_when_a_place_is_free() {
 
 #[tokio::test]
 async fn a_panic_in_one_connection_ends_neither_the_loop_nor_its_count() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let _guard = metrics::set_default_local_recorder(&recorder);
     let (sender, mut seen) = mpsc::unbounded_channel();
     let drain = Drain::new();
     let limits = Arc::new(AcceptLimits::new(1, 10));
@@ -128,6 +133,7 @@ async fn a_panic_in_one_connection_ends_neither_the_loop_nor_its_count() {
     drain.start();
     assert_eq!(drain.drained(Duration::from_secs(10)).await, Ok(()));
     assert_eq!(limits.connections(), 0);
+    assert!(recorder.handle().render().contains("dynabase_connection_panics_total 3"));
 }
 
 #[tokio::test]
@@ -278,10 +284,18 @@ fn out_of_descriptors() {
         while let Ok(client) = std::net::TcpStream::connect(("127.0.0.1", running.port)) {
             clients.push(client);
         }
-        let failed = || recorder.handle().render().contains("dynabase_accept_errors_total{reason=\"resources\"}");
-        while !failed() {
+        let failed = || {
+            let text = recorder.handle().render();
+            let line =
+                text.lines().find_map(|line| line.strip_prefix("dynabase_accept_errors_total{reason=\"resources\"} "));
+            line.map_or(0, |count| count.parse::<u32>().unwrap())
+        };
+        let began = std::time::Instant::now();
+        while failed() < 4 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
+        // Three pauses lie between four failures, each twice the one before; the first may have begun earlier.
+        assert!(began.elapsed() >= 6 * BACK_OFF, "it backs off");
         drop(clients);
         while let Ok(conn) = running.conns.try_recv() {
             close(conn);

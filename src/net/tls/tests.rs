@@ -103,11 +103,15 @@ async fn both_ends_talk_and_agree_on_a_protocol() {
 }
 
 #[tokio::test]
-async fn sessions_are_resumed() {
+async fn sessions_are_resumed_until_a_reload() {
     let files = Files::new("db.example");
     let server = ServerTls::load(&files.config(), &[]).unwrap();
     let client = verifying(&files);
-    for want in [rustls::HandshakeKind::Full, rustls::HandshakeKind::Resumed, rustls::HandshakeKind::Resumed] {
+    use rustls::HandshakeKind::{Full, Resumed};
+    for (reload, want) in [(false, Full), (false, Resumed), (false, Resumed), (true, Full), (false, Resumed)] {
+        if reload {
+            server.reload().unwrap();
+        }
         let (s, c) = shake(&server, &client, "db.example", &[]).await;
         let (mut s, mut c) = (s.unwrap(), c.unwrap());
         // The ticket comes with the first bytes.

@@ -1,0 +1,162 @@
+//! Which endpoints there are: the one table that requests are matched against and that `/openapi.json` is made of.
+
+use serde_json::{Value, json};
+
+use super::tenants::PAGE_MAX;
+
+/// What answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Endpoint {
+    Live,
+    Ready,
+    Metrics,
+    Tenants,
+    Tenant,
+    OpenApi,
+}
+
+/// Who may ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    Anyone,
+    Token,
+}
+
+/// One row. All endpoints so far are read with GET.
+pub(super) struct Route {
+    pub(super) endpoint: Endpoint,
+    pub(super) access: Access,
+    /// `{org}` stands for one segment.
+    pub(super) path: &'static str,
+    summary: &'static str,
+    /// Statuses beyond 200, and 401 where a token is needed.
+    statuses: &'static [(&'static str, &'static str)],
+}
+
+const fn route(
+    endpoint: Endpoint,
+    access: Access,
+    path: &'static str,
+    summary: &'static str,
+    statuses: &'static [(&'static str, &'static str)],
+) -> Route {
+    Route { endpoint, access, path, summary, statuses }
+}
+
+pub(super) const ROUTES: [Route; 6] = [
+    route(Endpoint::Live, Access::Anyone, "/livez", "Whether the process runs.", &[]),
+    route(
+        Endpoint::Ready,
+        Access::Anyone,
+        "/readyz",
+        "Whether traffic should come here, and why not.",
+        &[("503", "Not ready; the reasons are in the body.")],
+    ),
+    route(Endpoint::Metrics, Access::Token, "/metrics", "Metrics as Prometheus text.", &[]),
+    route(
+        Endpoint::Tenants,
+        Access::Token,
+        "/v1/tenants",
+        "Tenants in memory: record and use, in the order of their ids.",
+        &[("400", "A query parameter is wrong.")],
+    ),
+    route(
+        Endpoint::Tenant,
+        Access::Token,
+        "/v1/tenants/{org}",
+        "One tenant; loaded from the catalog if it is not in memory.",
+        &[
+            ("400", "Not an organisation id."),
+            ("404", "The catalog knows no such organisation."),
+            ("503", "The catalog can't be asked."),
+        ],
+    ),
+    route(Endpoint::OpenApi, Access::Token, "/openapi.json", "This description.", &[]),
+];
+
+/// The route of `path`, and the segment that stands for `{org}`.
+pub(super) fn find(path: &str) -> Option<(&'static Route, &str)> {
+    ROUTES.iter().find_map(|route| match route.path.strip_suffix("{org}") {
+        Some(prefix) => {
+            let org = path.strip_prefix(prefix)?;
+            (!org.is_empty() && !org.contains('/')).then_some((route, org))
+        }
+        None => (route.path == path).then_some((route, "")),
+    })
+}
+
+/// OpenAPI 3.1.
+pub(super) fn openapi() -> Value {
+    let paths: serde_json::Map<String, Value> = ROUTES.iter().map(|route| (route.path.into(), item(route))).collect();
+    json!({
+        "openapi": "3.1.0",
+        "info": { "title": "dynabase admin", "version": env!("CARGO_PKG_VERSION"), "license": { "name": "Apache-2.0", "identifier": "Apache-2.0" } },
+        "paths": paths,
+        "components": {
+            "securitySchemes": { "token": { "type": "http", "scheme": "bearer" } },
+            "schemas": schemas(),
+        },
+    })
+}
+
+fn item(route: &Route) -> Value {
+    let (content_type, schema) = match route.endpoint {
+        Endpoint::Live | Endpoint::Metrics => ("text/plain", json!({ "type": "string" })),
+        Endpoint::Ready => ("application/json", reference("Readiness")),
+        Endpoint::Tenants => ("application/json", reference("TenantPage")),
+        Endpoint::Tenant => ("application/json", reference("Tenant")),
+        Endpoint::OpenApi => ("application/json", json!({ "type": "object" })),
+    };
+    let mut responses = serde_json::Map::new();
+    responses.insert("200".into(), json!({ "description": "OK", "content": { content_type: { "schema": schema } } }));
+    let unauthorized = ("401", "No bearer token, or not the right one.");
+    for (status, description) in route.statuses.iter().chain((route.access == Access::Token).then_some(&unauthorized)) {
+        let schema = reference(if route.endpoint == Endpoint::Ready { "Readiness" } else { "Error" });
+        let content = json!({ "application/json": { "schema": schema } });
+        responses.insert((*status).into(), json!({ "description": description, "content": content }));
+    }
+    let parameter = |name: &str, place: &str, required: bool, schema: Value| json!({ "name": name, "in": place, "required": required, "schema": schema });
+    let parameters = match route.endpoint {
+        Endpoint::Tenants => vec![
+            parameter("limit", "query", false, json!({ "type": "integer", "minimum": 1, "maximum": PAGE_MAX })),
+            parameter("after", "query", false, json!({ "type": "string" })),
+        ],
+        Endpoint::Tenant => vec![parameter("org", "path", true, json!({ "type": "string" }))],
+        _ => Vec::new(),
+    };
+    let security = match route.access {
+        Access::Anyone => json!([]),
+        Access::Token => json!([{ "token": [] }]),
+    };
+    json!({ "get": { "summary": route.summary, "parameters": parameters, "security": security, "responses": responses } })
+}
+
+fn reference(schema: &str) -> Value {
+    json!({ "$ref": format!("#/components/schemas/{schema}") })
+}
+
+fn schemas() -> Value {
+    let text = json!({ "type": "string" });
+    let number = json!({ "type": "integer", "minimum": 0 });
+    let object = |properties: Value| json!({ "type": "object", "properties": properties });
+    let list = |items: Value| json!({ "type": "array", "items": items });
+    let count = object(json!({ "used": number, "max": number }));
+    json!({
+        "Error": object(json!({ "error": object(json!({ "code": text, "message": text })) })),
+        "Readiness": object(json!({
+            "ready": { "type": "boolean" },
+            "reasons": list(object(json!({ "code": text, "message": text }))),
+        })),
+        "Tenant": object(json!({
+            "org": text,
+            "tier": { "type": "string", "enum": ["FREE", "STARTER", "PRO", "ENTERPRISE"] },
+            "status": { "type": "string", "enum": ["active", "suspended", "deleting"] },
+            "epoch": number,
+            "sessions": number,
+            "protocols": list(object(json!({
+                "protocol": text, "sessions": count, "connections": count, "stored_bytes": number,
+            }))),
+        })),
+        "TenantPage": object(json!({ "tenants": list(reference("Tenant")), "next": text })),
+    })
+}

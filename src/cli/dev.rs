@@ -1,0 +1,3 @@
+//! Everything on this machine.
+
+pub mod postgres;

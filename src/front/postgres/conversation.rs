@@ -1,0 +1,1121 @@
+//! One client's conversation with whatever upstream connection it is linked to: a pure machine, bytes in, pieces to
+//! write out. No socket, no clock.
+//!
+//! What it knows: which answers are owed ([`Ledger`]), the client's prepared statements and settings, what pins it
+//! to its connection. What it decides: whether a message needs a connection, what is sent in its place, which of
+//! the server's messages the client gets to see, and when the connection may serve somebody else.
+//!
+//! Invariants:
+//! - While not linked, nothing of the client's is on any server: everything it relies on is here.
+//! - A statement name reaches a server only as one of ours, or as the client's own while it is pinned.
+//! - Every message is forwarded by its length; a body is read only where a name, a tag or a state hides in it.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use super::{
+    ledger::{Fate, How, Ledger, Owed, Unasked},
+    out::Out,
+    refuse,
+    scan::{self, By, Scan, Shape, Track},
+    statement::{self, Names, PREFIX, Shared, Statement, Unnamed},
+};
+use crate::{
+    refusal::Over,
+    upstream::postgres::connection::{Parameters, Remote, Settings},
+    wire::{
+        self,
+        postgres::{
+            HEAD, Head, backend,
+            backend::{Report, Status},
+            frontend::{self, Subject},
+            head, put, put_cstr,
+        },
+    },
+};
+
+/// Longest Query or Parse that is read; longer ones are forwarded unread and their worst is assumed.
+const READ_MAX: usize = 256 * 1024;
+
+/// Longest message from a server that is looked into; longer ones are forwarded unread.
+const LOOK_MAX: usize = 64 * 1024;
+
+/// What undoes whatever a client may have left in a server session without our seeing it.
+pub const RESET: &str = "SET SESSION AUTHORIZATION DEFAULT;RESET ALL;CLOSE ALL;UNLISTEN *;\
+    SELECT pg_catalog.pg_advisory_unlock_all();DISCARD TEMP;DISCARD SEQUENCES";
+
+/// How far the client's bytes were taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// Bytes that are done with; the rest is given again, with more behind it or after `want` is met.
+    pub consumed: usize,
+    /// What has to happen before the rest.
+    pub want: Want,
+}
+
+/// What has to happen next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// More bytes.
+    More,
+    /// An upstream connection: [`Conversation::pace`], then link.
+    Link,
+    /// The tenant's rate has to be asked: [`Conversation::pace`].
+    Pace,
+    /// Nothing: the client has said goodbye.
+    Close,
+}
+
+/// How much of a reply was taken, and what it means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heard {
+    /// Bytes that are done with.
+    pub consumed: usize,
+    /// The server said that it ends this session.
+    pub fatal: bool,
+}
+
+/// Why a conversation can't go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The client does not follow the protocol.
+    Client(wire::Error),
+    /// The server does not follow the protocol.
+    Server(wire::Error),
+    /// The server answered what nobody asked.
+    Unasked,
+}
+
+impl From<Unasked> for Fault {
+    fn from(_: Unasked) -> Self {
+        Fault::Unasked
+    }
+}
+
+#[derive(Debug)]
+enum Note {
+    /// A Parse that was sent: its statement, the epoch it was known under before, the client's name for it.
+    Parse { id: u64, before: Option<u64>, own: Option<Box<[u8]>> },
+    /// A Close of ours that was sent.
+    Close { id: u64, epoch: u64 },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rest {
+    Forward,
+    Drop,
+}
+
+/// What a client can't use while its session is refused something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusing {
+    No,
+    /// Everything up to the next Sync is dropped, as a server does after an error.
+    UntilSync,
+}
+
+/// See the module's description.
+#[derive(Debug)]
+pub struct Conversation {
+    id: u64,
+    minor: u16,
+    ledger: Ledger,
+    shared: Arc<Shared>,
+    names: Names,
+    /// The settings of its startup packet, and those plus what it has SET since.
+    base: Arc<Settings>,
+    settings: Arc<Settings>,
+    /// What the client was last told by ParameterStatus.
+    reported: Arc<Parameters>,
+    /// SET and RESET statements sent, by the number of their Query or Sync; and those that succeeded.
+    staged: VecDeque<(u64, By, Track)>,
+    done: Vec<Track>,
+    sent: u64,
+    answered: u64,
+    pins: Shape,
+    notes: VecDeque<Note>,
+    /// Bytes of a message that is passing, in each direction.
+    client_rest: (usize, Rest),
+    server_rest: (usize, Fate),
+    paced: bool,
+    refusing: Refusing,
+    refuse_execute: bool,
+    moved_sequence: bool,
+    changed_schema: bool,
+    over_storage: Option<Over>,
+    timed_out: Option<Over>,
+    errors: u64,
+}
+
+impl Conversation {
+    /// A conversation of session `id` in minor protocol version `minor`, with the settings of its startup packet and
+    /// what a server reports under them.
+    pub fn new(id: u64, minor: u16, shared: Arc<Shared>, base: Arc<Settings>, reported: Arc<Parameters>) -> Self {
+        Self {
+            id,
+            minor,
+            ledger: Ledger::default(),
+            shared,
+            names: Names::default(),
+            settings: Arc::clone(&base),
+            base,
+            reported,
+            staged: VecDeque::new(),
+            done: Vec::new(),
+            sent: 0,
+            answered: 0,
+            pins: Shape::default(),
+            notes: VecDeque::new(),
+            client_rest: (0, Rest::Drop),
+            server_rest: (0, Fate::Drop),
+            paced: false,
+            refusing: Refusing::No,
+            refuse_execute: false,
+            moved_sequence: false,
+            changed_schema: false,
+            over_storage: None,
+            timed_out: None,
+            errors: 0,
+        }
+    }
+
+    /// The minor protocol version.
+    pub fn minor(&self) -> u16 {
+        self.minor
+    }
+
+    /// What the client was last told by ParameterStatus.
+    pub fn reported(&self) -> &Parameters {
+        &self.reported
+    }
+
+    /// Whether the client has been given whole messages only, so that one of ours can stand next.
+    pub fn is_between_replies(&self) -> bool {
+        self.server_rest.0 == 0 || self.server_rest.1 == Fate::Drop
+    }
+
+    /// Which answers are owed.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Errors that the server reported, ever.
+    pub fn errors(&self) -> u64 {
+        self.errors
+    }
+
+    /// Whether the connection may serve somebody else.
+    pub fn may_release(&self) -> bool {
+        self.ledger.is_idle() && self.pins.is_empty() && self.client_rest.0 == 0 && self.server_rest.0 == 0
+    }
+
+    /// Whether the session can end without cutting anything short.
+    pub fn is_at_safe_point(&self) -> bool {
+        self.ledger.is_idle() && self.client_rest.0 == 0
+    }
+
+    /// Notes that the tenant's rate has admitted the next transaction.
+    pub fn pace(&mut self) {
+        self.paced = true;
+    }
+
+    /// Sets whether growing statements are refused, and with which numbers.
+    pub fn set_over_storage(&mut self, over: Option<Over>) {
+        self.over_storage = over;
+    }
+
+    /// Notes that the running statement is being cancelled because it exceeded its time.
+    pub fn set_timed_out(&mut self, over: Option<Over>) {
+        self.timed_out = over;
+    }
+
+    /// What has to run on a server before it is this client's: what undoes another client's traces, and this
+    /// client's settings. Empty in the usual case.
+    pub fn preparation(&self, remote: &Remote) -> String {
+        let foreign = remote.soiled && remote.owner != self.id;
+        if !foreign && Arc::ptr_eq(&remote.settings, &self.settings) {
+            return String::new();
+        }
+        if foreign {
+            format!("{RESET};{}", Settings::default().script(&self.settings))
+        } else {
+            remote.settings.script(&self.settings)
+        }
+    }
+
+    /// Takes a server that is prepared as [`Self::preparation`] says. Tells the client of parameters that differ
+    /// from what it was told last.
+    pub fn link(&mut self, remote: &mut Remote, down: &mut Out) {
+        if remote.owner != self.id {
+            // What was foreign and soiled has been reset, sequences included.
+            remote.sequences &= !remote.soiled;
+            remote.owner = self.id;
+            remote.soiled = false;
+            self.moved_sequence = false;
+        }
+        remote.settings = Arc::clone(&self.settings);
+        if !Arc::ptr_eq(&remote.parameters, &self.reported) {
+            if *remote.parameters != *self.reported {
+                // Under equal settings this server reports something new, so new clients have to be told anew.
+                self.shared.forget_profiles();
+                for (name, value) in remote.parameters.iter() {
+                    if self.reported.value(name) != Some(value) {
+                        down.own(|own| backend::put_parameter(own, name, value));
+                    }
+                }
+                self.reported = Arc::clone(&remote.parameters);
+            } else {
+                // From now on one comparison of pointers tells.
+                remote.parameters = Arc::clone(&self.reported);
+            }
+        }
+        self.ledger.shrink();
+    }
+
+    /// Refuses what the client is about to ask, as a server would: one error, then everything up to the next point
+    /// where the protocol is in step again is dropped. Only while nothing is owed and no transaction is open.
+    pub fn refuse(&mut self, next: u8, report: &Report, down: &mut Out) {
+        down.own(|own| report.put(own));
+        if matches!(next, b'Q' | b'F') {
+            // The message itself is dropped by `skip_refused`.
+            down.own(|own| own.extend_from_slice(&backend::ready_message(Status::Idle)));
+        } else {
+            self.refusing = Refusing::UntilSync;
+        }
+    }
+
+    /// Drops the message at the head of `input` that [`Self::refuse`] refused; gives the bytes that are done with.
+    pub fn skip_refused(&mut self, input: &[u8]) -> usize {
+        if self.refusing == Refusing::UntilSync {
+            return 0;
+        }
+        let Ok(Some(Head { len, .. })) = head(input) else { return 0 };
+        let arrived = len.min(input.len());
+        self.client_rest = (len - arrived, Rest::Drop);
+        arrived
+    }
+
+    /// Takes the client's bytes.
+    ///
+    /// # Errors
+    /// [`Fault::Client`].
+    pub fn from_client(
+        &mut self,
+        input: &[u8],
+        mut remote: Option<&mut Remote>,
+        up: &mut Out,
+        down: &mut Out,
+    ) -> Result<Step, Fault> {
+        let mut at = 0;
+        loop {
+            if self.client_rest.0 > 0 {
+                let n = self.client_rest.0.min(input.len() - at);
+                if self.client_rest.1 == Rest::Forward {
+                    up.input(at..at + n);
+                }
+                self.client_rest.0 -= n;
+                at += n;
+            }
+            let rest = &input[at..];
+            let Some(head) = frontend::frontend_head(rest).map_err(Fault::Client)? else {
+                return Ok(Step { consumed: at, want: Want::More });
+            };
+            let message = &rest[..head.len.min(rest.len())];
+            let whole = message.len() == head.len;
+            if self.refusing == Refusing::UntilSync {
+                if head.kind == b'X' {
+                    return Ok(Step { consumed: at, want: Want::Close });
+                }
+                if head.kind == b'S' {
+                    self.refusing = Refusing::No;
+                    down.own(|own| own.extend_from_slice(&backend::ready_message(Status::Idle)));
+                }
+                self.client_rest = (head.len, Rest::Drop);
+                continue;
+            }
+            let want = match (&mut remote, head.kind) {
+                (_, b'X') => Want::Close,
+                (None, b'S') => {
+                    down.own(|own| own.extend_from_slice(&backend::ready_message(Status::Idle)));
+                    self.client_rest = (head.len, Rest::Drop);
+                    continue;
+                }
+                // Late data of a COPY that the server has ended, or a Flush of nothing.
+                (None, b'H' | b'd' | b'c' | b'f') => {
+                    self.client_rest = (head.len, Rest::Drop);
+                    continue;
+                }
+                (None, b'C') if whole => {
+                    if let Subject::Statement(name) = frontend::subject(message).map_err(Fault::Client)? {
+                        self.forget(name);
+                    }
+                    down.own(|own| own.extend_from_slice(&backend::CLOSE_COMPLETE));
+                    self.client_rest = (head.len, Rest::Drop);
+                    continue;
+                }
+                (None, b'C') => Want::More,
+                (None, b'Q') if self.deallocates_locally(message, whole, down) => {
+                    self.client_rest = (head.len, Rest::Drop);
+                    continue;
+                }
+                (None, _) => Want::Link,
+                (Some(_), _) if !self.paced && self.ledger.is_idle() => Want::Pace,
+                (Some(remote), _) => match self.request(head, message, remote, up, down)? {
+                    Some(taken) => {
+                        at += taken;
+                        continue;
+                    }
+                    None => Want::More,
+                },
+            };
+            return Ok(Step { consumed: at, want });
+        }
+    }
+
+    /// Takes one message while linked; gives the bytes of it that are done with (what is left of it passes through
+    /// `client_rest`), or `None` when more of it has to arrive first.
+    fn request(
+        &mut self,
+        head: Head,
+        message: &[u8],
+        remote: &mut Remote,
+        up: &mut Out,
+        down: &mut Out,
+    ) -> Result<Option<usize>, Fault> {
+        let whole = message.len() == head.len;
+        if self.ledger.copies_in() && !matches!(head.kind, b'd' | b'c' | b'f' | b'H' | b'S') {
+            return Err(Fault::Client(wire::Error {
+                at: "COPY",
+                what: "unexpected message type during COPY from stdin",
+            }));
+        }
+        // The kinds of which names, text or all must be seen before anything is sent.
+        let must_be_whole = match head.kind {
+            b'Q' | b'P' => head.len <= READ_MAX,
+            b'C' | b'D' | b'E' | b'H' | b'S' | b'c' | b'f' => true,
+            _ => false,
+        };
+        if must_be_whole && !whole {
+            return Ok(None);
+        }
+        let pass = |this: &mut Self| this.client_rest = (head.len, Rest::Forward);
+        let fault = Fault::Client;
+        match head.kind {
+            b'Q' => self.query(head, message, remote, up, down).map_err(fault)?,
+            b'P' => self.parse(head, message, remote, up, down).map_err(fault)?,
+            b'B' => {
+                let Some(bind) = frontend::bind(message, whole).map_err(fault)? else { return Ok(None) };
+                let (portal, head_len) = (bind.portal, bind.head_len);
+                let name = self.resolve(bind.statement, true, remote, up);
+                self.push(Owed::Bind, How::Forward);
+                match name {
+                    None => pass(self),
+                    Some(name) => {
+                        up.own(|own| frontend::put_bind_head(own, portal, &name, head.len - head_len));
+                        self.client_rest = (head.len - head_len, Rest::Forward);
+                        return Ok(Some(head_len));
+                    }
+                }
+            }
+            b'D' => {
+                let name = match frontend::subject(message).map_err(fault)? {
+                    Subject::Statement(name) => self.resolve(name, false, remote, up),
+                    Subject::Portal(_) => None,
+                };
+                self.push(Owed::Describe, How::Forward);
+                match name {
+                    None => pass(self),
+                    Some(name) => {
+                        up.own(|own| frontend::put_statement(own, b'D', &name));
+                        return Ok(Some(head.len));
+                    }
+                }
+            }
+            b'E' => {
+                if std::mem::take(&mut self.refuse_execute)
+                    && let Some(over) = self.over_storage
+                    && !self.ledger.is_skipping()
+                {
+                    self.inject(&storage_error(&over), How::Forward, remote, up);
+                    return Ok(Some(head.len));
+                }
+                self.push(Owed::Execute, How::Forward);
+                pass(self);
+            }
+            b'C' => match frontend::subject(message).map_err(fault)? {
+                Subject::Statement(name) => {
+                    self.forget(name);
+                    self.push(Owed::Close, How::Invent);
+                    self.invent(down);
+                    return Ok(Some(head.len));
+                }
+                Subject::Portal(_) => {
+                    self.push(Owed::Close, How::Forward);
+                    pass(self);
+                }
+            },
+            b'S' => {
+                if self.push(Owed::Sync, How::Forward) {
+                    self.sent += 1;
+                }
+                pass(self);
+            }
+            b'F' => {
+                self.note(Shape::HIDDEN, remote);
+                self.sent += u64::from(self.push(Owed::Call, How::Forward));
+                pass(self);
+            }
+            b'd' | b'c' | b'f' => {
+                let copies = self.ledger.copies_in();
+                if head.kind != b'd' {
+                    self.ledger.end_copy();
+                }
+                self.client_rest = (head.len, if copies { Rest::Forward } else { Rest::Drop });
+            }
+            _ => pass(self),
+        }
+        Ok(Some(0))
+    }
+
+    fn query(
+        &mut self,
+        head: Head,
+        message: &[u8],
+        remote: &mut Remote,
+        up: &mut Out,
+        down: &mut Out,
+    ) -> Result<(), wire::Error> {
+        self.client_rest = (head.len, Rest::Forward);
+        if self.ledger.is_skipping() {
+            return Ok(());
+        }
+        let whole = message.len() == head.len && head.len <= READ_MAX;
+        let scan = if whole { scan::scan(frontend::query(message)?) } else { unread() };
+        if let Some(name) = &scan.deallocates
+            && self.ledger.status() != Status::Failed
+            && self.names.remove(name).is_some()
+        {
+            self.push(Owed::Deallocate, How::Invent);
+            self.client_rest.1 = Rest::Drop;
+            self.invent(down);
+            return Ok(());
+        }
+        if scan.shape.has(Shape::READS_SEQUENCE) && self.reads_foreign_sequence(remote) {
+            up.own(|own| frontend::put_query(own, "DISCARD SEQUENCES"));
+            self.sent += u64::from(self.push(Owed::Query, How::Swallow));
+            remote.sequences = false;
+        }
+        self.note(scan.shape, remote);
+        // A simple Query destroys the unnamed statement.
+        self.names.unnamed = None;
+        remote.unnamed = None;
+        if let Some(over) = self.over_storage
+            && self.is_refused(&scan, &over)
+        {
+            up.own(|own| frontend::put_query(own, &storage_error(&over)));
+            self.client_rest.1 = Rest::Drop;
+        } else {
+            self.staged.extend(scan.tracks.into_iter().map(|(by, track)| (self.sent, by, track)));
+        }
+        self.sent += u64::from(self.push(Owed::Query, How::Forward));
+        Ok(())
+    }
+
+    fn parse(
+        &mut self,
+        head: Head,
+        message: &[u8],
+        remote: &mut Remote,
+        up: &mut Out,
+        down: &mut Out,
+    ) -> Result<(), wire::Error> {
+        self.client_rest = (head.len, Rest::Forward);
+        if self.ledger.is_skipping() {
+            return Ok(());
+        }
+        if message.len() < head.len || head.len > READ_MAX {
+            // Too large to be kept for another connection: it stays on this one, under the client's own name.
+            self.note(Shape::UNREAD.and(Shape::LARGE), remote);
+            self.names.unnamed = None;
+            remote.unnamed = None;
+            self.push(Owed::Parse, How::Forward);
+            self.notes.push_back(Note::Parse { id: 0, before: None, own: None });
+            return Ok(());
+        }
+        let parse = frontend::parse(message)?;
+        let settings = Arc::clone(&self.settings);
+        let path = settings.value("search_path");
+        let failed = self.ledger.status() == Status::Failed;
+        if parse.name.is_empty() {
+            let (statement, recurring) = self.shared.recurring(parse.definition, parse.query, path);
+            let shape = statement.scan.shape;
+            if let Some(own) = statement.scan.deallocates.clone()
+                && let Some(doomed) = self.names.find(&own).cloned()
+            {
+                return self.deallocate(&doomed, &own, remote, up);
+            }
+            let named = recurring
+                && !failed
+                && shape.has(Shape::PLAIN.and(Shape::TRANSACTION))
+                && statement.scan.statements == 1;
+            self.names.unnamed = Some(Unnamed { statement: Arc::clone(&statement), named });
+            if !named {
+                remote.unnamed = Some(statement.id);
+                self.push(Owed::Parse, How::Forward);
+                self.notes.push_back(Note::Parse { id: 0, before: None, own: Some(Box::default()) });
+                return Ok(());
+            }
+            self.client_rest.1 = Rest::Drop;
+            self.prepare_or_invent(&statement, None, remote, up, down);
+            return Ok(());
+        }
+        if let Some(taken) = self.names.find(parse.name).cloned() {
+            // The server itself says that the name is taken.
+            self.prepare(&taken, How::Swallow, None, remote, up);
+            up.own(|own| frontend::put_parse(own, &taken.name, parse.definition));
+            self.push(Owed::Parse, How::Forward);
+            self.notes.push_back(Note::Parse { id: 0, before: None, own: None });
+            self.client_rest.1 = Rest::Drop;
+            return Ok(());
+        }
+        if self.pins.has(Shape::LARGE) || !self.names.has_room(parse.definition) {
+            self.note(Shape::LARGE.and(scan::scan(parse.query).shape), remote);
+            if parse.name.starts_with(PREFIX) {
+                return Err(wire::Error { at: "Parse", what: "a statement name that is reserved" });
+            }
+            self.push(Owed::Parse, How::Forward);
+            self.notes.push_back(Note::Parse { id: 0, before: None, own: None });
+            return Ok(());
+        }
+        let statement = self.shared.statement(parse.definition, parse.query, path);
+        self.names.insert(parse.name, Arc::clone(&statement));
+        self.client_rest.1 = Rest::Drop;
+        if failed {
+            self.prepare(&statement, How::Forward, Some(parse.name), remote, up);
+        } else {
+            self.prepare_or_invent(&statement, Some(parse.name), remote, up, down);
+        }
+        Ok(())
+    }
+
+    /// `DEALLOCATE name` in the extended protocol: the server gets it under our name for the statement.
+    fn deallocate(
+        &mut self,
+        doomed: &Arc<Statement>,
+        own: &[u8],
+        remote: &mut Remote,
+        up: &mut Out,
+    ) -> Result<(), wire::Error> {
+        self.prepare(doomed, How::Swallow, None, remote, up);
+        let text = format!("DEALLOCATE \"{}\"", String::from_utf8_lossy(&doomed.name));
+        let definition = [text.as_bytes(), &[0, 0, 0]].concat();
+        up.own(|out| frontend::put_parse(out, b"", &definition));
+        self.push(Owed::Parse, How::Forward);
+        self.notes.push_back(Note::Parse { id: 0, before: None, own: None });
+        let (statement, _) = self.shared.recurring(&definition, text.as_bytes(), None);
+        remote.unnamed = Some(statement.id);
+        remote.prepared.remove(doomed.id);
+        self.names.unnamed = Some(Unnamed { statement, named: false });
+        self.names.remove(own);
+        self.client_rest.1 = Rest::Drop;
+        Ok(())
+    }
+
+    fn prepare_or_invent(
+        &mut self,
+        statement: &Arc<Statement>,
+        own: Option<&[u8]>,
+        remote: &mut Remote,
+        up: &mut Out,
+        down: &mut Out,
+    ) {
+        if remote.prepared.epoch(statement.id) == Some(self.shared.epoch()) {
+            self.push(Owed::Parse, How::Invent);
+            self.invent(down);
+        } else {
+            self.prepare(statement, How::Forward, own, remote, up);
+        }
+    }
+
+    /// Sends our Parse for a statement that the server does not have, or has from before the schema changed.
+    fn prepare(&mut self, statement: &Statement, how: How, own: Option<&[u8]>, remote: &mut Remote, up: &mut Out) {
+        let epoch = self.shared.epoch();
+        let before = remote.prepared.epoch(statement.id);
+        if before == Some(epoch) && how == How::Swallow {
+            return;
+        }
+        if self.ledger.is_skipping() {
+            return;
+        }
+        if before.is_some() {
+            self.close(statement.id, 0, up);
+        }
+        if let Some((evicted, was)) = remote.prepared.insert(statement.id, epoch) {
+            self.close(evicted, was, up);
+        }
+        up.own(|out| frontend::put_parse(out, &statement.name, &statement.definition));
+        self.push(Owed::Parse, how);
+        self.notes.push_back(Note::Parse { id: statement.id, before, own: own.map(Into::into) });
+    }
+
+    /// Sends our Close; `epoch` 0 where a Parse for the same statement follows and keeps the books itself.
+    fn close(&mut self, id: u64, epoch: u64, up: &mut Out) {
+        up.own(|out| frontend::put_statement(out, b'C', &statement::upstream_name(id)));
+        self.push(Owed::Close, How::Swallow);
+        self.notes.push_back(Note::Close { id, epoch });
+    }
+
+    /// The name under which the server knows the client's statement, made sure to be there; `None` where the
+    /// client's own words are right.
+    fn resolve(&mut self, own: &[u8], runs: bool, remote: &mut Remote, up: &mut Out) -> Option<Box<[u8]>> {
+        if self.ledger.is_skipping() {
+            return None;
+        }
+        let statement = if own.is_empty() {
+            match self.names.unnamed.clone() {
+                Some(Unnamed { statement, named: true }) => statement,
+                Some(Unnamed { statement, named: false }) => {
+                    if remote.unnamed != Some(statement.id) {
+                        up.own(|out| frontend::put_parse(out, b"", &statement.definition));
+                        self.push(Owed::Parse, How::Swallow);
+                        self.notes.push_back(Note::Parse { id: 0, before: None, own: None });
+                        remote.unnamed = Some(statement.id);
+                    }
+                    if runs {
+                        self.runs(&statement.scan, remote, up);
+                    }
+                    return None;
+                }
+                None => {
+                    // Another client's unnamed statement may be there; the error must come all the same.
+                    if remote.unnamed.take().is_some() {
+                        up.own(|out| frontend::put_statement(out, b'C', b""));
+                        self.push(Owed::Close, How::Swallow);
+                        self.notes.push_back(Note::Close { id: 0, epoch: 0 });
+                    }
+                    return None;
+                }
+            }
+        } else {
+            match self.names.find(own) {
+                Some(statement) => Arc::clone(statement),
+                // Nobody's statement of ours can be named by a client.
+                None if own.starts_with(PREFIX) => return Some([b"?", own].concat().into()),
+                None => return None,
+            }
+        };
+        self.prepare(&statement, How::Swallow, None, remote, up);
+        if runs {
+            self.runs(&statement.scan, remote, up);
+        }
+        Some(statement.name.clone())
+    }
+
+    /// Notes what a bound statement may do.
+    fn runs(&mut self, scan: &Scan, remote: &mut Remote, up: &mut Out) {
+        if scan.shape.has(Shape::READS_SEQUENCE) && self.reads_foreign_sequence(remote) {
+            self.inject("DISCARD SEQUENCES", How::Swallow, remote, up);
+            remote.sequences = false;
+        }
+        self.note(scan.shape, remote);
+        self.refuse_execute = self.over_storage.is_some_and(|over| self.is_refused(scan, &over));
+        self.staged.extend(scan.tracks.iter().map(|(by, track)| (self.sent, *by, track.clone())));
+    }
+
+    /// Sends a statement of ours in the extended protocol; only its execution is answered to the client, if at all.
+    fn inject(&mut self, text: &str, how: How, remote: &mut Remote, up: &mut Out) {
+        up.own(|out| {
+            frontend::put_parse(out, b"", &[text.as_bytes(), &[0, 0, 0]].concat());
+            frontend::put_bind_head(out, b"", b"", 6);
+            out.extend_from_slice(&[0; 6]);
+            put(out, b'E', |out| out.extend_from_slice(&[0; 5]));
+        });
+        remote.unnamed = None;
+        self.push(Owed::Parse, How::Swallow);
+        self.notes.push_back(Note::Parse { id: 0, before: None, own: None });
+        self.push(Owed::Bind, How::Swallow);
+        self.push(Owed::Execute, how);
+    }
+
+    fn push(&mut self, owed: Owed, how: How) -> bool {
+        self.ledger.push(owed, how)
+    }
+
+    fn reads_foreign_sequence(&self, remote: &Remote) -> bool {
+        remote.sequences && !self.moved_sequence
+    }
+
+    /// Whether a statement is refused because the tenant is over its storage. A tenth over, what may grow without
+    /// saying so is refused too.
+    fn is_refused(&self, scan: &Scan, over: &Over) -> bool {
+        let far_over = over.in_use > over.max.saturating_add(over.max / 10);
+        scan.shape.has(Shape::GROWS) || (far_over && (scan.shape.has(Shape::HIDDEN) || !scan.shape.has(Shape::FREES)))
+    }
+
+    fn note(&mut self, shape: Shape, remote: &mut Remote) {
+        if shape.is_empty() || shape == Shape::PLAIN {
+            return;
+        }
+        let mut pins = self.pins.and(shape.only(Shape::PINS.and(Shape::LARGE)));
+        for (undoes, pin) in [
+            (Shape::UNLOCKS_ALL, Shape::ADVISORY),
+            (Shape::CLOSES_ALL, Shape::HOLD),
+            (Shape::UNLISTENS_ALL, Shape::LISTENS),
+        ] {
+            if shape.has(undoes) && !shape.has(pin) {
+                pins = pins.without(pin);
+            }
+        }
+        self.set_pins(pins);
+        remote.soiled |= shape.has(Shape::HIDDEN) || !pins.is_empty();
+        if shape.has(Shape::MOVES_SEQUENCE) {
+            remote.sequences = true;
+            self.moved_sequence = true;
+        }
+    }
+
+    fn set_pins(&mut self, pins: Shape) {
+        if pins == self.pins {
+            return;
+        }
+        for label in pins.without(self.pins).pin_labels() {
+            metrics::counter!("dynabase_postgres_pins_total", "reason" => label).increment(1);
+        }
+        self.pins = pins;
+    }
+
+    /// Forgets a statement that the client closes. The server keeps it for others.
+    fn forget(&mut self, name: &[u8]) {
+        if name.is_empty() {
+            self.names.unnamed = None;
+        } else {
+            self.names.remove(name);
+        }
+    }
+
+    /// `DEALLOCATE name` of one of the client's own, while not linked: answered here.
+    fn deallocates_locally(&mut self, message: &[u8], whole: bool, down: &mut Out) -> bool {
+        let word = message.get(HEAD..HEAD + 2).unwrap_or_default();
+        if !whole || !word.eq_ignore_ascii_case(b"de") {
+            return false;
+        }
+        let Ok(text) = frontend::query(message) else { return false };
+        match scan::scan(text).deallocates {
+            Some(name) if self.names.remove(&name).is_some() => {
+                self.push(Owed::Deallocate, How::Invent);
+                self.names.unnamed = None;
+                self.invent(down);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Answers what it is our turn to answer.
+    fn invent(&mut self, down: &mut Out) {
+        while let Some(owed) = self.ledger.take_invented() {
+            let status = self.ledger.status();
+            down.own(|own| match owed {
+                Owed::Parse => own.extend_from_slice(&backend::PARSE_COMPLETE),
+                Owed::Deallocate => {
+                    put(own, b'C', |own| put_cstr(own, b"DEALLOCATE"));
+                    own.extend_from_slice(&backend::ready_message(status));
+                }
+                _ => own.extend_from_slice(&backend::CLOSE_COMPLETE),
+            });
+        }
+    }
+
+    /// Takes the server's bytes.
+    ///
+    /// # Errors
+    /// [`Fault::Server`], [`Fault::Unasked`]: the connection is of no use any more.
+    pub fn from_server(&mut self, input: &[u8], remote: &mut Remote, down: &mut Out) -> Result<Heard, Fault> {
+        let mut at = 0;
+        let mut fatal = false;
+        loop {
+            if self.server_rest.0 > 0 {
+                let n = self.server_rest.0.min(input.len() - at);
+                if self.server_rest.1 == Fate::Forward {
+                    down.input(at..at + n);
+                }
+                self.server_rest.0 -= n;
+                at += n;
+            }
+            let rest = &input[at..];
+            let Some(head) = head(rest).map_err(Fault::Server)? else { break };
+            let looks = matches!(head.kind, b'Z' | b'C' | b'S' | b'E' | b'1' | b'3') && head.len <= LOOK_MAX;
+            if looks && rest.len() < head.len {
+                break;
+            }
+            let message = &rest[..head.len.min(rest.len())];
+            let fate = match head.kind {
+                b'Z' => {
+                    let status = backend::ready(message).map_err(Fault::Server)?;
+                    let fate = self.ready(status)?;
+                    if status == Status::Idle {
+                        self.settle(remote);
+                    }
+                    fate
+                }
+                b'S' if looks => self.parameter(message, remote)?,
+                b'E' => {
+                    fatal |= matches!(backend::field(message, b'V'), Some(b"FATAL" | b"PANIC"));
+                    match self.error(message, looks, remote, down)? {
+                        Some(fate) => fate,
+                        None => {
+                            at += head.len;
+                            self.invent(down);
+                            continue;
+                        }
+                    }
+                }
+                kind => {
+                    let mut unanswered = 0;
+                    let fate = self.ledger.answer(kind, |_, _| unanswered += 1)?;
+                    self.answered += unanswered;
+                    match kind {
+                        b'C' if looks => self.tag(backend::tag(message).map_err(Fault::Server)?, remote),
+                        // Its books were kept when it was sent; now they are final. A Close of the client's has none.
+                        b'1' => drop(self.notes.pop_front()),
+                        b'3' if fate == Fate::Drop => drop(self.notes.pop_front()),
+                        _ => {}
+                    }
+                    fate
+                }
+            };
+            self.server_rest = (head.len, fate);
+            let n = head.len.min(rest.len());
+            if fate == Fate::Forward {
+                down.input(at..at + n);
+            }
+            self.server_rest.0 -= n;
+            at += n;
+            self.invent(down);
+        }
+        Ok(Heard { consumed: at, fatal })
+    }
+
+    fn ready(&mut self, status: Status) -> Result<Fate, Fault> {
+        let fate = self.ledger.ready(status)?;
+        self.answered += 1;
+        while self.staged.front().is_some_and(|(segment, ..)| *segment < self.answered) {
+            self.staged.pop_front();
+        }
+        self.refuse_execute = false;
+        match status {
+            Status::Idle => {
+                self.paced = false;
+                self.timed_out = None;
+                if std::mem::take(&mut self.changed_schema) {
+                    self.shared.raise_epoch();
+                }
+                return Ok(fate);
+            }
+            // What was set inside a transaction may yet be rolled back: the server keeps it, and the client stays.
+            Status::Transaction if self.done.iter().any(|track| *track != Track::Nothing) => {
+                self.set_pins(self.pins.and(Shape::SETS));
+            }
+            Status::Transaction | Status::Failed => {}
+        }
+        self.done.clear();
+        Ok(fate)
+    }
+
+    /// Takes over what the client has SET, now that its transaction is over. The server has it already.
+    fn settle(&mut self, remote: &mut Remote) {
+        for track in std::mem::take(&mut self.done) {
+            let (wanted, applied) = match track {
+                Track::Nothing => continue,
+                Track::Unknown => {
+                    self.set_pins(self.pins.and(Shape::SETS));
+                    remote.soiled = true;
+                    continue;
+                }
+                Track::Set(name, value) => {
+                    (self.settings.with(&name, value.clone()), remote.settings.with(&name, value))
+                }
+                Track::Reset(name) => {
+                    let applied = remote.settings.without(&name);
+                    let wanted = self.settings.without(&name);
+                    // RESET goes back to the server's default; the client's startup packet said otherwise.
+                    let wanted = match self.base.value(&name) {
+                        Some(base) => wanted.with(&name, base.clone()),
+                        None => wanted,
+                    };
+                    (wanted, applied)
+                }
+                Track::ResetAll => {
+                    self.set_pins(self.pins.without(Shape::SETS));
+                    (Settings::clone(&self.base), Settings::default())
+                }
+            };
+            self.settings = self.shared.intern(wanted);
+            remote.settings = if applied == *self.settings { Arc::clone(&self.settings) } else { Arc::new(applied) };
+        }
+    }
+
+    fn parameter(&mut self, message: &[u8], remote: &mut Remote) -> Result<Fate, Fault> {
+        let (name, value) = backend::parameter(message).map_err(Fault::Server)?;
+        let known = self.reported.value(&String::from_utf8_lossy(name)).map(str::as_bytes);
+        let news = known != Some(value);
+        if Arc::make_mut(&mut remote.parameters).set(name, value) || news {
+            if news {
+                Arc::make_mut(&mut self.reported).set(name, value);
+            }
+            if *self.reported == *remote.parameters {
+                self.reported = Arc::clone(&remote.parameters);
+            }
+        }
+        Ok(if news { Fate::Forward } else { Fate::Drop })
+    }
+
+    /// Takes an ErrorResponse; `None` where something else was said in its place.
+    fn error(
+        &mut self,
+        message: &[u8],
+        looks: bool,
+        remote: &mut Remote,
+        down: &mut Out,
+    ) -> Result<Option<Fate>, Fault> {
+        let mut failed = true;
+        let mut unanswered = 0;
+        let (notes, names) = (&mut self.notes, &mut self.names);
+        let fate = self.ledger.answer(b'E', |owed, how| {
+            let failing = std::mem::take(&mut failed);
+            unanswered += u64::from(matches!(owed, Owed::Query | Owed::Call));
+            if how == How::Invent || !matches!(owed, Owed::Parse | Owed::Close) {
+                return;
+            }
+            if owed == Owed::Close && how == How::Forward {
+                return;
+            }
+            match notes.pop_front() {
+                Some(Note::Parse { id, before, own }) => {
+                    match before {
+                        Some(epoch) if !failing => remote.prepared.restore(id, epoch),
+                        _ => remote.prepared.remove(id),
+                    }
+                    match own {
+                        Some(own) if own.is_empty() => {
+                            names.unnamed = None;
+                            remote.unnamed = None;
+                        }
+                        Some(own) => drop(names.remove(&own)),
+                        None => {}
+                    }
+                }
+                Some(Note::Close { id, epoch }) if epoch != 0 => remote.prepared.restore(id, epoch),
+                Some(Note::Close { .. }) | None => {}
+            }
+        })?;
+        self.answered += unanswered;
+        self.errors += 1;
+        self.done.clear();
+        let answered = self.answered;
+        self.staged.retain(|(segment, ..)| *segment > answered);
+        if !looks || fate == Fate::Drop {
+            return Ok(Some(fate));
+        }
+        let code = backend::field(message, b'C').unwrap_or_default();
+        if code == b"57014"
+            && let Some(over) = self.timed_out.take()
+        {
+            down.own(|own| refuse::error(&crate::refusal::Refusal::OverLimit(over)).put(own));
+            return Ok(None);
+        }
+        let text = backend::field(message, b'M').unwrap_or_default();
+        let stale = [&b"cached plan must not change"[..], b"cache lookup failed"];
+        if matches!(code, b"0A000" | b"XX000") && stale.iter().any(|stale| text.starts_with(stale)) {
+            self.shared.raise_epoch();
+        }
+        if memchr::memmem::find(message, PREFIX).is_some() {
+            let renamed = self.rename(message);
+            down.own(|own| put(own, b'E', |own| own.extend_from_slice(&renamed)));
+            return Ok(None);
+        }
+        Ok(Some(fate))
+    }
+
+    /// The body of an error with the client's own statement names in place of ours.
+    fn rename(&self, message: &[u8]) -> Vec<u8> {
+        let mut rest = &message[HEAD..];
+        let mut body = Vec::with_capacity(rest.len());
+        while let Some(start) = memchr::memmem::find(rest, PREFIX) {
+            let digits = rest[start + PREFIX.len()..].iter().take_while(|b| b.is_ascii_hexdigit()).count();
+            let end = start + PREFIX.len() + digits;
+            body.extend_from_slice(&rest[..start]);
+            body.extend_from_slice(self.names.own_name(&rest[start..end]).unwrap_or_default());
+            rest = &rest[end..];
+        }
+        body.extend_from_slice(rest);
+        body
+    }
+
+    /// Reads a command's tag for what it did to the session.
+    fn tag(&mut self, tag: &[u8], remote: &mut Remote) {
+        // The tags of everyday statements first: SELECT, INSERT, UPDATE, DELETE, BEGIN, COMMIT.
+        match tag.first_chunk::<3>() {
+            Some(b"SEL") => {
+                if self.staged.front().is_some_and(|(_, by, _)| *by == By::Select) {
+                    self.done.extend(self.staged.pop_front().map(|(_, _, track)| track));
+                }
+                return;
+            }
+            Some(b"INS" | b"UPD" | b"DEL" | b"BEG" | b"COM" | b"FET") => return,
+            Some(_) => {}
+            None => return,
+        }
+        match tag {
+            b"SET" | b"RESET" => {
+                let track = self.staged.pop_front().map_or(Track::Unknown, |(_, _, track)| track);
+                self.done.push(track);
+            }
+            b"LISTEN" => {
+                remote.soiled = true;
+                self.set_pins(self.pins.and(Shape::LISTENS));
+            }
+            b"PREPARE" => {
+                remote.soiled = true;
+                self.set_pins(self.pins.and(Shape::PREPARES));
+            }
+            b"DEALLOCATE ALL" => {
+                self.names.clear();
+                remote.prepared.clear();
+                self.set_pins(self.pins.without(Shape::PREPARES));
+            }
+            b"DISCARD ALL" => {
+                self.names.clear();
+                remote.prepared.clear();
+                self.set_pins(self.pins.only(Shape::LOAD));
+                self.done.push(Track::ResetAll);
+                remote.soiled = false;
+                remote.sequences = false;
+            }
+            b"DISCARD TEMP" => self.set_pins(self.pins.without(Shape::TEMP)),
+            b"DISCARD SEQUENCES" => {
+                remote.sequences = false;
+                self.set_pins(self.pins.without(Shape::READS_SEQUENCE));
+            }
+            _ => {
+                let leads = [&b"CREATE "[..], b"ALTER ", b"DROP ", b"DO", b"CALL", b"IMPORT ", b"REFRESH "];
+                if leads.iter().any(|lead| tag.starts_with(lead)) {
+                    self.changed_schema = true;
+                    self.shared.raise_epoch();
+                }
+            }
+        }
+    }
+}
+
+fn unread() -> Scan {
+    Scan { shape: Shape::UNREAD, statements: 1, ..Scan::default() }
+}
+
+/// A statement that fails with the storage refusal, so that the server's transaction fails as it would by itself.
+fn storage_error(over: &Over) -> String {
+    let (message, detail) = refuse::storage_text(over);
+    format!(
+        "DO $dynabase$BEGIN RAISE EXCEPTION USING ERRCODE='53100',MESSAGE='{message}',DETAIL='{detail}',HINT='{}';END$dynabase$",
+        refuse::STORAGE_HINT
+    )
+}

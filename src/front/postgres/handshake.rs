@@ -1,0 +1,279 @@
+//! From the first byte to an admitted session: TLS as the protocol asks for it, the startup packet, the token.
+//!
+//! Nothing is read beyond what has been asked for, so that bytes slipped in before TLS never reach the conversation
+//! behind it.
+
+use std::io;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::{
+    Server,
+    options::{Auth, Options},
+    refuse,
+};
+use crate::{
+    net::{Stream, tls::accept_tls},
+    refusal::{Refusal, TokenFault},
+    session::{Session, Transport},
+    tenant::Protocol,
+    wire::postgres::{
+        self as wire, HEAD,
+        backend::{self, Report, Severity},
+        frontend,
+        startup::{self, STARTUP_MAX, Startup},
+    },
+};
+
+/// Longest PasswordMessage: what PostgreSQL and PgBouncer accept.
+const PASSWORD_MAX: usize = 65_535;
+
+/// The newest minor version of protocol 3 that we speak.
+const MINOR: u16 = 2;
+
+/// The first byte of a TLS record that carries a handshake; no startup packet begins so.
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// How a connection ended before it became a session.
+#[derive(Debug)]
+pub enum Early {
+    /// It was a cancel request, or went away: nothing to say.
+    Gone(&'static str),
+    /// It gets a report.
+    Refused(Report, &'static str),
+}
+
+impl From<io::Error> for Early {
+    fn from(_: io::Error) -> Self {
+        Early::Gone("client_gone")
+    }
+}
+
+impl From<crate::wire::Error> for Early {
+    fn from(error: crate::wire::Error) -> Self {
+        Early::Refused(refuse::plain(Severity::Fatal, "08P01", error.what), "protocol")
+    }
+}
+
+/// An admitted client.
+#[derive(Debug)]
+pub struct Admitted {
+    /// Its session.
+    pub session: Session,
+    /// What it asked for.
+    pub options: Options,
+    /// The minor protocol version that both speak.
+    pub minor: u16,
+}
+
+/// Brings a connection to an admitted session. `stream` is the plain socket at first and the TLS stream afterwards.
+pub async fn admit(server: &Server, stream: &mut Option<Stream>, local: bool) -> Result<Admitted, Early> {
+    let login = loop {
+        let startup = match read_startup(server, stream).await? {
+            Some(startup) => startup,
+            None => continue,
+        };
+        match startup {
+            Startup::Ssl => ask_tls(server, stream).await?,
+            Startup::Gss => open(stream)?.write_all(b"N").await?,
+            Startup::Cancel { pid, secret } => {
+                server.keys.cancel(pid, &secret);
+                return Err(Early::Gone("cancel_request"));
+            }
+            Startup::Login(login) => break login,
+        }
+    };
+    let stream = open(stream)?;
+    if server.drain.is_draining() {
+        return Err(refused(Refusal::Draining));
+    }
+    let minor = if login.minor >= MINOR { MINOR } else { 0 };
+    if login.minor != minor || !login.extensions.is_empty() {
+        let mut out = Vec::new();
+        backend::put_negotiate(&mut out, minor, &login.extensions);
+        stream.write_all(&out).await?;
+    }
+    let options = Options::read(&login).map_err(|report| Early::Refused(report, "startup"))?;
+    let transport = if stream.is_tls() || local { Transport::Private } else { Transport::Open };
+    server.gate.may_carry(transport).map_err(refused)?;
+    let token = match options.auth {
+        Auth::Password => password(stream).await?,
+        Auth::Bearer => bearer(stream, &server.config.openid_configuration).await?,
+    };
+    let session = server.gate.admit(&token, Protocol::Postgres).await.map_err(|refusal| match refusal {
+        Refusal::BadToken(_) => Early::Refused(refuse::wrong_password(&options.user), refusal.kind()),
+        Refusal::Suspended => Early::Refused(refuse::suspended_login(), refusal.kind()),
+        other => refused(other),
+    })?;
+    let policy = session.slot().policy();
+    let allowed = session.identity().user.as_deref().is_none_or(|user| user == options.user);
+    if !allowed || !policy.tenant.has_user(&options.user) {
+        return Err(Early::Refused(refuse::wrong_password(&options.user), "unknown_user"));
+    }
+    if !policy.tenant.has_database(&options.database) {
+        return Err(Early::Refused(refuse::unknown_database(&options.database), "unknown_database"));
+    }
+    drop(policy);
+    Ok(Admitted { session, options, minor })
+}
+
+fn refused(refusal: Refusal) -> Early {
+    Early::Refused(refuse::fatal(&refusal), refusal.kind())
+}
+
+fn open(stream: &mut Option<Stream>) -> Result<&mut Stream, Early> {
+    stream.as_mut().ok_or(Early::Gone("tls_failed"))
+}
+
+/// Reads one startup packet; `None` when the client began with TLS instead, which is on now.
+async fn read_startup(server: &Server, stream: &mut Option<Stream>) -> Result<Option<Startup>, Early> {
+    let mut packet = vec![0; 8];
+    let mut have = 0;
+    let plain = open(stream)?;
+    while have < packet.len() {
+        let n = plain.read(&mut packet[have..]).await?;
+        if n == 0 {
+            return Err(Early::Gone(if have == 0 { "probe" } else { "client_gone" }));
+        }
+        have += n;
+        if packet[0] == TLS_HANDSHAKE && !plain.is_tls() {
+            packet.truncate(have);
+            return direct_tls(server, stream, packet).await.map(|()| None);
+        }
+    }
+    let len = u32::from_be_bytes([packet[0], packet[1], packet[2], packet[3]]) as usize;
+    if (8..=STARTUP_MAX).contains(&len) {
+        packet.resize(len, 0);
+        plain.read_exact(&mut packet[8..]).await?;
+    }
+    match startup::decode(&packet) {
+        Ok(Some((_, startup))) => Ok(Some(startup)),
+        Ok(None) => Err(Early::Gone("client_gone")),
+        Err(error) if error.what == "unsupported frontend protocol" => {
+            Err(Early::Refused(refuse::plain(Severity::Fatal, "0A000", error.what), "protocol"))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn ask_tls(server: &Server, stream: &mut Option<Stream>) -> Result<(), Early> {
+    let plain = open(stream)?;
+    if plain.is_tls() {
+        return Err(Early::Refused(refuse::plain(Severity::Fatal, "08P01", "TLS is on already"), "protocol"));
+    }
+    let Some(tls) = &server.tls else {
+        plain.write_all(b"N").await?;
+        return Ok(());
+    };
+    plain.write_all(b"S").await?;
+    let Some(plain) = stream.take() else { return Err(Early::Gone("tls_failed")) };
+    let secured = accept_tls(plain, tls.acceptor()).await.map_err(|_| Early::Gone("tls_failed"))?;
+    *stream = Some(secured);
+    Ok(())
+}
+
+/// TLS from the first byte, as PostgreSQL 17 clients can ask for; ALPN is mandatory then.
+async fn direct_tls(server: &Server, stream: &mut Option<Stream>, first: Vec<u8>) -> Result<(), Early> {
+    let (Some(tls), Some(plain)) = (&server.tls, stream.take()) else { return Err(Early::Gone("tls_off")) };
+    let secured = accept_tls(plain.replaying(first)?, tls.acceptor()).await.map_err(|_| Early::Gone("tls_failed"))?;
+    if let Stream::Tls(inner) = &secured
+        && inner.get_ref().1.alpn_protocol() != Some(super::ALPN.as_bytes())
+    {
+        return Err(Early::Gone("tls_without_alpn"));
+    }
+    *stream = Some(secured);
+    Ok(())
+}
+
+async fn password(stream: &mut Stream) -> Result<Vec<u8>, Early> {
+    stream.write_all(&backend::AUTHENTICATION_CLEARTEXT).await?;
+    stream.flush().await?;
+    let message = read_secret(stream).await?;
+    Ok(frontend::password(&message)?.to_vec())
+}
+
+/// SASL OAUTHBEARER (RFC 7628): the token in the initial response; without one the client asks where to get it.
+async fn bearer(stream: &mut Stream, openid_configuration: &str) -> Result<Vec<u8>, Early> {
+    let mut out = Vec::new();
+    backend::put_sasl(&mut out, &["OAUTHBEARER"]);
+    stream.write_all(&out).await?;
+    stream.flush().await?;
+    let message = read_secret(stream).await?;
+    let (mechanism, response) = frontend::sasl_initial(&message)?;
+    if mechanism != b"OAUTHBEARER" {
+        return Err(crate::wire::Error {
+            at: "SASL",
+            what: "client selected an invalid SASL authentication mechanism",
+        }
+        .into());
+    }
+    match response.and_then(bearer_token) {
+        Some(token) if !token.is_empty() => Ok(token.to_vec()),
+        // Discovery: the client has no token yet and asks where to get one.
+        Some(_) => {
+            let mut out = Vec::new();
+            let body = serde_json::json!({
+                "status": "invalid_token", "openid-configuration": openid_configuration, "scope": ""
+            });
+            backend::put_sasl_continue(&mut out, body.to_string().as_bytes());
+            stream.write_all(&out).await?;
+            stream.flush().await?;
+            // The client has to answer with a lone 0x01 before it is refused; what it says decides nothing.
+            read_secret(stream).await?;
+            Err(refused(Refusal::BadToken(TokenFault::Malformed)))
+        }
+        None => Err(crate::wire::Error { at: "SASL", what: "malformed OAUTHBEARER message" }.into()),
+    }
+}
+
+/// The token in `n,,^Aauth=Bearer <token>^A^A`; an authzid and other keys may stand there too and mean nothing.
+fn bearer_token(response: &[u8]) -> Option<&[u8]> {
+    let (header, rest) = response.split_at(memchr::memchr(1, response)?);
+    if !(header.starts_with(b"n,") || header.starts_with(b"y,")) || !rest.ends_with(b"\x01\x01") {
+        return None;
+    }
+    let value = rest.split(|&b| b == 1).find_map(|pair| pair.strip_prefix(b"auth="))?;
+    if value.is_empty() {
+        return Some(value);
+    }
+    let (scheme, token) = value.split_first_chunk::<7>()?;
+    scheme.eq_ignore_ascii_case(b"Bearer ").then_some(token.trim_ascii())
+}
+
+/// Reads one whole message of kind `p`.
+async fn read_secret(stream: &mut Stream) -> Result<Vec<u8>, Early> {
+    let mut message = vec![0; HEAD];
+    stream.read_exact(&mut message).await?;
+    let head = wire::head(&message)?.ok_or(Early::Gone("client_gone"))?;
+    if head.kind != b'p' {
+        return Err(crate::wire::Error { at: "authentication", what: "expected password response" }.into());
+    }
+    if head.len > PASSWORD_MAX + HEAD {
+        return Err(crate::wire::Error { at: "authentication", what: "password is too long" }.into());
+    }
+    message.resize(head.len, 0);
+    stream.read_exact(&mut message[HEAD..]).await?;
+    Ok(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bearer_token;
+
+    #[test]
+    fn a_bearer_token_is_found_among_the_keys() {
+        assert_eq!(bearer_token(b"n,,\x01auth=Bearer abc\x01\x01"), Some(&b"abc"[..]));
+        assert_eq!(bearer_token(b"n,a=u,\x01host=h\x01port=1\x01auth=bearer abc\x01\x01"), Some(&b"abc"[..]));
+        assert_eq!(bearer_token(b"n,,\x01auth=\x01\x01"), Some(&b""[..]), "discovery");
+        for bad in [
+            &b""[..],
+            b"n,,",
+            b"n,,\x01\x01",
+            b"p=x,,\x01auth=Bearer a\x01\x01",
+            b"n,,\x01auth=Basic abcd\x01\x01",
+            b"n,,\x01auth=Bearer a",
+        ] {
+            assert_eq!(bearer_token(bad), None, "{bad:?}");
+        }
+    }
+}

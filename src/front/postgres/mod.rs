@@ -1,0 +1,162 @@
+//! Postgres as clients see it.
+//!
+//! # The journey of a connection
+//! 1. [`handshake`]: TLS as the protocol asks for it, the startup packet, the token; [`crate::session::Gate::admit`]
+//!    makes the session. Logical user and database are looked up in the tenant's own names, never in the server's.
+//! 2. [`relay`]: the client's messages wait until one of them needs a server. Then the tenant's rate is asked, a
+//!    connection is leased from the tenant's pool, brought to this client's settings, and bytes flow both ways.
+//! 3. [`conversation`] decides message by message: forwarded as it is, under another statement name, answered here,
+//!    or kept from the client. [`ledger`] knows which answers are owed.
+//! 4. When nothing is owed, no transaction is open and nothing pins the client, the connection goes back.
+//!
+//! # Invariants
+//! - A client reaches one role in one database of one tenant. That wall is the server's own; everything here only
+//!   keeps apart clients of the same tenant.
+//! - A statement is sent at most once. What may have been sent is never repeated.
+//! - A client that sleeps owns no buffer: bytes are read into the thread's, and only an unfinished message is kept.
+//! - No wait is without an end: the handshake, the queue, a statement, an idle transaction, a farewell.
+
+mod cancel;
+mod conversation;
+mod handshake;
+mod ledger;
+mod options;
+mod out;
+mod refuse;
+mod relay;
+mod scan;
+mod statement;
+
+use std::{sync::Arc, time::Duration};
+
+use dashmap::DashMap;
+use serde::Deserialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::{
+    net::{Conn, Stream, drain::Drain, tls::ServerTls},
+    refusal::Refusal,
+    session::Gate,
+    tenant::unit,
+    upstream::postgres::Upstream,
+    wire::postgres::backend::Report,
+};
+
+/// The ALPN name of the protocol.
+pub const ALPN: &str = "postgresql";
+
+/// Longest wait for a refused client to read its refusal: closing a socket with unread bytes makes the kernel send a
+/// reset, and the client would lose the message.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// `[postgres]`: the Postgres front.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// From the first byte to the end of the login.
+    #[serde(deserialize_with = "unit::duration")]
+    pub handshake_timeout: Duration,
+    /// Where OAUTHBEARER clients without a token are told to get one: the issuer's discovery document.
+    pub openid_configuration: String,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { handshake_timeout: Duration::from_secs(15), openid_configuration: String::new() }
+    }
+}
+
+impl Config {
+    /// Checks what the types can't: key and fault of each.
+    pub fn faults(&self) -> Vec<(&'static str, String)> {
+        if self.handshake_timeout < Duration::from_millis(100) {
+            return vec![("handshake_timeout", "must be at least 100ms".into())];
+        }
+        Vec::new()
+    }
+}
+
+/// Everything that Postgres connections share. One per process.
+#[derive(Debug)]
+pub struct Server {
+    gate: Arc<Gate>,
+    upstream: Arc<Upstream>,
+    tls: Option<Arc<ServerTls>>,
+    config: Config,
+    drain: Drain,
+    keys: Arc<cancel::Keys>,
+    /// By physical database: what its clients share.
+    shared: DashMap<Arc<str>, Arc<statement::Shared>>,
+}
+
+impl Server {
+    /// A front that admits through `gate` and leads to `upstream`.
+    pub fn new(
+        gate: Arc<Gate>,
+        upstream: Arc<Upstream>,
+        tls: Option<Arc<ServerTls>>,
+        config: Config,
+        drain: Drain,
+    ) -> Arc<Self> {
+        Arc::new(Self { gate, upstream, tls, config, drain, keys: Arc::default(), shared: DashMap::new() })
+    }
+
+    /// Serves one connection, first byte to last.
+    pub async fn serve(self: Arc<Self>, conn: Conn) {
+        let Conn { id, peer, local, stream, unauthenticated } = conn;
+        let mut stream = Some(stream);
+        // Boxed, so that the space it needs is gone once the session begins.
+        let early = Box::pin(tokio::time::timeout(self.config.handshake_timeout, async {
+            let admitted = handshake::admit(&self, &mut stream, local).await?;
+            Ok(admitted)
+        }))
+        .await
+        .unwrap_or(Err(handshake::Early::Gone("handshake_timeout")));
+        drop(unauthenticated);
+        let reason = match early {
+            Ok(admitted) => match stream {
+                Some(stream) => return relay::run(self, id, peer, stream, admitted).await,
+                None => "tls_failed",
+            },
+            Err(handshake::Early::Gone(reason)) => reason,
+            Err(handshake::Early::Refused(report, reason)) => {
+                metrics::counter!("dynabase_refusals_total", "protocol" => "postgres", "reason" => reason).increment(1);
+                if let Some(stream) = &mut stream {
+                    farewell(stream, &report).await;
+                }
+                reason
+            }
+        };
+        tracing::info!(conn = id, %peer, reason, "postgres connection ended before a session");
+    }
+
+    /// What the clients of a physical database share.
+    fn shared(&self, database: &Arc<str>) -> Arc<statement::Shared> {
+        if let Some(shared) = self.shared.get(database) {
+            return Arc::clone(&shared);
+        }
+        // Databases without clients are forgotten when a new one comes: bounded by those in use.
+        self.shared.retain(|_, shared| Arc::strong_count(shared) > 1);
+        Arc::clone(&self.shared.entry(Arc::clone(database)).or_default())
+    }
+}
+
+/// Says why, then closes so that the client gets to read it.
+async fn farewell(stream: &mut Stream, report: &Report) {
+    let mut out = Vec::new();
+    report.put(&mut out);
+    let goodbye = async {
+        stream.write_all(&out).await?;
+        stream.flush().await?;
+        stream.shutdown().await?;
+        let mut rest = [0; 1024];
+        while stream.read(&mut rest).await? > 0 {}
+        std::io::Result::Ok(())
+    };
+    // A client that does not read in time, or is gone, misses it.
+    let _ = tokio::time::timeout(LINGER, goodbye).await;
+}
+
+fn count_refusal(refusal: &Refusal) {
+    metrics::counter!("dynabase_refusals_total", "protocol" => "postgres", "reason" => refusal.kind()).increment(1);
+}

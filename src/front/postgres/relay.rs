@@ -1,0 +1,671 @@
+//! The sockets of one session: reads, writes, waits. What bytes mean is [`super::conversation`]'s.
+//!
+//! [`Relay::poll`] is one hand-written future for the busy path: it reads whatever side is ready into the thread's
+//! buffer and writes once per direction. Everything that has to wait for something else (a lease, a cancel, a
+//! farewell) leaves it as an [`Event`] and is ordinary `async` code here. Dropping a relay at any await is safe: its
+//! lease is closed, its places are given back.
+
+mod link;
+
+use std::{
+    cell::RefCell,
+    io,
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
+    task::JoinHandle,
+};
+
+use super::{
+    Server, cancel,
+    conversation::{Conversation, Fault, Heard, Want},
+    count_refusal, farewell,
+    handshake::Admitted,
+    out::Out,
+    refuse,
+};
+use crate::{
+    net::{Peer, Stream},
+    quota::{Stop, clock},
+    refusal::{Limit, Over, Refusal},
+    session::Session,
+    tenant::{PoolMode, Protocol},
+    upstream::postgres::{Home, Lease, Pool, Taken},
+    wire::postgres::{
+        backend::{self, Report, Severity, Status},
+        head,
+    },
+};
+
+/// Bytes read at once. Large enough that a big result costs few system calls; one buffer per thread.
+const READ: usize = 64 * 1024;
+
+/// How long a session that has to end may take to reach a safe point.
+const STOP_GRACE: Duration = Duration::from_secs(60);
+/// The same where the tenant is suspended or its key revoked.
+const CUT_GRACE: Duration = Duration::from_secs(1);
+
+/// How long a server may take to obey a cancel before its backend is terminated.
+const CANCEL_GRACE: Duration = Duration::from_secs(1);
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
+        read: vec![0; READ].into(), up: Out::default(), down: Out::default(),
+    });
+}
+
+struct Scratch {
+    read: Box<[u8]>,
+    up: Out,
+    down: Out,
+}
+
+/// What the busy path can't do by itself.
+#[derive(Debug)]
+enum Event {
+    /// The next message needs a connection that is not there yet.
+    Link(Taken),
+    /// The next message is over the tenant's rate.
+    OverRate(Over),
+    /// The client asked to cancel what is running.
+    Cancel,
+    /// The deadline has passed.
+    Due,
+    /// The session has to end, and may end now.
+    Stop(Stop),
+    /// The client has gone or said goodbye.
+    ClientGone,
+    /// The server has gone; whether it said so itself.
+    ServerGone(bool),
+    /// One side does not follow the protocol.
+    Fault(Fault),
+}
+
+struct Relay {
+    server: Arc<Server>,
+    session: Session,
+    client: Stream,
+    link: Option<Lease>,
+    pool: Arc<Pool>,
+    home: Arc<Home>,
+    conversation: Conversation,
+    mode: PoolMode,
+    /// The client's bytes that wait: an unfinished message, or what waits for a connection.
+    tail: Vec<u8>,
+    /// The server's bytes of an unfinished message.
+    server_tail: Vec<u8>,
+    to_client: Pending,
+    to_server: Pending,
+    /// There is something in `tail` that can go on without more bytes.
+    resume: bool,
+    cancelling: Option<JoinHandle<bool>>,
+    stopping: Option<(Stop, u64)>,
+    timed_out: bool,
+    /// What the deadline was last set for: statements completed, busy, in a transaction.
+    armed: (u64, bool, Status),
+    /// Totals that have been added to the meter.
+    metered: Metered,
+    bytes_in: u64,
+    bytes_out: u64,
+    transactions: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Metered {
+    bytes_in: u64,
+    bytes_out: u64,
+    completed: u64,
+    errors: u64,
+}
+
+/// Bytes that a socket has not taken yet.
+#[derive(Debug, Default)]
+struct Pending {
+    bytes: Vec<u8>,
+    at: usize,
+    /// TLS may hold bytes of its own.
+    flush: bool,
+}
+
+impl Pending {
+    fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// Writes until all is taken.
+    fn poll(&mut self, stream: &mut Stream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.at < self.bytes.len() {
+            match ready!(Pin::new(&mut *stream).poll_write(cx, &self.bytes[self.at..]))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                n => self.at += n,
+            }
+            self.flush = stream.is_tls();
+        }
+        if !self.bytes.is_empty() {
+            *self = Self { flush: self.flush, ..Self::default() };
+        }
+        if self.flush {
+            ready!(Pin::new(stream).poll_flush(cx))?;
+            self.flush = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Writes `out` now, as far as it goes.
+    fn write(&mut self, out: &mut Out, stream: &mut Stream, cx: &mut Context<'_>, input: &[u8]) -> io::Result<()> {
+        if out.is_empty() {
+            return Ok(());
+        }
+        if !self.is_empty() {
+            out.copy_to(input, &mut self.bytes);
+            return Ok(());
+        }
+        out.write(stream, cx, input, &mut self.bytes)?;
+        self.flush = stream.is_tls();
+        if self.bytes.is_empty()
+            && self.flush
+            && let Poll::Ready(flushed) = Pin::new(stream).poll_flush(cx)
+        {
+            flushed?;
+            self.flush = false;
+        }
+        Ok(())
+    }
+}
+
+/// Serves an admitted client until it ends.
+pub(super) async fn run(server: Arc<Server>, id: u64, peer: Peer, stream: Stream, admitted: Admitted) {
+    let opened = Instant::now();
+    let org = admitted.session.slot().org().clone();
+    let subject = Arc::clone(&admitted.session.identity().subject);
+    let mut stream = stream;
+    // Boxed: a login needs more space than a session.
+    let begun = Box::pin(link::begin(&server, &mut stream, admitted)).await;
+    let (reason, bytes_in, bytes_out, transactions) = match begun {
+        Ok(begun) => {
+            let mut relay = begun.into_relay(Arc::clone(&server), stream);
+            let reason = relay.run().await;
+            relay.meter();
+            (reason, relay.bytes_in, relay.bytes_out, relay.transactions)
+        }
+        Err((report, reason)) => {
+            farewell(&mut stream, &report).await;
+            (reason, 0, 0, 0)
+        }
+    };
+    metrics::counter!("dynabase_connections_ended_total", "protocol" => "postgres", "reason" => reason).increment(1);
+    tracing::info!(
+        conn = id, %peer, %org, %subject, reason, bytes_in, bytes_out, transactions,
+        seconds = opened.elapsed().as_secs_f64(), "postgres session ended"
+    );
+}
+
+impl Relay {
+    /// Runs to the end; gives the reason.
+    async fn run(&mut self) -> &'static str {
+        let _key = match self.greet().await {
+            Ok(key) => key,
+            Err(_) => return "client_gone",
+        };
+        loop {
+            let event = std::future::poll_fn(|cx| self.poll(cx)).await;
+            let end = match event {
+                Event::Link(taken) => self.wait_for_link(taken).await,
+                Event::OverRate(over) => self.over_rate(over).await,
+                Event::Cancel => {
+                    self.cancel();
+                    Ok(())
+                }
+                Event::Due => self.due().await,
+                Event::Stop(stop) => Err(self.stop(stop).await),
+                Event::ClientGone => Err("client_gone"),
+                Event::ServerGone(told) => Err(self.server_gone(told).await),
+                Event::Fault(fault) => Err(self.fault(fault).await),
+            };
+            if let Err(reason) = end {
+                self.leave();
+                return reason;
+            }
+        }
+    }
+
+    /// AuthenticationOk, the parameters, the cancel key, ReadyForQuery: in one write.
+    async fn greet(&mut self) -> io::Result<cancel::Key> {
+        // In session mode the server is this client's for good: its own process id keeps pg_backend_pid() true.
+        let pid = self.link.as_ref().and_then(|link| link.pid());
+        let key =
+            self.server.keys.issue(self.session.live(), self.conversation.minor(), pid).ok_or(io::ErrorKind::Other)?;
+        let mut hello = backend::AUTHENTICATION_OK.to_vec();
+        for (name, value) in self.conversation.reported().iter() {
+            backend::put_parameter(&mut hello, name, value);
+        }
+        backend::put_key(&mut hello, key.pid, &key.secret);
+        hello.extend_from_slice(&backend::ready_message(Status::Idle));
+        self.client.write_all(&hello).await?;
+        self.client.flush().await?;
+        Ok(key)
+    }
+
+    /// The busy path. See the module's description.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        SCRATCH.with_borrow_mut(|scratch| match self.poll_with(cx, scratch) {
+            Ok(Poll::Pending) => {
+                self.arm();
+                // Signals that came before the waker was known.
+                self.session.live().register(cx);
+                match self.signal() {
+                    Some(event) => Poll::Ready(event),
+                    None => Poll::Pending,
+                }
+            }
+            Ok(ready) => ready,
+            Err(event) => Poll::Ready(event),
+        })
+    }
+
+    fn poll_with(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Result<Poll<Event>, Event> {
+        loop {
+            if let Some(event) = self.signal() {
+                return Err(event);
+            }
+            if let Some(cancelling) = &mut self.cancelling
+                && Pin::new(cancelling).poll(cx).is_ready()
+            {
+                self.cancelling = None;
+                self.release_if_done();
+            }
+            if self.to_client.poll(&mut self.client, cx).map_err(client_gone)?.is_ready() && self.resume {
+                self.resume = false;
+                self.on_client(cx, scratch, 0)?;
+                continue;
+            }
+            let mut progress = false;
+            if let Some(link) = &mut self.link {
+                let told = |_| Event::ServerGone(false);
+                let _ = self.to_server.poll(&mut link.stream, cx).map_err(told)?;
+                if self.to_client.is_empty()
+                    && let Poll::Ready(n) = read(&mut link.stream, cx, &mut scratch.read).map_err(told)?
+                {
+                    if n == 0 {
+                        return Err(Event::ServerGone(false));
+                    }
+                    self.on_server(cx, scratch, n)?;
+                    progress = true;
+                }
+            }
+            // A client whose bytes the server does not take is not read; neither is one that has to end.
+            if self.to_server.is_empty()
+                && !self.resume
+                && let Poll::Ready(n) = read(&mut self.client, cx, &mut scratch.read).map_err(client_gone)?
+            {
+                if n == 0 {
+                    return Err(Event::ClientGone);
+                }
+                self.bytes_in += n as u64;
+                self.on_client(cx, scratch, n)?;
+                progress = true;
+            }
+            if !progress {
+                return Ok(Poll::Pending);
+            }
+        }
+    }
+
+    /// Takes `n` bytes that the client sent, behind those that waited.
+    fn on_client(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch, n: usize) -> Result<(), Event> {
+        let Scratch { read, up, down } = scratch;
+        let waiting = if self.tail.is_empty() {
+            None
+        } else {
+            self.tail.extend_from_slice(&read[..n]);
+            Some(std::mem::take(&mut self.tail))
+        };
+        let input: &[u8] = waiting.as_deref().unwrap_or(&read[..n]);
+        let mut at = 0;
+        let event = loop {
+            up.clear();
+            down.clear();
+            let remote = self.link.as_mut().map(|link| &mut link.remote);
+            let linked = remote.is_some();
+            let step = match self.conversation.from_client(&input[at..], remote, up, down) {
+                Ok(step) => step,
+                Err(fault) => return Err(Event::Fault(fault)),
+            };
+            if linked && let Some(link) = &mut self.link {
+                self.to_server.write(up, &mut link.stream, cx, &input[at..]).map_err(|_| Event::ServerGone(false))?;
+            }
+            self.say(cx, down, &input[at..])?;
+            at += step.consumed;
+            match step.want {
+                Want::More => break None,
+                Want::Close => break Some(Event::ClientGone),
+                Want::Pace => match self.session.take(1) {
+                    Ok(()) => self.conversation.pace(),
+                    Err(over) => break Some(Event::OverRate(over)),
+                },
+                Want::Link => match self.link_now(cx, down) {
+                    Ok(()) => {}
+                    Err(event) => break Some(event),
+                },
+            }
+        };
+        if at < input.len() {
+            self.tail = match waiting {
+                Some(mut waiting) => {
+                    waiting.drain(..at);
+                    waiting
+                }
+                None => input[at..].to_vec(),
+            };
+        }
+        match event {
+            Some(event) => Err(event),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes a connection that can be had at once and needs no preparation: the usual case.
+    fn link_now(&mut self, cx: &mut Context<'_>, down: &mut Out) -> Result<(), Event> {
+        if self.stopping.is_some() {
+            // Nothing new is begun; `signal` ends the session at once.
+            return Err(Event::Stop(self.stopping.map_or(Stop::Draining, |(stop, _)| stop)));
+        }
+        self.session.take(1).map_err(Event::OverRate)?;
+        self.conversation.pace();
+        match self.pool.try_take(&self.home) {
+            Taken::Lease(lease) if self.conversation.preparation(&lease.remote).is_empty() => {
+                down.clear();
+                self.linked(lease, down);
+                self.say(cx, down, &[])
+            }
+            taken => Err(Event::Link(taken)),
+        }
+    }
+
+    /// Makes a prepared connection this client's.
+    fn linked(&mut self, mut lease: Lease, down: &mut Out) {
+        self.conversation.link(&mut lease.remote, down);
+        self.conversation.set_over_storage(self.over_storage());
+        self.link = Some(lease);
+        self.session.live().set_idle(false);
+        self.transactions += 1;
+    }
+
+    fn over_storage(&self) -> Option<Over> {
+        let slot = self.session.slot();
+        let used = slot.stored(Protocol::Postgres);
+        let policy = slot.policy();
+        let max = policy.limits.postgres.storage;
+        (used >= max).then(|| Over {
+            limit: Limit::Storage,
+            tier: policy.tenant.tier,
+            max,
+            in_use: used,
+            retry_after: None,
+        })
+    }
+
+    fn say(&mut self, cx: &mut Context<'_>, down: &mut Out, input: &[u8]) -> Result<(), Event> {
+        self.bytes_out += down.len() as u64;
+        self.to_client.write(down, &mut self.client, cx, input).map_err(client_gone)
+    }
+
+    /// Takes `n` bytes that the server sent, behind those that waited.
+    fn on_server(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch, n: usize) -> Result<(), Event> {
+        let Scratch { read, down, .. } = scratch;
+        let Some(link) = &mut self.link else { return Ok(()) };
+        let waiting = if self.server_tail.is_empty() {
+            None
+        } else {
+            self.server_tail.extend_from_slice(&read[..n]);
+            Some(std::mem::take(&mut self.server_tail))
+        };
+        let input: &[u8] = waiting.as_deref().unwrap_or(&read[..n]);
+        down.clear();
+        let Heard { consumed, fatal } =
+            self.conversation.from_server(input, &mut link.remote, down).map_err(Event::Fault)?;
+        self.say(cx, down, input)?;
+        if consumed < input.len() {
+            self.server_tail = input[consumed..].to_vec();
+        }
+        if fatal {
+            return Err(Event::ServerGone(true));
+        }
+        self.release_if_done();
+        Ok(())
+    }
+
+    /// Gives the connection back once nobody needs it any more.
+    fn release_if_done(&mut self) {
+        if self.mode == PoolMode::Transaction
+            && self.conversation.may_release()
+            && self.cancelling.is_none()
+            && self.to_server.is_empty()
+            && self.server_tail.is_empty()
+            && let Some(lease) = self.link.take()
+        {
+            lease.release();
+            self.timed_out = false;
+            self.session.live().set_idle(true);
+            self.meter();
+        }
+    }
+
+    /// Adds what was used since the last time to the tenant's meter, and to its rate what was not asked for before.
+    fn meter(&mut self) {
+        let now = Metered {
+            bytes_in: self.bytes_in,
+            bytes_out: self.bytes_out,
+            completed: self.conversation.ledger().completed(),
+            errors: self.conversation.errors(),
+        };
+        let before = std::mem::replace(&mut self.metered, now);
+        let meter = self.session.meter();
+        let statements = now.completed - before.completed;
+        meter.transactions.fetch_add(1, Ordering::Relaxed);
+        meter.requests.fetch_add(statements, Ordering::Relaxed);
+        meter.bytes_in.fetch_add(now.bytes_in - before.bytes_in, Ordering::Relaxed);
+        meter.bytes_out.fetch_add(now.bytes_out - before.bytes_out, Ordering::Relaxed);
+        if now.errors > before.errors {
+            meter.errors.fetch_add(now.errors - before.errors, Ordering::Relaxed);
+        }
+        if statements > 1 {
+            self.session.charge(statements - 1);
+        }
+    }
+
+    /// What others want of this session, if anything.
+    fn signal(&mut self) -> Option<Event> {
+        let live = Arc::clone(self.session.live());
+        if !live.signalled() && self.stopping.is_none() {
+            return None;
+        }
+        if live.take_cancel() {
+            return Some(Event::Cancel);
+        }
+        if self.stopping.is_none()
+            && let Some(stop) = live.stopped()
+        {
+            let grace = if matches!(stop, Stop::Suspended | Stop::Revoked) { CUT_GRACE } else { STOP_GRACE };
+            let at = clock::now_ms() + u64::try_from(grace.as_millis()).unwrap_or(0);
+            self.stopping = Some((stop, at));
+            self.armed.0 = u64::MAX;
+        }
+        if let Some((stop, _)) = self.stopping
+            && self.conversation.is_at_safe_point()
+        {
+            return Some(Event::Stop(stop));
+        }
+        live.take_due().then_some(Event::Due)
+    }
+
+    /// Sets the deadline for what is happening now, if that has changed.
+    fn arm(&mut self) {
+        let ledger = self.conversation.ledger();
+        let busy = self.link.is_some() && !ledger.is_settled();
+        let state = (ledger.completed(), busy, ledger.status());
+        if state == self.armed || (self.timed_out && busy) {
+            return;
+        }
+        self.armed = state;
+        let live = self.session.live();
+        let limit = if busy || ledger.status() != Status::Idle {
+            let policy = self.session.slot().policy();
+            let limits = &policy.limits.postgres;
+            let limit = if busy { limits.statement_timeout } else { limits.idle_in_transaction_timeout };
+            clock::now_ms() + u64::try_from(limit.as_millis()).unwrap_or(u64::MAX / 2)
+        } else {
+            u64::MAX
+        };
+        live.set_deadline(limit.min(self.stopping.map_or(u64::MAX, |(_, at)| at)));
+    }
+
+    /// Asks the server to cancel what is running, if anything is. The connection stays leased until the server has
+    /// taken the request, so that it can't hit another client's statement.
+    fn cancel(&mut self) {
+        let Some(link) = &self.link else { return };
+        if self.cancelling.is_some() || self.conversation.ledger().is_settled() || link.key.is_empty() {
+            return;
+        }
+        let upstream = Arc::clone(&self.server.upstream);
+        let key = link.key.clone();
+        self.cancelling = Some(tokio::spawn(async move { upstream.cancel(&key).await }));
+    }
+
+    /// The deadline has passed: of a statement, of a pause inside a transaction, or of the grace of a stop.
+    async fn due(&mut self) -> Result<(), &'static str> {
+        if let Some((stop, at)) = self.stopping
+            && clock::now_ms() >= at
+        {
+            self.cancel();
+            return Err(self.stop(stop).await);
+        }
+        let policy = Arc::clone(&self.session.slot().policy());
+        let limits = &policy.limits.postgres;
+        let over = |limit, max: Duration| Over {
+            limit,
+            tier: policy.tenant.tier,
+            max: u64::try_from(max.as_millis()).unwrap_or(u64::MAX),
+            in_use: u64::try_from(max.as_millis()).unwrap_or(u64::MAX),
+            retry_after: None,
+        };
+        if self.link.is_none()
+            || (self.conversation.ledger().is_settled() && self.conversation.ledger().status() == Status::Idle)
+        {
+            return Ok(());
+        }
+        if self.conversation.ledger().is_settled() {
+            let refusal = Refusal::OverLimit(over(Limit::IdleInTransaction, limits.idle_in_transaction_timeout));
+            return Err(self.end(&refusal).await);
+        }
+        let refusal = over(Limit::StatementTimeout, limits.statement_timeout);
+        if !self.timed_out {
+            count_refusal(&Refusal::OverLimit(refusal));
+            self.timed_out = true;
+            self.conversation.set_timed_out(Some(refusal));
+            self.cancel();
+            let grace = u64::try_from(CANCEL_GRACE.as_millis()).unwrap_or(0);
+            self.session.live().set_deadline(clock::now_ms() + grace);
+            return Ok(());
+        }
+        // The statement swallows cancels: its backend has to go.
+        if let Some(link) = &self.link
+            && let Some(pid) = link.pid()
+        {
+            self.server.upstream.terminate(pid, &self.home.place.role).await;
+        }
+        Err(self.end(&Refusal::OverLimit(refusal)).await)
+    }
+
+    async fn stop(&mut self, stop: Stop) -> &'static str {
+        self.end(&Session::farewell(stop)).await
+    }
+
+    /// Ends the session with a FATAL report, where the client is between two messages.
+    async fn end(&mut self, refusal: &Refusal) -> &'static str {
+        count_refusal(refusal);
+        self.say_goodbye(&refuse::fatal(refusal)).await;
+        refusal.kind()
+    }
+
+    async fn say_goodbye(&mut self, report: &Report) {
+        if self.to_client.is_empty() && self.conversation.is_between_replies() {
+            farewell(&mut self.client, report).await;
+        }
+    }
+
+    async fn server_gone(&mut self, told: bool) -> &'static str {
+        // What it sent before is with the client already; nothing is ever sent to it again.
+        if !told {
+            let mut report = refuse::plain(Severity::Fatal, "08006", "the connection to the database was lost");
+            report.hint = "The statement may or may not have run: reconnect and look before repeating it.".into();
+            self.say_goodbye(&report).await;
+        } else {
+            let flush = std::future::poll_fn(|cx| self.to_client.poll(&mut self.client, cx));
+            // Its own last words; a client that does not take them in time misses them.
+            let _ = tokio::time::timeout(super::LINGER, flush).await;
+            let _ = tokio::time::timeout(super::LINGER, self.client.shutdown()).await;
+        }
+        self.link = None;
+        "upstream_lost"
+    }
+
+    async fn fault(&mut self, fault: Fault) -> &'static str {
+        let (report, reason) = match fault {
+            Fault::Client(error) => (refuse::plain(Severity::Fatal, "08P01", error.what), "protocol"),
+            Fault::Server(error) => {
+                tracing::error!(org = %self.session.slot().org(), %error, "the upstream does not follow the protocol");
+                (refuse::fatal(&Refusal::UpstreamDown), "upstream_protocol")
+            }
+            Fault::Unasked => {
+                tracing::error!(org = %self.session.slot().org(), "the upstream answered what nobody asked");
+                (refuse::fatal(&Refusal::UpstreamDown), "upstream_protocol")
+            }
+        };
+        self.say_goodbye(&report).await;
+        reason
+    }
+
+    /// Leaves no trace: gives a clean connection back, cancels what still runs, closes everything else.
+    fn leave(&mut self) {
+        let Some(mut lease) = self.link.take() else { return };
+        let ledger = self.conversation.ledger();
+        if self.conversation.may_release() && self.cancelling.is_none() && self.to_server.is_empty() {
+            // A session-mode client may have left anything behind.
+            lease.remote.soiled |= self.mode == PoolMode::Session;
+            lease.release();
+        } else if ledger.is_settled() || lease.key.is_empty() {
+            drop(lease);
+        } else {
+            let upstream = Arc::clone(&self.server.upstream);
+            tokio::spawn(async move {
+                upstream.cancel(&lease.key).await;
+                drop(lease);
+            });
+        }
+    }
+}
+
+fn client_gone(_: io::Error) -> Event {
+    Event::ClientGone
+}
+
+/// Reads what is there, into the thread's buffer.
+fn read(stream: &mut Stream, cx: &mut Context<'_>, space: &mut [u8]) -> io::Result<Poll<usize>> {
+    let mut buf = ReadBuf::new(space);
+    match Pin::new(stream).poll_read(cx, &mut buf) {
+        Poll::Ready(Ok(())) => Ok(Poll::Ready(buf.filled().len())),
+        Poll::Ready(Err(error)) => Err(error),
+        Poll::Pending => Ok(Poll::Pending),
+    }
+}
+
+/// The kind of the message that waits at the head of `bytes`.
+fn next_kind(bytes: &[u8]) -> u8 {
+    head(bytes).ok().flatten().map_or(0, |head| head.kind)
+}

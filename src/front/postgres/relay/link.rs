@@ -1,0 +1,363 @@
+//! The waits of a session: for its first facts from a server, for a connection, for its turn under the rate.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use futures_util::future::{Either, select};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::{Pending, Relay, next_kind};
+use crate::{
+    front::postgres::{Server, conversation::Conversation, count_refusal, handshake::Admitted, out::Out, refuse},
+    net::Stream,
+    quota::clock,
+    refusal::{Limit, Over, Refusal},
+    session::Session,
+    tenant::{OverRate, PoolMode},
+    upstream::postgres::{Connection, Home, Lease, Pool, TakeError, Taken, connection::Value},
+    wire::postgres::{
+        self as wire,
+        backend::{self, Report, Severity, Status},
+        frontend,
+    },
+};
+
+/// Most bytes of a server's answer to a preparation.
+const PREPARATION_MAX: usize = 1024 * 1024;
+
+/// A session whose parameters are known.
+pub(super) struct Begun {
+    session: Session,
+    link: Option<Lease>,
+    pool: Arc<Pool>,
+    home: Arc<Home>,
+    conversation: Conversation,
+    mode: PoolMode,
+}
+
+impl Begun {
+    /// With its sockets.
+    pub(super) fn into_relay(self, server: Arc<Server>, client: Stream) -> Relay {
+        Relay {
+            server,
+            session: self.session,
+            client,
+            link: self.link,
+            pool: self.pool,
+            home: self.home,
+            conversation: self.conversation,
+            mode: self.mode,
+            tail: Vec::new(),
+            server_tail: Vec::new(),
+            to_client: Pending::default(),
+            to_server: Pending::default(),
+            resume: false,
+            cancelling: None,
+            stopping: None,
+            timed_out: false,
+            armed: (0, false, Status::Idle),
+            metered: super::Metered::default(),
+            bytes_in: 0,
+            bytes_out: 0,
+            transactions: 0,
+        }
+    }
+}
+
+/// Finds out what the session begins with: from what other sessions with the same parameters were told, else from
+/// a server, which also says whether the parameters are good.
+pub(super) async fn begin(
+    server: &Arc<Server>,
+    client: &mut Stream,
+    admitted: Admitted,
+) -> Result<Begun, (Report, &'static str)> {
+    let Admitted { session, options, minor } = admitted;
+    let policy = Arc::clone(&session.slot().policy());
+    let limits = &policy.limits.postgres;
+    let mode = options.pool_mode.unwrap_or(limits.pool_mode);
+    let home = Arc::new(server.upstream.home(&policy.tenant, &options.database));
+    let pool = server.upstream.pool(session.slot());
+    let shared = server.shared(&home.database);
+
+    let bare = shared.intern(options.settings);
+    let settings = match &options.application_name {
+        Some(name) => shared.intern(bare.with("application_name", Value::Raw(name.as_str().into()))),
+        None => Arc::clone(&bare),
+    };
+    let known = if mode == PoolMode::Transaction { shared.profile(&bare) } else { None };
+    let mut link = None;
+    let reported = match known {
+        Some(reported) => reported,
+        None => {
+            let refused = |refusal: Refusal| {
+                count_refusal(&refusal);
+                (refuse::fatal(&refusal), refusal.kind())
+            };
+            let deadline = Instant::now() + limits.queue_timeout;
+            let taken = pool.try_take(&home);
+            // Nothing more may come from the client now; if it goes away, waiting for its turn is in vain.
+            let mut byte = [0; 1];
+            let gone = std::pin::pin!(client.read(&mut byte));
+            let take = std::pin::pin!(pool.take(&home, taken, deadline));
+            let lease = match select(take, gone).await {
+                Either::Left((lease, _)) => {
+                    lease.map_err(|error| refused(take_refusal(&session, &error, limits.queue_timeout)))?
+                }
+                Either::Right(_) => return Err((refuse::fatal(&Refusal::Draining), "client_gone")),
+            };
+            let mut lease = lease;
+            let scratch =
+                Conversation::new(session.live().id, minor, Arc::clone(&shared), Arc::clone(&bare), Arc::default());
+            let script = scratch.preparation(&lease.remote);
+            prepare(&mut lease, &script, deadline).await.map_err(|error| match error {
+                // The client's own parameters are at fault: the server's words say which.
+                PrepareError::Refused(mut report) => {
+                    report.severity = Severity::Fatal;
+                    (*report, "startup")
+                }
+                PrepareError::Lost => refused(Refusal::UpstreamDown),
+            })?;
+            let mut down = Out::default();
+            let mut scratch = scratch;
+            scratch.link(&mut lease.remote, &mut down);
+            let reported = Arc::clone(&lease.remote.parameters);
+            shared.keep_profile(bare, Arc::clone(&reported));
+            if mode == PoolMode::Session {
+                link = Some(lease);
+            } else {
+                lease.release();
+            }
+            reported
+        }
+    };
+    let mut reported = reported;
+    if let Some(name) = &options.application_name
+        && reported.value("application_name") != Some(name)
+    {
+        Arc::make_mut(&mut reported).set(b"application_name", name.as_bytes());
+    }
+    let mut conversation = Conversation::new(session.live().id, minor, shared, settings, reported);
+    if let Some(lease) = &mut link {
+        let script = conversation.preparation(&lease.remote);
+        let deadline = Instant::now() + limits.queue_timeout;
+        prepare(lease, &script, deadline)
+            .await
+            .map_err(|_| (refuse::fatal(&Refusal::UpstreamDown), "upstream_down"))?;
+        conversation.link(&mut lease.remote, &mut Out::default());
+        session.live().set_idle(false);
+    }
+    Ok(Begun { session, link, pool, home, conversation, mode })
+}
+
+/// The refusal for a lease that was not to be had.
+fn take_refusal(session: &Session, error: &TakeError, waited: Duration) -> Refusal {
+    match error {
+        TakeError::TenantFull { in_use } => {
+            let policy = session.slot().policy();
+            Refusal::OverLimit(Over {
+                limit: Limit::Connections,
+                tier: policy.tenant.tier,
+                max: policy.limits.postgres.connections.into(),
+                in_use: (*in_use).into(),
+                retry_after: Some(waited),
+            })
+        }
+        TakeError::ServerFull => Refusal::UpstreamSlow,
+        TakeError::Connect(_) => Refusal::UpstreamDown,
+    }
+}
+
+enum PrepareError {
+    /// The server refused a setting.
+    Refused(Box<Report>),
+    /// The server went away or does not follow the protocol.
+    Lost,
+}
+
+/// Runs a script of ours on a connection that nobody uses, and waits for its end.
+async fn prepare(connection: &mut Connection, script: &str, deadline: Instant) -> Result<(), PrepareError> {
+    if script.is_empty() {
+        return Ok(());
+    }
+    let run = async {
+        let mut out = Vec::with_capacity(script.len() + 6);
+        frontend::put_query(&mut out, script);
+        connection.stream.write_all(&out).await.ok()?;
+        connection.stream.flush().await.ok()?;
+        let mut refused = None;
+        let mut bytes: Vec<u8> = Vec::new();
+        let mut total = 0;
+        loop {
+            while let Some(head) = wire::head(&bytes).ok()? {
+                let Some(message) = bytes.get(..head.len) else { break };
+                match head.kind {
+                    b'S' => {
+                        let (name, value) = backend::parameter(message).ok()?;
+                        Arc::make_mut(&mut connection.remote.parameters).set(name, value);
+                    }
+                    b'E' => refused = Some(server_report(message)),
+                    b'Z' => return Some(refused),
+                    _ => {}
+                }
+                bytes.drain(..head.len);
+            }
+            let n = connection.stream.read_buf(&mut bytes).await.ok()?;
+            total += n;
+            if n == 0 || total > PREPARATION_MAX {
+                return None;
+            }
+        }
+    };
+    match tokio::time::timeout_at(deadline.into(), run).await {
+        Ok(Some(None)) => Ok(()),
+        Ok(Some(Some(report))) => Err(PrepareError::Refused(Box::new(report))),
+        Ok(None) | Err(_) => Err(PrepareError::Lost),
+    }
+}
+
+/// The server's own words about a setting, with the codes that it has for them.
+fn server_report(message: &[u8]) -> Report {
+    let text = |field| String::from_utf8_lossy(backend::field(message, field).unwrap_or_default()).into_owned();
+    let code = match backend::field(message, b'C') {
+        Some(b"42704") => "42704",
+        Some(b"42501") => "42501",
+        Some(b"55P02") => "55P02",
+        _ => "22023",
+    };
+    Report { severity: Severity::Error, code, message: text(b'M'), detail: text(b'D'), hint: text(b'H') }
+}
+
+impl Relay {
+    /// Waits for a connection and prepares it. Meanwhile the client may cancel, go away, or be told to stop.
+    pub(super) async fn wait_for_link(&mut self, taken: Taken) -> Result<(), &'static str> {
+        let waited = Instant::now();
+        let limit = self.session.slot().policy().limits.postgres.queue_timeout;
+        let deadline = waited + limit;
+        let outcome = self.link_or_signal(taken, deadline).await;
+        let micros = u64::try_from(waited.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.session.meter().waited_us.fetch_add(micros, Ordering::Relaxed);
+        let mut lease = match outcome {
+            Waited::Lease(lease) => lease,
+            Waited::Refused(error) => {
+                let refusal = take_refusal(&self.session, &error, limit);
+                if matches!(error, TakeError::Connect(_)) {
+                    return Err(self.end(&refusal).await);
+                }
+                count_refusal(&refusal);
+                return self.refuse(&refuse::error(&refusal)).await;
+            }
+            Waited::Cancelled => {
+                let report = refuse::plain(Severity::Error, "57014", "canceling statement due to user request");
+                return self.refuse(&report).await;
+            }
+            // `signal` says why, at its safe point: nothing of the client is on a server.
+            Waited::Signalled => return Ok(()),
+            Waited::ClientGone => return Err("client_gone"),
+        };
+        let script = self.conversation.preparation(&lease.remote);
+        if prepare(&mut lease, &script, deadline.max(Instant::now() + Duration::from_secs(1))).await.is_err() {
+            drop(lease);
+            return Err(self.end(&Refusal::UpstreamDown).await);
+        }
+        let mut down = Out::default();
+        self.linked(lease, &mut down);
+        let mut told = Vec::new();
+        down.copy_to(&[], &mut told);
+        self.client.write_all(&told).await.map_err(|_| "client_gone")?;
+        self.resume = true;
+        Ok(())
+    }
+
+    async fn link_or_signal(&mut self, taken: Taken, deadline: Instant) -> Waited {
+        let pool = Arc::clone(&self.pool);
+        let home = Arc::clone(&self.home);
+        let mut take = Box::pin(pool.take(&home, taken, deadline));
+        let live = Arc::clone(self.session.live());
+        loop {
+            let event = std::future::poll_fn(|cx| {
+                if let std::task::Poll::Ready(taken) = take.as_mut().poll(cx) {
+                    return std::task::Poll::Ready(match taken {
+                        Ok(lease) => Waited::Lease(lease),
+                        Err(error) => Waited::Refused(error),
+                    });
+                }
+                live.register(cx);
+                if live.take_cancel() {
+                    return std::task::Poll::Ready(Waited::Cancelled);
+                }
+                if live.stopped().is_some() {
+                    return std::task::Poll::Ready(Waited::Signalled);
+                }
+                self.poll_gone(cx)
+            });
+            return event.await;
+        }
+    }
+
+    /// Whether the client went away while it waits; what it sends meanwhile is kept, up to a buffer's worth.
+    fn poll_gone(&mut self, cx: &mut std::task::Context<'_>) -> std::task::Poll<Waited> {
+        use std::task::Poll;
+        if self.tail.len() >= super::READ {
+            return Poll::Pending;
+        }
+        super::SCRATCH.with_borrow_mut(|scratch| {
+            loop {
+                match super::read(&mut self.client, cx, &mut scratch.read) {
+                    Ok(Poll::Pending) => return Poll::Pending,
+                    Ok(Poll::Ready(0)) | Err(_) => return Poll::Ready(Waited::ClientGone),
+                    Ok(Poll::Ready(n)) => {
+                        self.bytes_in += n as u64;
+                        self.tail.extend_from_slice(&scratch.read[..n]);
+                        if self.tail.len() >= super::READ {
+                            return Poll::Pending;
+                        }
+                    }
+                }
+            }
+        })
+    }
+
+    /// The next request is over the rate: it waits where the tier says so, else it is refused.
+    pub(super) async fn over_rate(&mut self, over: Over) -> Result<(), &'static str> {
+        let rate = self.session.slot().policy().limits.postgres.rate;
+        let wait = over.retry_after.unwrap_or_default();
+        if rate.over == OverRate::Delay && wait <= rate.max_delay {
+            let began = Instant::now();
+            // The coarse clock may lag by its resolution: a little longer, or the first try after it fails.
+            tokio::time::sleep(wait + clock::RESOLUTION).await;
+            let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+            self.session.meter().waited_us.fetch_add(micros, Ordering::Relaxed);
+            self.resume = true;
+            return Ok(());
+        }
+        let refusal = Refusal::OverLimit(over);
+        count_refusal(&refusal);
+        self.refuse(&refuse::error(&refusal)).await
+    }
+
+    /// Refuses the message that waits; the session goes on.
+    async fn refuse(&mut self, report: &Report) -> Result<(), &'static str> {
+        self.session.meter().refused.fetch_add(1, Ordering::Relaxed);
+        let mut down = Out::default();
+        self.conversation.refuse(next_kind(&self.tail), report, &mut down);
+        let done = self.conversation.skip_refused(&self.tail);
+        self.tail.drain(..done);
+        let mut told = Vec::new();
+        down.copy_to(&[], &mut told);
+        self.bytes_out += told.len() as u64;
+        self.client.write_all(&told).await.map_err(|_| "client_gone")?;
+        self.client.flush().await.map_err(|_| "client_gone")?;
+        self.resume = true;
+        Ok(())
+    }
+}
+
+enum Waited {
+    Lease(Lease),
+    Refused(TakeError),
+    Cancelled,
+    Signalled,
+    ClientGone,
+}

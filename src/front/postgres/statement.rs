@@ -1,0 +1,300 @@
+//! Prepared statements that follow their client from one upstream connection to the next.
+//!
+//! A client's statement names are its own; upstream, a statement goes by a name of ours, shared by all clients of a
+//! database that prepare the same text with the same types under the same `search_path`. An unnamed statement whose
+//! text comes again is kept prepared under such a name too, which spares the server parsing and planning.
+//!
+//! Sharing goes stale when a schema changes: every DDL seen raises the database's epoch, and a statement prepared
+//! under an older epoch is prepared anew before use. DDL that did not pass through here raises it when the server
+//! complains about it, so that only the first use after it can fail.
+
+use std::sync::{
+    Arc, Weak,
+    atomic::{AtomicU64, Ordering},
+};
+
+use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
+use parking_lot::Mutex;
+use std::hash::BuildHasher;
+
+use super::scan::{self, Scan};
+use crate::upstream::postgres::connection::{Parameters, Settings, Value};
+
+/// What every statement name of ours begins with. A client's own name that begins so is passed on changed.
+pub const PREFIX: &[u8] = b"_dynabase_";
+
+/// Shared statements kept per database, and their bytes; beyond, those that no client holds are dropped.
+const SHARED_MAX: usize = 4096;
+const SHARED_MAX_BYTES: usize = 16 << 20;
+
+/// Texts remembered as seen once, by hash: a text is worth a name when it comes again.
+const SEEN: usize = 1024;
+
+/// Combinations of startup parameters remembered per database.
+const PROFILES_MAX: usize = 256;
+
+/// A statement as prepared upstream.
+#[derive(Debug)]
+pub struct Statement {
+    /// Unique in this process.
+    pub id: u64,
+    /// Its name upstream.
+    pub name: Box<[u8]>,
+    /// Query text, zero, parameter types: the body of its Parse message behind the name.
+    pub definition: Box<[u8]>,
+    /// The `search_path` it was written for.
+    path: Option<Value>,
+    /// What it may do.
+    pub scan: Scan,
+}
+
+/// What clients of one database share.
+#[derive(Debug)]
+pub struct Shared {
+    epoch: AtomicU64,
+    next: AtomicU64,
+    table: Mutex<Shelf>,
+    settings: Mutex<HashMap<Settings, Weak<Settings>>>,
+    profiles: Mutex<HashMap<Arc<Settings>, Arc<Parameters>>>,
+}
+
+#[derive(Debug)]
+struct Shelf {
+    hasher: DefaultHashBuilder,
+    statements: HashTable<Arc<Statement>>,
+    bytes: usize,
+    seen: Box<[u64]>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            epoch: AtomicU64::new(1),
+            next: AtomicU64::new(1),
+            table: Mutex::new(Shelf {
+                hasher: DefaultHashBuilder::default(),
+                statements: HashTable::new(),
+                bytes: 0,
+                seen: vec![0; SEEN].into(),
+            }),
+            settings: Mutex::default(),
+            profiles: Mutex::default(),
+        }
+    }
+}
+
+impl Shared {
+    /// The schema epoch.
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Relaxed)
+    }
+
+    /// Notes that the schema may have changed.
+    pub fn raise_epoch(&self) {
+        self.epoch.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The shared statement with this definition, made if need be.
+    pub fn statement(&self, definition: &[u8], query: &[u8], path: Option<&Value>) -> Arc<Statement> {
+        let mut shelf = self.table.lock();
+        let hash = hash(&shelf.hasher, definition, path);
+        shelf.find(hash, definition, path).unwrap_or_else(|| self.insert(&mut shelf, hash, definition, query, path))
+    }
+
+    /// The statement of a text, and whether it is a recurring one, worth a name upstream. The first time it is not.
+    pub fn recurring(&self, definition: &[u8], query: &[u8], path: Option<&Value>) -> (Arc<Statement>, bool) {
+        let mut shelf = self.table.lock();
+        let hash = hash(&shelf.hasher, definition, path);
+        if let Some(found) = shelf.find(hash, definition, path) {
+            return (found, true);
+        }
+        let place = usize::try_from(hash % SEEN as u64).unwrap_or(0);
+        if std::mem::replace(&mut shelf.seen[place], hash) == hash {
+            return (self.insert(&mut shelf, hash, definition, query, path), true);
+        }
+        drop(shelf);
+        (Arc::new(self.make(definition, query, path)), false)
+    }
+
+    fn make(&self, definition: &[u8], query: &[u8], path: Option<&Value>) -> Statement {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        Statement {
+            id,
+            name: upstream_name(id).into(),
+            definition: definition.into(),
+            path: path.cloned(),
+            scan: scan::scan(query),
+        }
+    }
+
+    fn insert(
+        &self,
+        shelf: &mut Shelf,
+        hash: u64,
+        definition: &[u8],
+        query: &[u8],
+        path: Option<&Value>,
+    ) -> Arc<Statement> {
+        let statement = Arc::new(self.make(definition, query, path));
+        if shelf.statements.len() >= SHARED_MAX || shelf.bytes + definition.len() > SHARED_MAX_BYTES {
+            shelf.statements.retain(|kept| Arc::strong_count(kept) > 1);
+            shelf.bytes = shelf.statements.iter().map(|kept| kept.definition.len()).sum();
+        }
+        if shelf.statements.len() < SHARED_MAX && shelf.bytes + definition.len() <= SHARED_MAX_BYTES {
+            shelf.bytes += definition.len();
+            let Shelf { hasher, statements, .. } = shelf;
+            let rehash = |kept: &Arc<Statement>| self::hash(hasher, &kept.definition, kept.path.as_ref());
+            statements.insert_unique(hash, Arc::clone(&statement), rehash);
+        }
+        statement
+    }
+
+    /// The same settings as one pointer for all who have them.
+    pub fn intern(&self, settings: Settings) -> Arc<Settings> {
+        let mut known = self.settings.lock();
+        if let Some(found) = known.get(&settings).and_then(Weak::upgrade) {
+            return found;
+        }
+        if known.len() >= PROFILES_MAX {
+            known.retain(|_, weak| weak.strong_count() > 0);
+        }
+        let shared = Arc::new(settings);
+        known.insert(Settings::clone(&shared), Arc::downgrade(&shared));
+        shared
+    }
+
+    /// What a server reports under these settings, if a client asked before.
+    pub fn profile(&self, settings: &Settings) -> Option<Arc<Parameters>> {
+        self.profiles.lock().get(settings).cloned()
+    }
+
+    /// Keeps what a server reports under these settings.
+    pub fn keep_profile(&self, settings: Arc<Settings>, reported: Arc<Parameters>) {
+        let mut profiles = self.profiles.lock();
+        if profiles.len() >= PROFILES_MAX {
+            profiles.clear();
+        }
+        profiles.insert(settings, reported);
+    }
+
+    /// Forgets what servers report, after one reported something new.
+    pub fn forget_profiles(&self) {
+        self.profiles.lock().clear();
+    }
+}
+
+impl Shelf {
+    fn find(&self, hash: u64, definition: &[u8], path: Option<&Value>) -> Option<Arc<Statement>> {
+        let same = |kept: &Arc<Statement>| *kept.definition == *definition && kept.path.as_ref() == path;
+        self.statements.find(hash, same).cloned()
+    }
+}
+
+fn hash(hasher: &DefaultHashBuilder, definition: &[u8], path: Option<&Value>) -> u64 {
+    hasher.hash_one((definition, path))
+}
+
+/// The name upstream of the statement with this id.
+pub fn upstream_name(id: u64) -> Vec<u8> {
+    [PREFIX, format!("{id:x}").as_bytes()].concat()
+}
+
+/// A client's unnamed statement.
+#[derive(Clone, Debug)]
+pub struct Unnamed {
+    /// What it is.
+    pub statement: Arc<Statement>,
+    /// Whether it is kept prepared upstream under a name.
+    pub named: bool,
+}
+
+/// Prepared statements that one client may hold, and their bytes; beyond, it is held to one connection and its
+/// further statements live there.
+const NAMES_MAX: usize = 2048;
+const NAMES_MAX_BYTES: usize = 8 << 20;
+
+/// One client's prepared statements by its own names.
+#[derive(Debug, Default)]
+pub struct Names {
+    map: HashMap<Box<[u8]>, Arc<Statement>>,
+    bytes: usize,
+    /// Its unnamed statement.
+    pub unnamed: Option<Unnamed>,
+}
+
+impl Names {
+    /// The statement with this name.
+    pub fn find(&self, name: &[u8]) -> Option<&Arc<Statement>> {
+        self.map.get(name)
+    }
+
+    /// Whether there is room for another.
+    pub fn has_room(&self, definition: &[u8]) -> bool {
+        self.map.len() < NAMES_MAX && self.bytes + definition.len() <= NAMES_MAX_BYTES
+    }
+
+    /// Adds one under a free name.
+    pub fn insert(&mut self, name: &[u8], statement: Arc<Statement>) {
+        self.bytes += statement.definition.len();
+        self.map.insert(name.into(), statement);
+    }
+
+    /// Forgets one.
+    pub fn remove(&mut self, name: &[u8]) -> Option<Arc<Statement>> {
+        let statement = self.map.remove(name)?;
+        self.bytes -= statement.definition.len();
+        Some(statement)
+    }
+
+    /// Forgets all named ones.
+    pub fn clear(&mut self) {
+        self.map.clear();
+        self.bytes = 0;
+    }
+
+    /// The client's own name of the statement that goes by `upstream` there.
+    pub fn own_name(&self, upstream: &[u8]) -> Option<&[u8]> {
+        self.map.iter().find(|(_, statement)| *statement.name == *upstream).map(|(name, _)| &**name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_text_is_one_statement_per_search_path() {
+        let shared = Shared::default();
+        let a = shared.statement(b"select 1\0\0\0", b"select 1", None);
+        assert!(Arc::ptr_eq(&a, &shared.statement(b"select 1\0\0\0", b"select 1", None)));
+        let path = Value::Raw("x".into());
+        assert_ne!(a.id, shared.statement(b"select 1\0\0\0", b"select 1", Some(&path)).id);
+        assert_ne!(a.id, shared.statement(b"select 1\0\0\x01\0\0\0\x17", b"select 1", None).id);
+    }
+
+    #[test]
+    fn an_unnamed_text_gets_a_name_when_it_comes_again() {
+        let shared = Shared::default();
+        assert!(!shared.recurring(b"select 1\0\0\0", b"select 1", None).1);
+        assert!(shared.recurring(b"select 1\0\0\0", b"select 1", None).1);
+    }
+
+    #[test]
+    fn the_shelf_is_bounded() {
+        let shared = Shared::default();
+        for n in 0..SHARED_MAX * 2 {
+            let definition = format!("select {n}\0\0\0");
+            shared.statement(definition.as_bytes(), b"", None);
+        }
+        let shelf = shared.table.lock();
+        assert!(shelf.statements.len() <= SHARED_MAX);
+        assert_eq!(shelf.bytes, shelf.statements.iter().map(|kept| kept.definition.len()).sum::<usize>());
+    }
+
+    #[test]
+    fn equal_settings_are_one_pointer() {
+        let shared = Shared::default();
+        let one = || Settings::default().with("a", Value::Raw("1".into()));
+        assert!(Arc::ptr_eq(&shared.intern(one()), &shared.intern(one())));
+    }
+}

@@ -1,0 +1,174 @@
+//! Real PostgreSQL servers: dialling, logging in, pooling; and what an administrator's login does there for tenants.
+//!
+//! Entry points: [`Upstream`] for the data path, [`Provisioner`] and [`Maintenance`] for the administrator's login.
+
+mod admin;
+mod config;
+pub mod connection;
+mod dial;
+mod login;
+mod pool;
+mod provision;
+mod scram;
+mod size;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use dashmap::DashMap;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+pub use admin::{Admin, AdminError};
+pub use config::Config;
+pub use connection::Connection;
+pub use dial::{Address, DialError, Retry, Step, Target};
+pub use login::ConnectError;
+pub use pool::{Home, Lease, Pool, TakeError, Taken};
+pub use provision::{ProvisionError, Provisioner, Report};
+pub use size::Maintenance;
+
+use crate::{
+    quota::Slot,
+    tenant::{DEFAULT_NAME, Names, OrgId, Protocol, Tenant},
+};
+
+/// How often pools are tidied.
+const TIDY_EVERY: Duration = Duration::from_secs(1);
+
+/// Longest time for a cancel request, from dialling to the server's closing.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The purpose under which Postgres passwords are derived.
+const PURPOSE: &str = "postgres";
+
+/// One PostgreSQL server and every tenant's pool of connections to it.
+#[derive(Debug)]
+pub struct Upstream {
+    target: Target,
+    names: Names,
+    budget: Arc<pool::Budget>,
+    pools: DashMap<OrgId, Arc<Pool>>,
+    maintenance: Maintenance,
+    connect_timeout: Duration,
+    idle_timeout: Duration,
+    storage_interval: Duration,
+}
+
+impl Upstream {
+    /// The server that `config` describes; names and passwords of tenants come from `names`.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration, in words.
+    pub fn new(config: &Config, names: Names) -> Result<Arc<Self>, String> {
+        Ok(Arc::new(Self {
+            target: config.target()?,
+            names,
+            budget: pool::Budget::new(config.max_connections),
+            pools: DashMap::new(),
+            maintenance: Maintenance::new(config.admin()?),
+            connect_timeout: config.connect_timeout,
+            idle_timeout: config.idle_timeout,
+            storage_interval: config.storage_interval,
+        }))
+    }
+
+    /// The tenant's pool.
+    pub fn pool(&self, slot: &Arc<Slot>) -> Arc<Pool> {
+        let make = || Pool::new(Arc::clone(slot), self.target.clone(), Arc::clone(&self.budget), self.connect_timeout);
+        if let Some(pool) = self.pools.get(slot.org())
+            && Arc::ptr_eq(pool.slot(), slot)
+        {
+            return Arc::clone(&pool);
+        }
+        let mut entry = self.pools.entry(slot.org().clone()).or_insert_with(make);
+        if !Arc::ptr_eq(entry.slot(), slot) {
+            // The tenant was dropped from the table and loaded again: its old pool has no clients left.
+            *entry = make();
+        }
+        Arc::clone(&entry)
+    }
+
+    /// Where a tenant's connections to one of its logical databases lead.
+    pub fn home(&self, tenant: &Tenant, database: &str) -> Home {
+        let place = self.names.postgres(&tenant.org, database);
+        let password = self.names.password(PURPOSE, &tenant.org, tenant.generation);
+        Home { database: place.database.as_str().into(), place, password }
+    }
+
+    /// Asks the server to cancel what the backend with this key is doing, and waits until it has taken the request,
+    /// so that the cancel can't hit what runs there next.
+    pub async fn cancel(&self, key: &[u8]) -> bool {
+        let mut request = Vec::with_capacity(8 + key.len());
+        request.extend_from_slice(&u32::try_from(8 + key.len()).unwrap_or(0).to_be_bytes());
+        request.extend_from_slice(&80_877_102u32.to_be_bytes());
+        request.extend_from_slice(key);
+        let sent = async {
+            let mut stream = self.target.dial().await.ok()?;
+            stream.write_all(&request).await.ok()?;
+            let mut end = [0; 1];
+            // The server closes without a word once it has signalled the backend.
+            let _ = stream.read(&mut end).await;
+            Some(())
+        };
+        matches!(tokio::time::timeout(CANCEL_TIMEOUT, sent).await, Ok(Some(())))
+    }
+
+    /// Ends a backend that swallows cancels.
+    pub async fn terminate(&self, pid: u32, role: &str) -> bool {
+        let Ok(pid) = i32::try_from(pid) else { return false };
+        self.maintenance.terminate(pid, role).await.unwrap_or(false)
+    }
+
+    /// Measures the tenant's databases now.
+    ///
+    /// # Errors
+    /// What the server said.
+    pub async fn measure(&self, slot: &Slot) -> Result<u64, AdminError> {
+        let tenant = Arc::clone(&slot.policy().tenant);
+        let mut bytes = 0;
+        for database in std::iter::once(DEFAULT_NAME).chain(tenant.databases.iter().map(String::as_str)) {
+            bytes += self.maintenance.database_bytes(&self.names.postgres(&tenant.org, database).database).await?;
+        }
+        slot.set_stored(Protocol::Postgres, bytes);
+        Ok(bytes)
+    }
+
+    /// Connections open to the server, and all that it grants us.
+    pub fn connections(&self) -> u32 {
+        self.budget.used()
+    }
+
+    /// Every pool there is.
+    pub fn pools(&self) -> Vec<Arc<Pool>> {
+        self.pools.iter().map(|entry| Arc::clone(entry.value())).collect()
+    }
+
+    /// Tidies the pools and samples sizes, until dropped.
+    pub async fn run_maintenance(&self) {
+        let mut ticker = tokio::time::interval(TIDY_EVERY);
+        ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut sampled = Instant::now();
+        loop {
+            ticker.tick().await;
+            for pool in self.pools() {
+                pool.tidy(self.idle_timeout);
+            }
+            // Two references: the map's and `pool`'s own temporary one; sessions and connections hold more.
+            self.pools.retain(|_, pool| Arc::strong_count(pool) > 1 || !pool.is_unused());
+            if sampled.elapsed() >= self.storage_interval {
+                self.sample().await;
+                sampled = Instant::now();
+            }
+        }
+    }
+
+    async fn sample(&self) {
+        for pool in self.pools() {
+            if let Err(error) = self.measure(pool.slot()).await {
+                tracing::warn!(org = %pool.slot().org(), %error, "could not measure the database");
+            }
+        }
+    }
+}

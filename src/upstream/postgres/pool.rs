@@ -1,0 +1,526 @@
+//! Upstream connections, shared among a tenant's clients and, through one budget, among all tenants of a server.
+//!
+//! The journey of a lease: the most recently used idle connection to the same database, else a new one if the
+//! tenant's limit and the server's budget have a place, else a turn in the tenant's queue. Tenants that wait for
+//! the server's budget stand in a ring and are served one connection each in turn, so that none starves.
+//!
+//! Invariants:
+//! - A connection holds its [`Places`] from before it is dialled until the server has closed it, so that the
+//!   server never sees more connections than the limits say.
+//! - A lease is released clean or closed; dropping it closes it.
+//! - No lock is held while another pool's is taken, or while a grant is dropped (which may come back here).
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, ReadBuf},
+    sync::oneshot,
+};
+
+use super::{
+    connection::Connection,
+    dial::Target,
+    login::{self, ConnectError},
+    scram::Keys,
+};
+use crate::{
+    quota::{Permit, Place, Slot},
+    tenant::{Namespace, Protocol, namespace::Password},
+    wire::postgres::{self as wire, HEAD, backend, frontend::TERMINATE},
+};
+
+/// Longest wait for a server to close its end of a connection that we closed.
+const CLOSE_WAIT: Duration = Duration::from_secs(2);
+
+/// An idle connection that may hold invisible state (an advisory lock, say) is closed after this long.
+const SOILED_IDLE: Duration = Duration::from_secs(1);
+
+/// First pause before connecting is tried again; doubles up to [`RETRY_MAX`].
+const RETRY_MIN: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_secs(1);
+
+/// Bytes an idle server may have sent before we look; more, and it is closed.
+const IDLE_READ: usize = 4096;
+
+/// Where a client's connections lead: role, database, password.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Home {
+    /// Role and physical database.
+    pub place: Namespace,
+    /// The role's password.
+    pub password: Password,
+    /// The database as connections carry it.
+    pub database: Arc<str>,
+}
+
+/// The connections that one server grants to all tenants together.
+#[derive(Debug)]
+pub struct Budget {
+    max: u32,
+    used: Place,
+    /// Pools that wait for a place, in turn.
+    hungry: Mutex<VecDeque<Weak<Pool>>>,
+    waiting: AtomicUsize,
+    /// Pools that may have idle connections to give up.
+    pools: Mutex<Vec<Weak<Pool>>>,
+}
+
+impl Budget {
+    /// A budget of `max` connections.
+    pub fn new(max: u32) -> Arc<Self> {
+        Arc::new(Self {
+            max,
+            used: Place::default(),
+            hungry: Mutex::default(),
+            waiting: AtomicUsize::new(0),
+            pools: Mutex::default(),
+        })
+    }
+
+    /// Connections open now.
+    pub fn used(&self) -> u32 {
+        self.used.taken()
+    }
+
+    /// Puts a pool at the end of the ring and takes an idle connection away from the pool that has most.
+    fn ask(&self, pool: &Arc<Pool>) {
+        let mut hungry = self.hungry.lock();
+        if !hungry.iter().any(|weak| std::ptr::eq(weak.as_ptr(), Arc::as_ptr(pool))) {
+            hungry.push_back(Arc::downgrade(pool));
+            self.waiting.store(hungry.len(), Ordering::Relaxed);
+        }
+        drop(hungry);
+        let pools: Vec<Arc<Pool>> = self.pools.lock().iter().filter_map(Weak::upgrade).collect();
+        let richest = pools.iter().max_by_key(|pool| pool.state.lock().idle.len());
+        if let Some(pool) = richest {
+            pool.close_oldest_idle();
+        }
+    }
+
+    /// Serves the next pool in the ring.
+    fn freed(&self) {
+        if self.waiting.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let next = {
+            let mut hungry = self.hungry.lock();
+            let next = hungry.pop_front();
+            self.waiting.store(hungry.len(), Ordering::Relaxed);
+            next
+        };
+        if let Some(pool) = next.and_then(|weak| weak.upgrade()) {
+            pool.wake();
+        }
+    }
+
+    /// Connections a pool may keep while others wait: an equal share, at least one.
+    fn share(&self) -> u32 {
+        let pools = self.pools.lock().iter().filter(|weak| weak.strong_count() > 0).count();
+        (self.max / u32::try_from(pools.max(1)).unwrap_or(u32::MAX)).max(1)
+    }
+}
+
+/// The places that one connection holds: in its tenant's limit and in its server's budget.
+#[derive(Debug)]
+pub struct Places {
+    held: Option<(Permit<Slot>, Permit<Budget>)>,
+    pool: Arc<Pool>,
+}
+
+impl Drop for Places {
+    fn drop(&mut self) {
+        self.held = None;
+        self.pool.budget.freed();
+        self.pool.wake();
+    }
+}
+
+/// One tenant's connections.
+#[derive(Debug)]
+pub struct Pool {
+    slot: Arc<Slot>,
+    target: Target,
+    budget: Arc<Budget>,
+    keys: Mutex<Option<Keys>>,
+    connect_timeout: Duration,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Most recently used last.
+    idle: Vec<Idle>,
+    waiting: VecDeque<Waiter>,
+}
+
+#[derive(Debug)]
+struct Idle {
+    connection: Box<Connection>,
+    places: Places,
+    since: Instant,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    database: Arc<str>,
+    grant: oneshot::Sender<Grant>,
+}
+
+#[derive(Debug)]
+enum Grant {
+    Connection(Box<Connection>, Places),
+    Places(Places),
+}
+
+/// A borrowed connection. [`Lease::release`] returns it; dropping it closes it.
+#[derive(Debug)]
+pub struct Lease {
+    held: Option<(Box<Connection>, Places)>,
+}
+
+impl Lease {
+    /// Gives the connection back for others to use: idle, outside any transaction, nothing unanswered.
+    pub fn release(mut self) {
+        if let Some((connection, places)) = self.held.take() {
+            let pool = Arc::clone(&places.pool);
+            pool.give(connection, places);
+        }
+    }
+}
+
+impl std::ops::Deref for Lease {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.held.as_ref().expect("a lease holds its connection until it is released").0
+    }
+}
+
+impl std::ops::DerefMut for Lease {
+    fn deref_mut(&mut self) -> &mut Connection {
+        &mut self.held.as_mut().expect("a lease holds its connection until it is released").0
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some((connection, places)) = self.held.take() {
+            close(connection, places);
+        }
+    }
+}
+
+/// Why there is no lease.
+#[derive(Debug)]
+pub enum TakeError {
+    /// The tenant's own connections were all in use until the deadline.
+    TenantFull {
+        /// Connections the tenant has open.
+        in_use: u32,
+    },
+    /// The server's budget was in use until the deadline.
+    ServerFull,
+    /// The server could not be reached, or refused us.
+    Connect(ConnectError),
+}
+
+/// What can be had at once.
+#[derive(Debug)]
+pub enum Taken {
+    /// A connection.
+    Lease(Lease),
+    /// Places, to connect with: [`Pool::connect`].
+    Places(Places),
+    /// A turn in the queue.
+    Turn(Turn),
+}
+
+/// A turn in a pool's queue.
+#[derive(Debug)]
+pub struct Turn(oneshot::Receiver<Grant>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.close();
+        // A grant that came too late goes to the next one instead of being closed.
+        if let Ok(Grant::Connection(connection, places)) = self.0.try_recv() {
+            Lease { held: Some((connection, places)) }.release();
+        }
+    }
+}
+
+impl Pool {
+    /// A pool of connections to `target` for the tenant of `slot`.
+    pub fn new(slot: Arc<Slot>, target: Target, budget: Arc<Budget>, connect_timeout: Duration) -> Arc<Self> {
+        let pool =
+            Arc::new(Self { slot, target, budget, keys: Mutex::default(), connect_timeout, state: Mutex::default() });
+        let mut pools = pool.budget.pools.lock();
+        pools.retain(|weak| weak.strong_count() > 0);
+        pools.push(Arc::downgrade(&pool));
+        drop(pools);
+        pool
+    }
+
+    /// Where its connections lead.
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// The tenant's slot.
+    pub fn slot(&self) -> &Arc<Slot> {
+        &self.slot
+    }
+
+    /// Idle connections and waiting clients, now.
+    pub fn depth(&self) -> (usize, usize) {
+        let state = self.state.lock();
+        (state.idle.len(), state.waiting.len())
+    }
+
+    /// Takes what can be had without waiting; an idle connection is checked for a server that has gone.
+    pub fn try_take(self: &Arc<Self>, home: &Home) -> Taken {
+        let mut dead = Vec::new();
+        let mut state = self.state.lock();
+        state.waiting.retain(|waiter| !waiter.grant.is_closed());
+        if state.waiting.is_empty() {
+            while let Some(at) = state.idle.iter().rposition(|idle| idle.connection.database == home.database) {
+                let Idle { mut connection, places, .. } = state.idle.remove(at);
+                if alive(&mut connection) {
+                    drop(state);
+                    drop(dead);
+                    return Taken::Lease(Lease { held: Some((connection, places)) });
+                }
+                dead.push((connection, places));
+            }
+            // Connections of a server that went away give their places back before new ones are asked for.
+            if !dead.is_empty() {
+                drop(state);
+                dead.into_iter().for_each(|(connection, places)| drop((connection, places)));
+                state = self.state.lock();
+            }
+            if state.waiting.is_empty()
+                && let Some(places) = self.places()
+            {
+                return Taken::Places(places);
+            }
+        }
+        let (grant, turn) = oneshot::channel();
+        state.waiting.push_back(Waiter { database: Arc::clone(&home.database), grant });
+        // An idle connection to another of the tenant's databases makes room.
+        let other = (!state.idle.is_empty()).then(|| state.idle.remove(0));
+        drop(state);
+        match other {
+            Some(idle) => close(idle.connection, idle.places),
+            None if self.tenant_has_room() => self.budget.ask(self),
+            None => {}
+        }
+        Taken::Turn(Turn(turn))
+    }
+
+    /// Takes a lease, waiting in the queue and connecting as needed, until `deadline`.
+    ///
+    /// # Cancel safety
+    /// Dropping it gives up the turn; nothing is lost.
+    pub async fn take(self: &Arc<Self>, home: &Home, first: Taken, deadline: Instant) -> Result<Lease, TakeError> {
+        let places = match first {
+            Taken::Lease(lease) => return Ok(lease),
+            Taken::Places(places) => places,
+            Taken::Turn(mut turn) => match tokio::time::timeout_at(deadline.into(), &mut turn.0).await {
+                Ok(Ok(Grant::Connection(connection, places))) => return Ok(Lease { held: Some((connection, places)) }),
+                Ok(Ok(Grant::Places(places))) => places,
+                Ok(Err(_)) | Err(_) if self.tenant_has_room() => return Err(TakeError::ServerFull),
+                Ok(Err(_)) | Err(_) => {
+                    return Err(TakeError::TenantFull { in_use: self.slot.connections(Protocol::Postgres) });
+                }
+            },
+        };
+        self.connect(home, places, deadline).await.map_err(TakeError::Connect)
+    }
+
+    /// Connects, trying again while the server is starting or full and `deadline` has not passed. Nothing of a
+    /// client has been sent, so that trying again is always safe.
+    async fn connect(self: &Arc<Self>, home: &Home, places: Places, deadline: Instant) -> Result<Lease, ConnectError> {
+        let login = login::Login { place: &home.place, password: &home.password, keys: &self.keys };
+        let mut pause = RETRY_MIN;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now()).max(RETRY_MIN);
+            let error = match login::connect(&self.target, &login, self.connect_timeout.min(left)).await {
+                Ok(connection) => return Ok(Lease { held: Some((Box::new(connection), places)) }),
+                Err(error) => error,
+            };
+            metrics::counter!("dynabase_upstream_errors_total", "protocol" => "postgres", "step" => error.step())
+                .increment(1);
+            if !error.retry() || Instant::now() + pause >= deadline {
+                tracing::warn!(org = %self.slot.org(), upstream = %self.target.address(), %error, "could not connect upstream");
+                return Err(error);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RETRY_MAX);
+        }
+    }
+
+    fn give(self: &Arc<Self>, connection: Box<Connection>, places: Places) {
+        let policy = self.slot.policy();
+        let open = self.slot.connections(Protocol::Postgres);
+        let over_tier = open > policy.limits.connections(Protocol::Postgres);
+        drop(policy);
+        let hungry = self.budget.waiting.load(Ordering::Relaxed) > 0;
+        if over_tier || (hungry && open > self.budget.share()) {
+            return close(connection, places);
+        }
+        let mut grant = Grant::Connection(connection, places);
+        let mut state = self.state.lock();
+        while let Some(waiter) = state.waiting.pop_front() {
+            let Grant::Connection(connection, _) = &grant else { break };
+            if waiter.grant.is_closed() {
+                continue;
+            }
+            if waiter.database != connection.database {
+                state.waiting.push_front(waiter);
+                break;
+            }
+            match waiter.grant.send(grant) {
+                Ok(()) => return,
+                Err(back) => grant = back,
+            }
+        }
+        let Grant::Connection(connection, places) = grant else { return };
+        if state.waiting.is_empty() {
+            state.idle.push(Idle { connection, places, since: Instant::now() });
+        } else {
+            drop(state);
+            close(connection, places);
+        }
+    }
+
+    /// Gives free places to whoever waits first.
+    fn wake(self: &Arc<Self>) {
+        let mut late = Vec::new();
+        let mut state = self.state.lock();
+        state.waiting.retain(|waiter| !waiter.grant.is_closed());
+        while !state.waiting.is_empty() {
+            let Some(places) = self.places() else { break };
+            let Some(waiter) = state.waiting.pop_front() else { break };
+            if let Err(grant) = waiter.grant.send(Grant::Places(places)) {
+                late.push(grant);
+            }
+        }
+        let hungry = !state.waiting.is_empty();
+        drop(state);
+        if hungry && self.tenant_has_room() {
+            self.budget.ask(self);
+        }
+    }
+
+    fn places(self: &Arc<Self>) -> Option<Places> {
+        let tenant = self.slot.connection(Protocol::Postgres)?;
+        let server = Permit::take(&self.budget, |budget| &budget.used, self.budget.max)?;
+        Some(Places { held: Some((tenant, server)), pool: Arc::clone(self) })
+    }
+
+    fn tenant_has_room(&self) -> bool {
+        self.slot.connections(Protocol::Postgres) < self.slot.policy().limits.connections(Protocol::Postgres)
+    }
+
+    fn close_oldest_idle(&self) {
+        let oldest = {
+            let mut state = self.state.lock();
+            (!state.idle.is_empty()).then(|| state.idle.remove(0))
+        };
+        if let Some(idle) = oldest {
+            close(idle.connection, idle.places);
+        }
+    }
+
+    /// Closes what has been idle too long, what is soiled, what is over a shrunken limit, and what its server has
+    /// closed; wakes whoever a raised limit has made room for. Called every second.
+    pub fn tidy(self: &Arc<Self>, idle_timeout: Duration) {
+        let mut doomed = Vec::new();
+        let mut state = self.state.lock();
+        let cap = self.slot.policy().limits.connections(Protocol::Postgres);
+        let mut over = self.slot.connections(Protocol::Postgres).saturating_sub(cap);
+        let mut kept = Vec::with_capacity(state.idle.len());
+        for mut idle in state.idle.drain(..) {
+            let age = idle.since.elapsed();
+            let old = age >= idle_timeout || (idle.connection.remote.soiled && age >= SOILED_IDLE);
+            if over > 0 || old || !alive(&mut idle.connection) {
+                over = over.saturating_sub(1);
+                doomed.push(idle);
+            } else {
+                kept.push(idle);
+            }
+        }
+        state.idle = kept;
+        let waiting = !state.waiting.is_empty();
+        drop(state);
+        doomed.into_iter().for_each(|idle| close(idle.connection, idle.places));
+        if waiting {
+            self.wake();
+        }
+    }
+
+    /// Whether nobody needs this pool: no connection, nobody waiting.
+    pub fn is_unused(&self) -> bool {
+        let state = self.state.lock();
+        state.idle.is_empty() && state.waiting.is_empty()
+    }
+}
+
+/// Whether an idle connection's server is still there. What it may say unasked is read and kept: notices,
+/// parameters; anything else, and its end, means it is not usable.
+fn alive(connection: &mut Connection) -> bool {
+    let mut cx = Context::from_waker(std::task::Waker::noop());
+    let mut space = [0; IDLE_READ];
+    let mut read = ReadBuf::new(&mut space);
+    let stream = std::pin::Pin::new(&mut connection.stream);
+    match tokio::io::AsyncRead::poll_read(stream, &mut cx, &mut read) {
+        Poll::Pending => return true,
+        Poll::Ready(Err(_)) => return false,
+        Poll::Ready(Ok(())) if read.filled().is_empty() || read.remaining() == 0 => return false,
+        Poll::Ready(Ok(())) => {}
+    }
+    let mut bytes = read.filled();
+    while let Ok(Some(head)) = wire::head(bytes) {
+        let Some(message) = bytes.get(..head.len) else { return false };
+        match head.kind {
+            b'S' => match backend::parameter(message) {
+                Ok((name, value)) => {
+                    Arc::make_mut(&mut connection.remote.parameters).set(name, value);
+                }
+                Err(_) => return false,
+            },
+            b'N' => {}
+            _ => return false,
+        }
+        bytes = &bytes[head.len..];
+    }
+    debug_assert!(bytes.len() < HEAD || wire::head(bytes).is_err());
+    bytes.is_empty()
+}
+
+/// Says goodbye and keeps the places until the server has closed its end: only then has its backend gone.
+fn close(mut connection: Box<Connection>, places: Places) {
+    let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+    runtime.spawn(async move {
+        let goodbye = async {
+            connection.stream.write_all(&TERMINATE).await?;
+            connection.stream.shutdown().await?;
+            let mut rest = [0; 512];
+            while connection.stream.read(&mut rest).await? > 0 {}
+            std::io::Result::Ok(())
+        };
+        // A server that does not close in time, or an error, ends the same way: the socket is dropped.
+        let _ = tokio::time::timeout(CLOSE_WAIT, goodbye).await;
+        drop(connection);
+        drop(places);
+    });
+}
