@@ -29,12 +29,12 @@ use super::{
     registry::Card,
 };
 use crate::{
-    net::{Peer, Stream},
+    net::{Peer, Stream, limit::Unauthenticated},
     quota::{Permit, Slot, clock},
     session::{Session, Transport},
     upstream::redis::{
         Database, Outbox, Place, Version,
-        link::Link,
+        link::{How, Link},
         reply::Shape,
     },
     wire::resp::{
@@ -91,7 +91,7 @@ pub struct Own {
     /// The protocol version it speaks.
     pub version: Version,
     /// Its place among the tenant's.
-    pub permit: Permit<Slot>,
+    pub _permit: Permit<Slot>,
 }
 
 /// `CLIENT REPLY`.
@@ -167,6 +167,8 @@ pub struct Client {
     pub(super) id: u64,
     pub(super) peer: Peer,
     pub(super) transport: Transport,
+    /// Its place among its network's unauthenticated connections, until it logs in.
+    pub(super) unauthenticated: Option<Unauthenticated>,
     stream: Stream,
     pub(super) outbox: Arc<Outbox>,
     writing: Vec<u8>,
@@ -201,12 +203,20 @@ enum Event {
 }
 
 impl Client {
-    pub(super) fn new(server: Arc<Server>, id: u64, peer: Peer, transport: Transport, stream: Stream) -> Self {
+    pub(super) fn new(
+        server: Arc<Server>,
+        id: u64,
+        peer: Peer,
+        transport: Transport,
+        stream: Stream,
+        unauthenticated: Option<Unauthenticated>,
+    ) -> Self {
         Self {
             server,
             id,
             peer,
             transport,
+            unauthenticated,
             stream,
             outbox: Arc::default(),
             writing: Vec::new(),
@@ -292,20 +302,22 @@ impl Client {
     /// The same whatever `CLIENT REPLY` says.
     pub(super) fn say_always(&mut self, bytes: &[u8]) {
         let link = self.current();
-        let mut link_state = link.as_ref().and_then(|link| link.lock());
+        let mut sending = link.as_ref().and_then(|link| link.lock());
         let mut state = self.outbox.lock();
-        match &mut link_state {
-            Some(link_state) if state.unanswered > 0 => {
+        match &mut sending {
+            Some(sending) if state.unanswered > 0 => {
                 state.unanswered += 1;
                 drop(state);
-                let how = crate::upstream::redis::link::How::Local(bytes.into());
-                link_state.expect(&self.outbox, 1, 0, how);
-                drop(link_state);
-                if let Some(link) = &link {
-                    link.wake();
-                }
+                sending.expect(&self.outbox, 1, 0, How::Local(bytes.into()));
             }
-            _ => state.bytes.extend_from_slice(bytes),
+            _ => {
+                state.bytes.extend_from_slice(bytes);
+                return;
+            }
+        }
+        drop(sending);
+        if let Some(link) = &link {
+            link.wake();
         }
     }
 
@@ -590,11 +602,6 @@ impl Client {
         }
     }
 
-    /// Whether the client's task has to end.
-    pub(super) fn end(&mut self) {
-        self.ended = true;
-    }
-
     /// Counts how the client looks to its tenant.
     pub(super) fn note(&self, field: impl Fn(&Card) -> &AtomicU32, value: usize) {
         if let Some(card) = &self.card {
@@ -608,10 +615,10 @@ impl Drop for Client {
         self.outbox.lock().gone = true;
         // A blocked command must not pop an element for nobody; a watch must not outlive its client.
         if let Some(own) = self.own.take() {
-            own.link.close();
+            own.link.part();
         }
         if let Some(own) = self.subscriber.take() {
-            own.link.close();
+            own.link.part();
         }
         if let (Some(card), Some(tenancy)) = (&self.card, &self.tenancy) {
             self.server.registry.leave(&tenancy.session.identity().org, card.id);

@@ -64,7 +64,7 @@ impl Server {
     /// # Cancel safety
     /// Dropping it closes the connection; commands that were sent on may have run.
     pub async fn serve(self: Arc<Self>, conn: Conn) {
-        let Conn { id, peer, local, mut stream } = conn;
+        let Conn { id, peer, local, mut stream, unauthenticated } = conn;
         let mut transport = if local { Transport::Private } else { Transport::Open };
         if let Some(tls) = &self.tls {
             match tokio::time::timeout(self.config.login_timeout, tls::accept_tls(stream, tls.acceptor())).await {
@@ -74,7 +74,7 @@ impl Server {
             }
             transport = Transport::Private;
         }
-        let mut client = client::Client::new(self, id, peer, transport, stream);
+        let mut client = client::Client::new(self, id, peer, transport, stream, unauthenticated);
         client.run().await;
     }
 }

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     quota,
     refusal::{Limit, Over, Refusal},
-    tenant::{OverRate, RedisLimits},
+    tenant::{OverRate, tier::RedisLimits},
     upstream::redis::{
         Version,
         ledger::UNKNOWN,
@@ -31,7 +31,7 @@ use crate::{
         reply::{Shape, Transaction},
     },
     wire::resp::{
-        self, Arg, Fault, put_array, put_bulk, put_bulk_joined, put_error, put_head, put_request,
+        Arg, Fault, put_array, put_bulk, put_bulk_joined, put_error, put_head, put_request,
     },
 };
 
@@ -91,6 +91,9 @@ impl<'a> Burst<'a> {
         }
         self.client.down = None;
         self.client.measured = false;
+        if let Some(policy) = &self.policy {
+            self.client.measure_soon(policy.limits.redis.memory);
+        }
         if let Some(tenancy) = &self.client.tenancy {
             let meter = tenancy.session.meter();
             if self.commands > 0 {
@@ -235,17 +238,11 @@ impl<'a> Burst<'a> {
         {
             return Err(Step::Wait);
         }
-        self.take()?;
+        self.commands += 1;
         let Some(policy) = self.policy.take() else { return Ok(()) };
         let result = self.admitted(row, bytes, args, &policy);
         self.policy = Some(policy);
         result
-    }
-
-    /// Pays for one command; a refusal is answered here and shows as a command done.
-    fn take(&mut self) -> Result<(), Step> {
-        self.commands += 1;
-        Ok(())
     }
 
     fn admitted(
@@ -465,6 +462,9 @@ impl<'a> Burst<'a> {
                 return Ok(None);
             }
             ledger.written.fetch_add(bytes + KEY_OVERHEAD_BYTES, Ordering::Relaxed);
+            if super::memory::is_derived(row) {
+                ledger.grown.store(true, Ordering::Relaxed);
+            }
         }
         let ttl = limits.max_ttl.map_or(0, |ttl| ttl.as_secs());
         if made > 0 {
@@ -876,7 +876,7 @@ mod tests {
         let row = commands::find(words[0], None).expect("known");
         let mut out = Vec::new();
         let done = put_shortened(&mut out, row, &bytes, &args, b"p:", 60);
-        let words = resp::Cursor { rest: &out };
+        let words = crate::wire::resp::Cursor { rest: &out };
         done.then(|| crate::upstream::redis::dial::strings(words.rest).join(" "))
     }
 

@@ -194,6 +194,17 @@ impl Link {
         self.waker.wake();
     }
 
+    /// Closes a connection of one client without letting the client go with it.
+    pub fn part(&self) {
+        {
+            let mut role = self.role.lock();
+            if let Role::Dedicated(client) | Role::Subscriber(client) = &mut *role {
+                *client = Arc::default();
+            }
+        }
+        self.close();
+    }
+
     /// Whether the connection is lost or closed.
     pub fn is_closed(&self) -> bool {
         self.state.lock().closed

@@ -65,8 +65,10 @@ pub struct Place {
     pub space: RedisNamespace,
     databases: Mutex<HashMap<u32, Arc<Database>>>,
     opening: tokio::sync::Mutex<bool>,
-    /// Bytes in memory as last sampled.
-    pub memory: AtomicU64,
+    /// Bytes in memory as last measured.
+    memory: AtomicU64,
+    /// When they were measured, in coarse milliseconds; held while measuring.
+    pub measuring: tokio::sync::Mutex<u64>,
 }
 
 impl Place {
@@ -80,6 +82,7 @@ impl Place {
             databases: Mutex::default(),
             opening: tokio::sync::Mutex::new(false),
             memory: AtomicU64::new(0),
+            measuring: tokio::sync::Mutex::new(0),
         }
     }
 
@@ -333,6 +336,14 @@ impl Place {
         }
     }
 
+    /// Runs requests as the platform's user.
+    ///
+    /// # Errors
+    /// The connection failed; they may have run.
+    pub async fn ask(&self, requests: &[u8], replies: usize) -> Result<Vec<Vec<u8>>, DialError> {
+        self.upstream.platform(requests, replies).await
+    }
+
     /// Runs one command for the tenant as the platform's user, inside `database`. The caller has put every name
     /// inside the tenant's prefix.
     ///
@@ -386,7 +397,7 @@ impl Database {
             link.hand_to(Arc::default());
             idle.push((version, link));
         } else {
-            link.close();
+            link.part();
         }
     }
 }

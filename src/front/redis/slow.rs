@@ -1,0 +1,614 @@
+//! Commands that need more than a look at the table: logging in, other databases, connections of one's own. All
+//! earlier commands are answered when one of these runs, and no later one is taken before it is done.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use super::{
+    client::{Client, Held, Own, Replies, Step, Subscriptions, Tenancy},
+    commands::Policy,
+    keys,
+    refuse::{self, After},
+    registry::Card,
+    request::{Burst, put_rewritten},
+};
+use crate::{
+    quota::clock,
+    refusal::{Limit, Over, Refusal, TokenFault},
+    session::Session,
+    tenant::{DEFAULT_NAME, Protocol},
+    upstream::redis::{
+        DATABASES, Version,
+        link::How,
+        reply::{Shape, strip},
+    },
+    wire::resp::{Arg, put_array, put_bulk, put_bulk_joined, put_error, put_head, put_integer, put_request, put_status},
+};
+
+/// Most names that one client listens to.
+const SUBSCRIPTIONS_MAX: usize = 10_000;
+
+impl Client {
+    /// Runs a held command; nothing is outstanding.
+    pub(super) async fn slow(&mut self, held: Held) {
+        if let Some(card) = &self.card {
+            card.words.lock().command = held.row.name;
+        }
+        match (held.row.policy, held.row.name) {
+            (_, "auth") => self.auth(&held).await,
+            (_, "hello") => self.hello(&held).await,
+            (_, "quit") => {
+                self.say_always(b"+OK\r\n");
+                self.closing = true;
+            }
+            (_, "reset") => self.reset(),
+            (_, "select") => self.select(&held).await,
+            (Policy::Block | Policy::Watch, _) => {
+                if self.acquire().await {
+                    self.again(held).await;
+                }
+            }
+            (Policy::Subscribe, _) => self.subscribe(&held).await,
+            (Policy::Pubsub, "pubsub|numpat") => self.numpat(),
+            (Policy::Pubsub | Policy::Sort, _) => self.by_platform(&held).await,
+            (Policy::Service, "copy") => self.copy(&held).await,
+            (Policy::Service, "move") => self.move_key(&held).await,
+            (Policy::Service, "flushall") => self.flush_all(&held).await,
+            _ => self.answer(&held).await,
+        }
+    }
+
+    pub(super) fn fail(&mut self, text: &str) {
+        let mut bytes = Vec::new();
+        put_error(&mut bytes, text);
+        self.say(&bytes);
+    }
+
+    fn refuse(&mut self, refusal: &Refusal) {
+        let (text, after) = refuse::render(refusal);
+        tracing::debug!(conn = self.id, peer = %self.peer, reason = refusal.kind(), "refused");
+        self.fail(&text);
+        if after == After::Close {
+            self.closing = true;
+        }
+    }
+
+    async fn auth(&mut self, held: &Held) {
+        let words: Vec<&[u8]> = held.args[1..].iter().map(|arg| arg.of(&held.bytes)).collect();
+        let (user, credential) = match words[..] {
+            [credential] => (None, credential),
+            [user, credential] => (Some(user), credential),
+            _ => return self.fail("ERR syntax error"),
+        };
+        match self.log_in(user, credential).await {
+            Ok(()) => self.say(b"+OK\r\n"),
+            Err(refusal) => self.refuse(&refusal),
+        }
+    }
+
+    /// Logs in, or renews the credential of the present login.
+    async fn log_in(&mut self, user: Option<&[u8]>, credential: &[u8]) -> Result<(), Refusal> {
+        self.server.gate.may_carry(self.transport)?;
+        if self.server.drain.is_draining() {
+            return Err(Refusal::Draining);
+        }
+        let server = Arc::clone(&self.server);
+        if let Some(tenancy) = &mut self.tenancy {
+            if server.gate.renew(&mut tenancy.session, credential).await? {
+                return may_use(&tenancy.session, user);
+            }
+            if self.own.is_some() || self.subscriber.is_some() {
+                return Err(Refusal::Forbidden { what: "auth" });
+            }
+        }
+        let session = server.gate.admit(credential, Protocol::Redis).await?;
+        may_use(&session, user)?;
+        let tenant = Arc::clone(&session.slot().policy().tenant);
+        let place = server.upstream.place(&tenant.org, tenant.generation);
+        let database = place.open(0).await.map_err(|error| {
+            tracing::warn!(%error, "a tenant's place in Redis can't be opened");
+            Refusal::UpstreamDown
+        })?;
+        self.forget();
+        let card = Arc::new(Card {
+            id: self.id,
+            peer: self.peer,
+            since_ms: clock::now_ms(),
+            words: Default::default(),
+            database: 0.into(),
+            version: (self.version as u32).into(),
+            patterns: 0.into(),
+            channels: 0.into(),
+            seen_ms: clock::now_ms().into(),
+            killed: false.into(),
+            outbox: Arc::clone(&self.outbox),
+        });
+        server.registry.enter(&tenant.org, Arc::clone(&card));
+        self.card = Some(card);
+        self.unauthenticated = None;
+        self.tenancy = Some(Tenancy { session, place, database });
+        Ok(())
+    }
+
+    /// Drops everything that belongs to a login.
+    fn forget(&mut self) {
+        if let (Some(card), Some(tenancy)) = (self.card.take(), self.tenancy.take()) {
+            self.server.registry.leave(&tenancy.session.identity().org, card.id);
+        }
+        if let Some(own) = self.own.take() {
+            own.link.part();
+        }
+        self.end_subscriptions();
+        self.shared = None;
+        self.watching = false;
+        self.queue = None;
+        self.replies = Replies::On;
+    }
+
+    fn end_subscriptions(&mut self) {
+        self.subscriptions = Subscriptions::default();
+        self.close_subscriber();
+    }
+
+    /// As Redis: nothing is left of the session, not even the login.
+    fn reset(&mut self) {
+        self.forget();
+        self.version = Version::Two;
+        self.say_always(b"+RESET\r\n");
+    }
+
+    async fn hello(&mut self, held: &Held) {
+        let word = |i: usize| held.args.get(i).map(|arg| arg.of(&held.bytes));
+        let version = match word(1).map(keys::number) {
+            None => self.version,
+            Some(Some(2)) => Version::Two,
+            Some(Some(3)) => Version::Three,
+            Some(Some(_)) => return self.fail("NOPROTO unsupported protocol version"),
+            Some(None) => return self.fail("ERR Protocol version is not an integer or out of range"),
+        };
+        let mut login = None;
+        let mut name = None;
+        let mut at = 2;
+        while let Some(option) = word(at) {
+            let left = held.args.len() - at - 1;
+            if option.eq_ignore_ascii_case(b"AUTH") && left >= 2 {
+                login = word(at + 1).zip(word(at + 2));
+                at += 3;
+            } else if option.eq_ignore_ascii_case(b"SETNAME") && left >= 1 {
+                name = word(at + 1);
+                at += 2;
+            } else {
+                let text = String::from_utf8_lossy(option).into_owned();
+                return self.fail(&format!("ERR Syntax error in HELLO option '{text}'"));
+            }
+        }
+        if let Some((user, credential)) = login
+            && let Err(refusal) = self.log_in(Some(user), credential).await
+        {
+            return self.refuse(&refusal);
+        }
+        if self.tenancy.is_none() {
+            return self.fail(
+                "NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO <proto> AUTH \
+                 <user> <pass> option can be used to authenticate the client and select the RESP protocol version at \
+                 the same time",
+            );
+        }
+        if let Some(name) = name
+            && !self.set_name(name)
+        {
+            return self.fail("ERR Client names cannot contain spaces, newlines or special characters.");
+        }
+        if version != self.version {
+            if self.subscriptions.count() > 0 {
+                return self.fail("ERR the protocol can't be changed while subscribed");
+            }
+            self.version = version;
+            self.shared = None;
+            self.release();
+            self.note(|card| &card.version, version as usize);
+        }
+        let server = self.server.upstream.version().to_owned();
+        let mut reply = Vec::new();
+        match version {
+            Version::Two => put_array(&mut reply, 14),
+            Version::Three => put_head(&mut reply, b'%', 7),
+        }
+        for (key, value) in [("server", "redis"), ("version", &server)] {
+            put_bulk(&mut reply, key.as_bytes());
+            put_bulk(&mut reply, value.as_bytes());
+        }
+        put_bulk(&mut reply, b"proto");
+        put_integer(&mut reply, version as i64);
+        put_bulk(&mut reply, b"id");
+        put_integer(&mut reply, i64::try_from(self.id).unwrap_or(i64::MAX));
+        for (key, value) in [("mode", "standalone"), ("role", "master")] {
+            put_bulk(&mut reply, key.as_bytes());
+            put_bulk(&mut reply, value.as_bytes());
+        }
+        put_bulk(&mut reply, b"modules");
+        put_array(&mut reply, 0);
+        self.say(&reply);
+    }
+
+    /// Gives the client a name; false when it may not be one.
+    pub(super) fn set_name(&mut self, name: &[u8]) -> bool {
+        if !name.iter().all(|b| (b'!'..=b'~').contains(b)) {
+            return false;
+        }
+        if let Some(card) = &self.card {
+            card.words.lock().name = String::from_utf8_lossy(name).into_owned();
+        }
+        true
+    }
+
+    async fn select(&mut self, held: &Held) {
+        let Some(number) = keys::number(held.args[1].of(&held.bytes)) else {
+            return self.fail("ERR value is not an integer or out of range");
+        };
+        let number = match u32::try_from(number) {
+            Ok(number) if number < DATABASES => number,
+            _ => return self.fail("ERR DB index is out of range"),
+        };
+        if self.watching {
+            return self.fail("ERR SELECT is not possible while keys are watched");
+        }
+        let Some(tenancy) = &mut self.tenancy else { return };
+        match tenancy.place.open(number).await {
+            Ok(database) => {
+                // The connection of our own stands in the other database.
+                if let Some(own) = self.own.take() {
+                    tenancy.database.give_back(own.version, own.link);
+                }
+                tenancy.database = database;
+                self.shared = None;
+                self.note(|card| &card.database, number as usize);
+                self.say(b"+OK\r\n");
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a logical database can't be opened");
+                self.refuse(&Refusal::UpstreamDown);
+            }
+        }
+    }
+
+    /// Takes a connection of our own if there is none; false when the refusal was said.
+    async fn acquire(&mut self) -> bool {
+        if self.own.is_some() {
+            return true;
+        }
+        let Some(tenancy) = &self.tenancy else { return false };
+        let Some(permit) = tenancy.session.slot().connection(Protocol::Redis) else {
+            let refusal = self.no_connection();
+            self.refuse(&refusal);
+            return false;
+        };
+        match tenancy.place.dedicated(&tenancy.database, self.version, &self.outbox).await {
+            Ok(link) => {
+                self.own = Some(Own { link, version: self.version, _permit: permit });
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no connection to Redis");
+                self.refuse(&Refusal::UpstreamDown);
+                false
+            }
+        }
+    }
+
+    fn no_connection(&self) -> Refusal {
+        let Some(tenancy) = &self.tenancy else { return Refusal::Internal };
+        let slot = tenancy.session.slot();
+        let policy = slot.policy();
+        let max = policy.limits.redis.connections.into();
+        let in_use = slot.connections(Protocol::Redis).into();
+        Refusal::OverLimit(Over { limit: Limit::Connections, tier: policy.tenant.tier, max, in_use, retry_after: None })
+    }
+
+    /// Takes a held command once more through the fast path, now that it has its connection.
+    async fn again(&mut self, held: Held) {
+        loop {
+            let link = self.current();
+            self.request.args.clone_from(&held.args);
+            let mut burst = Burst::new(self, link.as_ref());
+            let result = burst.command(&held.bytes);
+            burst.end();
+            self.request.reset();
+            match result {
+                Err(Step::Measure) => self.measure().await,
+                Err(Step::Delay(time)) => tokio::time::sleep(time).await,
+                Err(Step::Close) => {
+                    self.closing = true;
+                    return;
+                }
+                Ok(()) | Err(Step::More | Step::Wait | Step::Held(_) | Step::Connect) => return,
+            }
+        }
+    }
+
+    async fn subscribe(&mut self, held: &Held) {
+        let Some(tenancy) = &self.tenancy else { return };
+        let prefix = tenancy.place.space.channel_prefix();
+        let names: Vec<Box<[u8]>> = held.args[1..].iter().map(|arg| arg.of(&held.bytes).into()).collect();
+        let subscribes = matches!(held.row.name, "subscribe" | "psubscribe" | "ssubscribe");
+        if subscribes && self.subscriptions.count() + names.len() > SUBSCRIPTIONS_MAX {
+            return self.fail("ERR too many subscriptions");
+        }
+        if self.subscriber.is_none() {
+            if !subscribes {
+                return self.unsubscribed(held.row.name, &names);
+            }
+            let Some(permit) = tenancy.session.slot().connection(Protocol::Redis) else {
+                let refusal = self.no_connection();
+                return self.refuse(&refusal);
+            };
+            match tenancy.place.subscriber(self.version, &self.outbox).await {
+                Ok(link) => self.subscriber = Some(Own { link, version: self.version, _permit: permit }),
+                Err(error) => {
+                    tracing::warn!(%error, "no connection to Redis");
+                    return self.refuse(&Refusal::UpstreamDown);
+                }
+            }
+        }
+        let set = match held.row.name {
+            "subscribe" | "unsubscribe" => &mut self.subscriptions.channels,
+            "psubscribe" | "punsubscribe" => &mut self.subscriptions.patterns,
+            _ => &mut self.subscriptions.shards,
+        };
+        let confirmations = if names.is_empty() { set.len().max(1) } else { names.len() };
+        if subscribes {
+            set.extend(names.iter().cloned());
+        } else if names.is_empty() {
+            set.clear();
+        } else {
+            names.iter().for_each(|name| {
+                set.remove(name);
+            });
+        }
+        let (patterns, all) = (self.subscriptions.patterns.len(), self.subscriptions.count());
+        self.note(|card| &card.patterns, patterns);
+        self.note(|card| &card.channels, all - patterns);
+        let Some(own) = &self.subscriber else { return };
+        let Some(mut state) = own.link.lock() else { return self.outbox.lose() };
+        put_array(&mut state.out, held.args.len());
+        put_bulk(&mut state.out, held.row.name.as_bytes());
+        names.iter().for_each(|name| put_bulk_joined(&mut state.out, &prefix, name));
+        state.expect(&self.outbox, confirmations, 0, How::Confirm);
+        self.outbox.lock().unanswered += confirmations;
+        drop(state);
+        own.link.wake();
+        if self.drained().await && self.subscriptions.count() == 0 {
+            self.close_subscriber();
+        }
+    }
+
+    /// Ends the subscriber's connection without losing the client.
+    fn close_subscriber(&mut self) {
+        if let Some(own) = self.subscriber.take() {
+            own.link.part();
+        }
+    }
+
+    /// The confirmations of an unsubscription from nothing.
+    fn unsubscribed(&mut self, kind: &str, names: &[Box<[u8]>]) {
+        let mut reply = Vec::new();
+        let mut one = |name: Option<&[u8]>| {
+            match self.version {
+                Version::Two => put_array(&mut reply, 3),
+                Version::Three => put_head(&mut reply, b'>', 3),
+            }
+            put_bulk(&mut reply, kind.as_bytes());
+            match (name, self.version) {
+                (Some(name), _) => put_bulk(&mut reply, name),
+                (None, Version::Two) => reply.extend_from_slice(b"$-1\r\n"),
+                (None, Version::Three) => reply.extend_from_slice(b"_\r\n"),
+            }
+            put_integer(&mut reply, 0);
+        };
+        match names {
+            [] => one(None),
+            names => names.iter().for_each(|name| one(Some(name))),
+        }
+        self.say(&reply);
+    }
+
+    fn numpat(&mut self) {
+        let Some(tenancy) = &self.tenancy else { return };
+        let cards = self.server.registry.of(&tenancy.session.identity().org);
+        let patterns: u32 = cards.iter().map(|card| card.patterns.load(Ordering::Relaxed)).sum();
+        let mut reply = Vec::new();
+        put_integer(&mut reply, patterns.into());
+        self.say(&reply);
+    }
+
+    /// PUBSUB, and SORT that follows patterns: every name inside the prefix, run by the platform's user, whom no key
+    /// pattern confines.
+    async fn by_platform(&mut self, held: &Held) {
+        let Some(tenancy) = &self.tenancy else { return };
+        let database = Arc::clone(&tenancy.database);
+        let mut request = Vec::new();
+        let mut prefix: &[u8] = &database.channels;
+        match held.row.name {
+            "pubsub|channels" | "pubsub|shardchannels" if held.args.len() == 2 => {
+                let sub = held.args[1].of(&held.bytes);
+                put_array(&mut request, 3);
+                put_bulk(&mut request, b"PUBSUB");
+                put_bulk(&mut request, sub);
+                put_bulk_joined(&mut request, prefix, b"*");
+            }
+            "sort" | "sort_ro" => {
+                prefix = &database.prefix;
+                keys::find(held.row, &held.args, &held.bytes, &mut self.found);
+                if self.found.store.is_some() {
+                    return self.fail("NOPERM SORT can't both follow patterns and store");
+                }
+                put_rewritten(&mut request, &held.bytes, &held.args, &self.found.keys, prefix);
+            }
+            _ => {
+                let names: Vec<usize> = (2..held.args.len()).collect();
+                put_rewritten(&mut request, &held.bytes, &held.args, &names, prefix);
+            }
+        }
+        self.relay(database.index, &request, held.row.reply, prefix).await;
+    }
+
+    async fn relay(&mut self, index: u32, request: &[u8], shape: Shape, prefix: &[u8]) {
+        let Some(tenancy) = &self.tenancy else { return };
+        match tenancy.place.as_platform(index, request).await {
+            Ok(reply) => {
+                let mut out = Vec::new();
+                strip(shape, &reply, prefix, &mut out);
+                if self.version == Version::Three {
+                    out = to_three(&out);
+                }
+                self.say(&out);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a command by the platform's user failed");
+                self.fail(crate::upstream::redis::link::LOST);
+            }
+        }
+    }
+
+    /// COPY, inside one logical database or between two of the tenant's.
+    async fn copy(&mut self, held: &Held) {
+        let word = |i: usize| held.args.get(i).map(|arg: &Arg| arg.of(&held.bytes));
+        let mut target = None;
+        let mut replace = false;
+        let mut at = 3;
+        while let Some(option) = word(at) {
+            if option.eq_ignore_ascii_case(b"REPLACE") {
+                replace = true;
+                at += 1;
+            } else if option.eq_ignore_ascii_case(b"DB") && at + 1 < held.args.len() {
+                target = match word(at + 1).and_then(keys::number) {
+                    None => return self.fail("ERR value is not an integer or out of range"),
+                    Some(number) => Some(number),
+                };
+                at += 2;
+            } else {
+                return self.fail("ERR syntax error");
+            }
+        }
+        let (from, to) = (held.args[1].of(&held.bytes), held.args[2].of(&held.bytes));
+        self.transfer(from, to, target, replace, false).await;
+    }
+
+    async fn move_key(&mut self, held: &Held) {
+        let Some(number) = keys::number(held.args[2].of(&held.bytes)) else {
+            return self.fail("ERR value is not an integer or out of range");
+        };
+        let key = held.args[1].of(&held.bytes);
+        if let Some(tenancy) = &self.tenancy
+            && i64::from(tenancy.database.number) == number
+        {
+            return self.fail("ERR source and destination objects are the same");
+        }
+        self.transfer(key, key, Some(number), false, true).await;
+    }
+
+    /// Copies or moves a key, atomically, within the cap on keys.
+    async fn transfer(&mut self, from: &[u8], to: &[u8], target: Option<i64>, replace: bool, moves: bool) {
+        let Some(tenancy) = &self.tenancy else { return };
+        let source = Arc::clone(&tenancy.database);
+        let target = match target.map(u32::try_from) {
+            None => Arc::clone(&source),
+            Some(Ok(number)) if number < DATABASES => match tenancy.place.open(number).await {
+                Ok(database) => database,
+                Err(_) => return self.refuse(&Refusal::UpstreamDown),
+            },
+            Some(_) => return self.fail("ERR DB index is out of range"),
+        };
+        if source.index == target.index && from == to {
+            return self.fail("ERR source and destination objects are the same");
+        }
+        let policy = tenancy.session.slot().policy();
+        let (tier, limits) = (policy.tenant.tier, policy.limits.redis.clone());
+        drop(policy);
+        if tenancy.place.memory() > limits.memory && !moves {
+            let in_use = tenancy.place.memory();
+            let over = Over { limit: Limit::Memory, tier, max: limits.memory, in_use, retry_after: None };
+            return self.refuse(&Refusal::OverLimit(over));
+        }
+        source.ledger.grown.store(true, Ordering::Relaxed);
+        target.ledger.reserve(1);
+        // A copy carries its life with it; one that has none predates the tier.
+        let elsewhere = tenancy.place.elsewhere(target.number);
+        let cap = if moves { u64::MAX >> 12 } else { limits.keys.saturating_sub(elsewhere) };
+        let script = "redis.call('SELECT',ARGV[2]) \
+             local new=redis.call('EXISTS',KEYS[2])==0 \
+             if new and redis.call('DBSIZE')>=tonumber(ARGV[3]) then return redis.error_reply(ARGV[6]) end \
+             redis.call('SELECT',ARGV[1]) \
+             local r \
+             if ARGV[4]=='1' then r=redis.call('COPY',KEYS[1],KEYS[2],'DB',ARGV[2],'REPLACE') \
+             else r=redis.call('COPY',KEYS[1],KEYS[2],'DB',ARGV[2]) end \
+             if r==1 and ARGV[5]=='1' then redis.call('UNLINK',KEYS[1]) end \
+             return r";
+        let words: Vec<Vec<u8>> = vec![
+            b"EVAL".to_vec(),
+            script.into(),
+            b"2".to_vec(),
+            [&source.prefix, from].concat(),
+            [&target.prefix, to].concat(),
+            source.index.to_string().into(),
+            target.index.to_string().into(),
+            cap.to_string().into(),
+            if replace { b"1".to_vec() } else { b"0".to_vec() },
+            if moves { b"1".to_vec() } else { b"0".to_vec() },
+            refuse::oom(&format!("{} of {} keys of tier {tier}", limits.keys, limits.keys)).into(),
+        ];
+        let mut request = Vec::new();
+        put_request(&mut request, &words.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        self.relay(source.index, &request, Shape::Raw, &source.prefix.clone()).await;
+        target.ledger.done(1);
+    }
+
+    /// Empties all of the tenant's logical databases, and nothing else.
+    async fn flush_all(&mut self, held: &Held) {
+        let mode = match held.args.get(1).map(|arg| arg.of(&held.bytes).to_ascii_uppercase()) {
+            None => "SYNC",
+            Some(word) if word == b"ASYNC" && held.args.len() == 2 => "ASYNC",
+            Some(word) if word == b"SYNC" && held.args.len() == 2 => "SYNC",
+            Some(_) => return self.fail("ERR syntax error"),
+        };
+        let Some(tenancy) = &self.tenancy else { return };
+        for database in tenancy.place.all() {
+            let mut request = Vec::new();
+            put_request(&mut request, &[b"FLUSHDB", mode.as_bytes()]);
+            if let Err(error) = tenancy.place.as_platform(database.index, &request).await {
+                tracing::warn!(%error, "FLUSHALL failed");
+                return self.fail(crate::upstream::redis::link::LOST);
+            }
+        }
+        let mut reply = Vec::new();
+        put_status(&mut reply, "OK");
+        self.say(&reply);
+    }
+}
+
+/// Whether the logical user of a login is one that the credential may use.
+fn may_use(session: &Session, user: Option<&[u8]>) -> Result<(), Refusal> {
+    let Some(user) = user else { return Ok(()) };
+    let user = std::str::from_utf8(user).unwrap_or_default();
+    let tenant = Arc::clone(&session.slot().policy().tenant);
+    let known = user == "default" || user.is_empty() || tenant.has_user(user);
+    let only = session.identity().user.as_deref();
+    let allowed = only.is_none_or(|only| user == only || user == "default" || user.is_empty() && only == DEFAULT_NAME);
+    if known && allowed { Ok(()) } else { Err(Refusal::BadToken(TokenFault::UnknownServiceKey)) }
+}
+
+/// Nulls of the platform's RESP2 connection as RESP3 writes them. None of the commands that run there has a reply
+/// with any other difference.
+fn to_three(reply: &[u8]) -> Vec<u8> {
+    use crate::wire::resp::{Cursor, Item};
+    let mut out = Vec::with_capacity(reply.len());
+    let mut cursor = Cursor { rest: reply };
+    while let Some(item) = cursor.item() {
+        match item {
+            Item::Bulk(bytes) => put_bulk(&mut out, bytes),
+            Item::Many(mark, count) => put_head(&mut out, mark, count),
+            Item::Other(b"$-1\r\n" | b"*-1\r\n") => out.extend_from_slice(b"_\r\n"),
+            Item::Other(bytes) => out.extend_from_slice(bytes),
+        }
+    }
+    out
+}
