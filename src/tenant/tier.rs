@@ -199,7 +199,10 @@ impl Limits {
         need(redis.max_ttl.is_none_or(|ttl| ttl.as_secs() >= 1), "redis.max_ttl must be at least 1s, or \"never\"");
         need(redis.client_sockets >= 1, "redis.client_sockets must be at least 1");
         need(redis.connections >= 1, "redis.connections must be at least 1");
-        need(redis.rate.per_second >= 1 && redis.rate.burst >= 1, "redis.rate needs per_second and burst of at least 1");
+        need(
+            redis.rate.per_second >= 1 && redis.rate.burst >= 1,
+            "redis.rate needs per_second and burst of at least 1",
+        );
         faults
     }
 }

@@ -21,13 +21,7 @@ use std::{
 use hashbrown::HashSet;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{
-    Server,
-    commands::Row,
-    keys::Found,
-    refuse,
-    registry::Card,
-};
+use super::{Server, commands::Row, keys::Found, refuse, registry::Card};
 use crate::{
     net::{Peer, Stream, limit::Unauthenticated},
     quota::{Permit, Slot, clock},
@@ -267,11 +261,8 @@ impl Client {
             }
         }
         if let Stream::Tls(_) = self.stream {
-            let _ = tokio::time::timeout(
-                Duration::from_secs(1),
-                tokio::io::AsyncWriteExt::shutdown(&mut self.stream),
-            )
-            .await;
+            let _ = tokio::time::timeout(Duration::from_secs(1), tokio::io::AsyncWriteExt::shutdown(&mut self.stream))
+                .await;
         }
     }
 
@@ -548,7 +539,9 @@ impl Client {
                             burst.client.request.reset();
                             match result {
                                 Ok(()) => used += len,
-                                Err(step @ (Step::Connect | Step::Measure | Step::Delay(_) | Step::Wait)) => break step,
+                                Err(step @ (Step::Connect | Step::Measure | Step::Delay(_) | Step::Wait)) => {
+                                    break step;
+                                }
                                 Err(step) => {
                                     used += len;
                                     break step;

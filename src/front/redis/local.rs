@@ -194,7 +194,9 @@ impl Client {
         let memory = tenancy.place.memory();
         let meter = tenancy.session.meter();
         let all = sections.is_empty()
-            || sections.iter().any(|s| ["all", "default", "everything"].iter().any(|a| s.eq_ignore_ascii_case(a.as_bytes())));
+            || sections
+                .iter()
+                .any(|s| ["all", "default", "everything"].iter().any(|a| s.eq_ignore_ascii_case(a.as_bytes())));
         let wants = |name: &str| all || sections.iter().any(|section| section.eq_ignore_ascii_case(name.as_bytes()));
         let mut text = String::new();
         let mut section = |name: &str, body: String| {
@@ -371,9 +373,12 @@ mod tests {
 
     #[test]
     fn globs() {
-        for (pattern, name, expected) in
-            [("*", "save", true), ("max*", "maxmemory", true), ("max*y", "maxmemory-policy", true), ("s?ve", "save", true)]
-        {
+        for (pattern, name, expected) in [
+            ("*", "save", true),
+            ("max*", "maxmemory", true),
+            ("max*y", "maxmemory-policy", true),
+            ("s?ve", "save", true),
+        ] {
             assert_eq!(is_match(pattern.as_bytes(), name.as_bytes()), expected, "{pattern}");
         }
         assert!(!is_match(b"max", b"maxmemory") && !is_match(b"*x", b"save") && !is_match(b"", b"save"));

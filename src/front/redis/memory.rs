@@ -6,7 +6,7 @@
 //! measurement that was made because of it. The error of a sample of 2 000 keys is below 5 % in 95 of 100 cases
 //! while the sizes' standard deviation is at most their mean.
 
-use std::{sync::atomic::Ordering, sync::Arc};
+use std::{sync::Arc, sync::atomic::Ordering};
 
 use super::{
     client::Client,
@@ -39,9 +39,8 @@ const PAUSE_REFUSED_MS: u64 = 50;
 
 /// Bytes that a command may make beyond those that it carries.
 pub fn amplified(row: &Row, args: &[Arg], bytes: &[u8]) -> u64 {
-    let offset = |at: usize| {
-        args.get(at).and_then(|arg| number(arg.of(bytes))).and_then(|n| u64::try_from(n).ok()).unwrap_or(0)
-    };
+    let offset =
+        |at: usize| args.get(at).and_then(|arg| number(arg.of(bytes))).and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
     match row.name {
         "setrange" => offset(2),
         "setbit" => offset(2) / 8,

@@ -27,7 +27,9 @@ pub fn render(refusal: &Refusal) -> (String, After) {
             (text("WRONGPASS invalid username-password pair or user is disabled."), After::Stay)
         }
         Refusal::Suspended => (text("NOPERM this organization is suspended"), After::Close),
-        Refusal::Revoked => (text("NOAUTH the credential has expired or was revoked; authenticate again"), After::Close),
+        Refusal::Revoked => {
+            (text("NOAUTH the credential has expired or was revoked; authenticate again"), After::Close)
+        }
         Refusal::PlaintextToken => {
             (text("ERR a token may not travel over plaintext: connect with TLS (rediss://)"), After::Close)
         }
@@ -51,10 +53,9 @@ pub fn render(refusal: &Refusal) -> (String, After) {
 fn over_limit(over: &Over) -> (String, After) {
     let Over { tier, max, in_use, .. } = over;
     match over.limit {
-        Limit::ClientSockets => (
-            format!("ERR max number of clients reached ({in_use} of {max} connections of tier {tier})"),
-            After::Close,
-        ),
+        Limit::ClientSockets => {
+            (format!("ERR max number of clients reached ({in_use} of {max} connections of tier {tier})"), After::Close)
+        }
         Limit::Connections => (
             format!(
                 "ERR max number of blocked, watching or subscribed clients reached ({in_use} of {max} of tier {tier})"
@@ -64,7 +65,9 @@ fn over_limit(over: &Over) -> (String, After) {
         Limit::Rate => {
             let wait = over.retry_after.unwrap_or(Duration::ZERO).as_millis().max(1);
             (
-                format!("ERR max requests limit exceeded. Limit: {max} commands per second (tier {tier}); retry in {wait} ms"),
+                format!(
+                    "ERR max requests limit exceeded. Limit: {max} commands per second (tier {tier}); retry in {wait} ms"
+                ),
                 After::Stay,
             )
         }
@@ -72,7 +75,9 @@ fn over_limit(over: &Over) -> (String, After) {
         Limit::Memory | Limit::Storage => {
             (oom(&format!("{} of {} MB of tier {tier}", in_use >> 20, max >> 20)), After::Stay)
         }
-        Limit::StatementTimeout | Limit::IdleInTransaction => (format!("ERR {} exceeded", over.limit.label()), After::Stay),
+        Limit::StatementTimeout | Limit::IdleInTransaction => {
+            (format!("ERR {} exceeded", over.limit.label()), After::Stay)
+        }
     }
 }
 

@@ -30,9 +30,7 @@ use crate::{
         link::{How, Link, State},
         reply::{Shape, Transaction},
     },
-    wire::resp::{
-        Arg, Fault, put_array, put_bulk, put_bulk_joined, put_error, put_head, put_request,
-    },
+    wire::resp::{Arg, Fault, put_array, put_bulk, put_bulk_joined, put_error, put_head, put_request},
 };
 
 /// Commands of one burst after which the client's turn ends.
@@ -245,13 +243,7 @@ impl<'a> Burst<'a> {
         result
     }
 
-    fn admitted(
-        &mut self,
-        row: &'static Row,
-        bytes: &[u8],
-        args: &[Arg],
-        policy: &quota::Policy,
-    ) -> Result<(), Step> {
+    fn admitted(&mut self, row: &'static Row, bytes: &[u8], args: &[Arg], policy: &quota::Policy) -> Result<(), Step> {
         let Some(tenancy) = &self.client.tenancy else { return Ok(()) };
         if let Err(over) = tenancy.session.take(1) {
             let rate = &policy.limits.redis.rate;
@@ -325,9 +317,7 @@ impl<'a> Burst<'a> {
                 self.reject("ERR Command not allowed inside a transaction");
                 Ok(())
             }
-            Policy::Subscribe | Policy::Pubsub | Policy::Service | Policy::Local | Policy::Container => {
-                Self::hold(row)
-            }
+            Policy::Subscribe | Policy::Pubsub | Policy::Service | Policy::Local | Policy::Container => Self::hold(row),
             Policy::Script => self.script(row, bytes, args, policy),
             Policy::Pattern => self.pattern(row, bytes, args),
             Policy::Publish => self.publish(bytes, args),
@@ -721,7 +711,9 @@ impl<'a> Burst<'a> {
         } else {
             match script::remember(&database, text) {
                 Some((_, script)) => script,
-                None => return self.wrong("OOM too many different scripts: use EVALSHA with arguments, or SCRIPT FLUSH"),
+                None => {
+                    return self.wrong("OOM too many different scripts: use EVALSHA with arguments, or SCRIPT FLUSH");
+                }
             }
         };
         if tenancy.place.memory() > limits.memory && !self.client.measured {

@@ -153,9 +153,28 @@ mod tests {
     fn the_prelude_knows_every_command_that_is_not_plain() {
         let classes = classes();
         for expected in [
-            " SET:kF ", " MSET:eE ", " DEL:a- ", " LMOVE:bL ", " ZUNIONSTORE:dF ", " BITOP:fF ", " XREAD:s- ", " PUBLISH:p- ",
-            " SCAN:h- ", " KEYS:g- ", " EXPIRE:kT ", " SORT:tS ", " OBJECT:c- ", " XGROUP:cF ", " XINFO:c- ", " ZMPOP:n- ",
-            " RANDOMKEY:y- ", " PING:0- ", " DBSIZE:0- ", " BZMPOP:m- ", " GEORADIUS:rS ", " MEMORY:c- ",
+            " SET:kF ",
+            " MSET:eE ",
+            " DEL:a- ",
+            " LMOVE:bL ",
+            " ZUNIONSTORE:dF ",
+            " BITOP:fF ",
+            " XREAD:s- ",
+            " PUBLISH:p- ",
+            " SCAN:h- ",
+            " KEYS:g- ",
+            " EXPIRE:kT ",
+            " SORT:tS ",
+            " OBJECT:c- ",
+            " XGROUP:cF ",
+            " XINFO:c- ",
+            " ZMPOP:n- ",
+            " RANDOMKEY:y- ",
+            " PING:0- ",
+            " DBSIZE:0- ",
+            " BZMPOP:m- ",
+            " GEORADIUS:rS ",
+            " MEMORY:c- ",
         ] {
             assert!(classes.contains(expected), "{expected} in {classes}");
         }

@@ -21,7 +21,9 @@ use crate::{
         link::How,
         reply::{Shape, strip},
     },
-    wire::resp::{Arg, put_array, put_bulk, put_bulk_joined, put_error, put_head, put_integer, put_request, put_status},
+    wire::resp::{
+        Arg, put_array, put_bulk, put_bulk_joined, put_error, put_head, put_integer, put_request, put_status,
+    },
 };
 
 /// Most names that one client listens to.
@@ -307,13 +309,7 @@ impl Client {
     /// Takes a held command once more through the fast path, now that it has its connection.
     async fn again(&mut self, held: Held) {
         loop {
-            let link = self.current();
-            self.request.args.clone_from(&held.args);
-            let mut burst = Burst::new(self, link.as_ref());
-            let result = burst.command(&held.bytes);
-            burst.end();
-            self.request.reset();
-            match result {
+            match self.try_again(&held) {
                 Err(Step::Measure) => self.measure().await,
                 Err(Step::Delay(time)) => tokio::time::sleep(time).await,
                 Err(Step::Close) => {
@@ -323,6 +319,16 @@ impl Client {
                 Ok(()) | Err(Step::More | Step::Wait | Step::Held(_) | Step::Connect) => return,
             }
         }
+    }
+
+    fn try_again(&mut self, held: &Held) -> Result<(), Step> {
+        let link = self.current();
+        self.request.args.clone_from(&held.args);
+        let mut burst = Burst::new(self, link.as_ref());
+        let result = burst.command(&held.bytes);
+        burst.end();
+        self.request.reset();
+        result
     }
 
     async fn subscribe(&mut self, held: &Held) {
@@ -349,6 +355,15 @@ impl Client {
                 }
             }
         }
+        self.change_subscriptions(held, &names, &prefix);
+        if self.drained().await && self.subscriptions.count() == 0 {
+            self.close_subscriber();
+        }
+    }
+
+    /// Sends a change on and remembers it.
+    fn change_subscriptions(&mut self, held: &Held, names: &[Box<[u8]>], prefix: &[u8]) {
+        let subscribes = matches!(held.row.name, "subscribe" | "psubscribe" | "ssubscribe");
         let set = match held.row.name {
             "subscribe" | "unsubscribe" => &mut self.subscriptions.channels,
             "psubscribe" | "punsubscribe" => &mut self.subscriptions.patterns,
@@ -371,14 +386,11 @@ impl Client {
         let Some(mut state) = own.link.lock() else { return self.outbox.lose() };
         put_array(&mut state.out, held.args.len());
         put_bulk(&mut state.out, held.row.name.as_bytes());
-        names.iter().for_each(|name| put_bulk_joined(&mut state.out, &prefix, name));
+        names.iter().for_each(|name| put_bulk_joined(&mut state.out, prefix, name));
         state.expect(&self.outbox, confirmations, 0, How::Confirm);
         self.outbox.lock().unanswered += confirmations;
         drop(state);
         own.link.wake();
-        if self.drained().await && self.subscriptions.count() == 0 {
-            self.close_subscriber();
-        }
     }
 
     /// Ends the subscriber's connection without losing the client.

@@ -125,8 +125,7 @@ pub async fn exchange(stream: &mut Stream, requests: &[u8], replies: usize) -> R
     let mut reply = resp::Reply::default();
     let mut walked = 0;
     while answers.len() < replies {
-        let (used, done) =
-            reply.advance(&buffer[walked..]).map_err(|fault| DialError::Refused(fault.0.to_owned()))?;
+        let (used, done) = reply.advance(&buffer[walked..]).map_err(|fault| DialError::Refused(fault.0.to_owned()))?;
         walked += used;
         if done {
             answers.push(buffer.drain(..walked).collect());

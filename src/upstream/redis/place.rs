@@ -18,7 +18,7 @@ use super::{
 use crate::{
     net::Stream,
     tenant::{OrgId, namespace::RedisNamespace},
-    wire::resp::{put_request, put_bulk, put_array},
+    wire::resp::{put_array, put_bulk, put_request},
 };
 
 /// Databases given back by deleted tenants, in the platform's own database.
@@ -326,7 +326,8 @@ impl Place {
             }
             Ok(stream)
         };
-        let bounded = || async { tokio::time::timeout(CONNECT_TIMEOUT, attempt()).await.unwrap_or(Err(DialError::Slow)) };
+        let bounded =
+            || async { tokio::time::timeout(CONNECT_TIMEOUT, attempt()).await.unwrap_or(Err(DialError::Slow)) };
         match bounded().await {
             Err(DialError::Refused(text)) if text.starts_with("WRONGPASS") => {
                 self.set_user().await?;

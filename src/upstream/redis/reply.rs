@@ -287,13 +287,17 @@ mod tests {
     fn messages_in_both_protocols() {
         for mark in ['*', '>'] {
             assert_eq!(
-                stripped(Shape::Message, format!("{mark}3\r\n$7\r\nmessage\r\n$7\r\norg:a:c\r\n$1\r\nx\r\n").as_bytes()),
+                stripped(
+                    Shape::Message,
+                    format!("{mark}3\r\n$7\r\nmessage\r\n$7\r\norg:a:c\r\n$1\r\nx\r\n").as_bytes()
+                ),
                 format!("{mark}3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\nx\r\n")
             );
             assert_eq!(
                 stripped(
                     Shape::Message,
-                    format!("{mark}4\r\n$8\r\npmessage\r\n$7\r\norg:a:*\r\n$7\r\norg:a:c\r\n$7\r\norg:a:x\r\n").as_bytes()
+                    format!("{mark}4\r\n$8\r\npmessage\r\n$7\r\norg:a:*\r\n$7\r\norg:a:c\r\n$7\r\norg:a:x\r\n")
+                        .as_bytes()
                 ),
                 format!("{mark}4\r\n$8\r\npmessage\r\n$1\r\n*\r\n$1\r\nc\r\n$7\r\norg:a:x\r\n")
             );
@@ -306,8 +310,12 @@ mod tests {
 
     #[test]
     fn our_commands_leave_no_trace_in_a_transaction() {
-        let mut transaction =
-            Transaction { acks: 1, elements: vec![Some(Shape::Raw), None, Some(Shape::First)], single: false, refused: None };
+        let mut transaction = Transaction {
+            acks: 1,
+            elements: vec![Some(Shape::Raw), None, Some(Shape::First)],
+            single: false,
+            refused: None,
+        };
         let mut out = Vec::new();
         assert!(!transaction.frame(b"+OK\r\n", P, &mut out));
         assert!(transaction.frame(b"*3\r\n:7\r\n:1\r\n*2\r\n$7\r\norg:a:k\r\n$1\r\nv\r\n", P, &mut out));

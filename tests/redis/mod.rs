@@ -1,0 +1,7 @@
+//! The Redis front before a real server.
+
+mod basic;
+mod limits;
+mod scripts;
+mod support;
+mod table;
