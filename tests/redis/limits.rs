@@ -155,7 +155,7 @@ async fn no_key_outlives_its_tier_whatever_makes_it() {
             ("a", "EXPIRE a 99999999 XX"),
             ("a", "SET a v KEEPTTL"),
             ("a2", "RENAME a a2"),
-            ("st", "SORT l STORE st"),
+            ("st", "SORT l ALPHA STORE st"),
             ("bf", "BITFIELD bf SET u8 0 1"),
             ("hb", "HINCRBY hb f 1"),
             ("x2", "XGROUP CREATE x2 g $ MKSTREAM"),

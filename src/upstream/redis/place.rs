@@ -337,6 +337,28 @@ impl Place {
         }
     }
 
+    /// Counts the keys of every logical database.
+    ///
+    /// # Errors
+    /// The server can't be asked; the old counts stay.
+    pub async fn count(&self) -> Result<(), DialError> {
+        let databases = self.all();
+        let mut ask = Vec::new();
+        for database in &databases {
+            put_request(&mut ask, &[b"SELECT", database.index.to_string().as_bytes()]);
+            put_request(&mut ask, &[b"DBSIZE"]);
+        }
+        put_request(&mut ask, &[b"SELECT", b"0"]);
+        let marks: Vec<u64> = databases.iter().map(|database| database.ledger.mark()).collect();
+        let answers = self.upstream.platform(&ask, databases.len() * 2 + 1).await?;
+        for (i, (database, mark)) in databases.iter().zip(marks).enumerate() {
+            if let Some(keys) = answers.get(i * 2 + 1).and_then(|answer| dial::integer(answer)) {
+                database.ledger.counted(u64::try_from(keys).unwrap_or(0), mark);
+            }
+        }
+        Ok(())
+    }
+
     /// Runs requests as the platform's user.
     ///
     /// # Errors
