@@ -20,7 +20,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, de};
 
 use crate::{
-    identity, net,
+    admin, catalog, identity, net,
     tenant::{
         Names, Tiers,
         namespace::{NameStyle, Password, RootSecret},
@@ -43,14 +43,14 @@ pub struct Config {
     pub tls: Option<net::TlsConfig>,
     /// Who is trusted to say who a caller is. Required.
     pub identity: Option<identity::Config>,
-    /// Where tenants are recorded.
-    pub catalog: Catalog,
+    /// Where tenants are recorded. Required.
+    pub catalog: Option<catalog::Config>,
     /// How tenants' names and passwords on upstreams are derived.
     pub names: NamesConfig,
     /// The databases behind.
     pub upstream: Upstream,
     /// The operators' port.
-    pub admin: Admin,
+    pub admin: admin::Config,
     /// What is logged.
     pub log: Log,
 }
@@ -73,6 +73,9 @@ pub struct Listen {
     /// Addresses for PostgreSQL clients: `"127.0.0.1:6432"`, `"unix:/run/dynabase/.s.PGSQL.6432"`, or a list.
     #[serde(deserialize_with = "one_or_many")]
     pub postgres: Vec<net::Address>,
+    /// Addresses for Redis clients; used when there is an `upstream.redis.url`.
+    #[serde(deserialize_with = "one_or_many")]
+    pub redis: Vec<net::Address>,
     /// Networks of load balancers that send a PROXY protocol v2 header; from these it is required.
     #[serde(deserialize_with = "one_or_many")]
     pub proxy_from: Vec<IpNet>,
@@ -93,6 +96,7 @@ impl Default for Listen {
     fn default() -> Self {
         Self {
             postgres: vec![net::Address::Tcp(SocketAddr::from(([127, 0, 0, 1], 6432)))],
+            redis: vec![net::Address::Tcp(SocketAddr::from(([127, 0, 0, 1], 6380)))],
             proxy_from: Vec::new(),
             max_connections: 10_000,
             unadmitted_per_network: 256,
@@ -121,14 +125,6 @@ where
     texts.iter().map(|text| text.parse().map_err(|error| de::Error::custom(format!("{text:?}: {error}")))).collect()
 }
 
-/// `[catalog]`.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Catalog {
-    /// The folder of the embedded catalog.
-    pub path: Option<PathBuf>,
-}
-
 /// `[names]`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -153,23 +149,8 @@ impl Default for NamesConfig {
 pub struct Upstream {
     /// `[upstream.postgres]`.
     pub postgres: upstream::postgres::Config,
-}
-
-/// `[admin]`.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Admin {
-    /// Address of the operators' HTTP port.
-    pub listen: SocketAddr,
-    /// The bearer token that operators send, at least 16 bytes; unset: only `/livez` and `/readyz` answer.
-    #[serde(deserialize_with = "secret")]
-    pub token: Option<Password>,
-}
-
-impl Default for Admin {
-    fn default() -> Self {
-        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9900)), token: None }
-    }
+    /// `[upstream.redis]`.
+    pub redis: upstream::redis::Config,
 }
 
 /// `[log]`.
@@ -242,13 +223,13 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// Keys whose value may stand in a file of its own, `<key>_file`.
-const SECRETS: [&str; 3] = ["names.root_secret", "upstream.postgres.url", "admin.token"];
+const SECRETS: [&str; 3] = ["names.root_secret", "upstream.postgres.url", "upstream.redis.url"];
 
 /// Secrets whose own module reads the file.
-const FURTHER_SECRETS: [&str; 1] = ["identity.hs256_secret"];
+const FURTHER_SECRETS: [&str; 2] = ["identity.hs256_secret", "admin.token"];
 
 /// Keys that name a file or folder: relative ones are meant from the configuration's folder.
-const PATHS: [&str; 8] = [
+const PATHS: [&str; 10] = [
     "tiers",
     "tls.cert_file",
     "tls.key_file",
@@ -257,6 +238,8 @@ const PATHS: [&str; 8] = [
     "identity.hs256_secret_file",
     "catalog.path",
     "upstream.postgres.ca_file",
+    "upstream.redis.ca_file",
+    "admin.token_file",
 ];
 
 /// Shortest bearer token of operators in bytes: as long as 96 random bits in base64.
@@ -287,7 +270,8 @@ impl Config {
     /// # Errors
     /// Every fault there is.
     pub fn parse(path: &Path, text: &str, environment: &[(String, String)]) -> Result<Config, ConfigError> {
-        let folder = path.parent().unwrap_or(Path::new("."));
+        let absolute = std::path::absolute(path).unwrap_or_else(|_| path.into());
+        let folder = absolute.parent().unwrap_or(Path::new("/"));
         let (config, lines, mut faults) = document::read(text, folder, environment);
         let config = config.map(|config| Config { tiers: TiersPath(folder.join(&config.tiers.0)), ..config });
         if let Some(config) = &config {
@@ -327,12 +311,7 @@ impl Config {
         }
         match &self.identity {
             None => need(false, "identity.issuer", "is required: whose tokens are trusted".into()),
-            Some(identity) => {
-                for fault in identity.check() {
-                    let end = fault.find([':', ' ']).unwrap_or(fault.len());
-                    need(false, &fault[..end], fault[end..].trim_start_matches([':', ' ']).to_owned());
-                }
-            }
+            Some(identity) => tell(&mut need, identity.check()),
         }
         let root = self.names.root_secret.as_ref();
         let bytes = root.map_or(0, |secret| secret.expose().len());
@@ -342,10 +321,19 @@ impl Config {
             format!("is required, at least {} bytes: make one with `openssl rand -base64 48`", RootSecret::MIN_BYTES),
         );
         need(
-            self.admin.token.as_ref().is_none_or(|token| token.expose().len() >= ADMIN_TOKEN_MIN_BYTES),
+            self.admin.token.is_some() != self.admin.token_file.is_some(),
+            "admin.token",
+            "or token_file is required, and only one of them: make one with `openssl rand -base64 24`".into(),
+        );
+        need(
+            self.admin.token.as_ref().is_none_or(|token| token.len() >= ADMIN_TOKEN_MIN_BYTES),
             "admin.token",
             format!("must have at least {ADMIN_TOKEN_MIN_BYTES} bytes"),
         );
+        match &self.catalog {
+            None => need(false, "catalog.path", "is required: the folder of the file catalog".into()),
+            Some(catalog) => tell(&mut need, catalog.check()),
+        }
         need(
             tracing_subscriber::EnvFilter::builder().parse(&self.log.filter).is_ok(),
             "log.filter",
@@ -357,7 +345,20 @@ impl Config {
         for (key, what) in self.upstream.postgres.faults() {
             need(false, &format!("upstream.postgres.{key}"), what);
         }
+        if let Err(what) = self.upstream.redis.target() {
+            need(false, "upstream.redis.url", what);
+        }
         faults
+    }
+
+    /// The way to Redis, if it is configured.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration: not after [`Self::load`].
+    pub fn redis(&self) -> Result<Option<std::sync::Arc<upstream::redis::Upstream>>, String> {
+        let names = self.names()?;
+        let target = self.upstream.redis.target()?;
+        Ok(target.map(|target| upstream::redis::Upstream::new(target, names, crate::front::redis::commands::for_acl())))
     }
 
     /// Reads the tiers' file.
@@ -383,6 +384,14 @@ impl Config {
     pub fn names(&self) -> Result<Names, String> {
         let secret = self.names.root_secret.as_ref().and_then(|secret| RootSecret::new(secret.expose().as_bytes()));
         secret.map(|root| Names::new(root, self.names.style)).ok_or_else(|| "names.root_secret is too short".into())
+    }
+}
+
+/// Passes on the faults of a module, each of which begins with its key.
+fn tell(need: &mut impl FnMut(bool, &str, String), faults: Vec<String>) {
+    for fault in faults {
+        let end = fault.find([':', ' ']).unwrap_or(fault.len());
+        need(false, &fault[..end], fault[end..].trim_start_matches([':', ' ']).to_owned());
     }
 }
 

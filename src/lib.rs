@@ -31,4 +31,5 @@ pub mod admin;
 
 pub mod config;
 
+pub mod app;
 pub mod cli;

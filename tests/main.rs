@@ -1,4 +1,6 @@
 //! One binary for all integration tests: linking is the slow part.
 
+mod dev;
+mod floors;
 mod provision;
 mod redis;

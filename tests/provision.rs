@@ -40,7 +40,12 @@ fn admin(server: &Server) -> Admin {
 }
 
 async fn start(folder: &Path) -> Server {
-    let programs = Programs::find().expect("a PostgreSQL server is installed");
+    // Another release than the installed one: the folder of its initdb and postgres.
+    let programs = match std::env::var_os("DYNABASE_TEST_POSTGRES_BIN") {
+        Some(folder) => Programs::in_folder(folder),
+        None => Programs::find(),
+    };
+    let programs = programs.expect("a PostgreSQL server is installed");
     Server::start(&programs, folder, Password::new("root-password")).await.expect("it starts")
 }
 

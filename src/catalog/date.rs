@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 const DAY_SECS: u64 = 86_400;
 
 /// Gives the date in whole seconds; a time before 1970 is 1970.
-pub(super) fn format(at: SystemTime) -> String {
+pub(crate) fn format(at: SystemTime) -> String {
     let secs = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let (mut days, rest) = (secs / DAY_SECS, secs % DAY_SECS);
     let mut year = 1970;

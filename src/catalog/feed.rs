@@ -5,8 +5,10 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    io,
     num::NonZeroUsize,
     ops::Range,
+    os::unix::fs::MetadataExt,
     sync::Arc,
     time::Duration,
 };
@@ -18,7 +20,7 @@ use tokio::{
 };
 
 use super::{
-    document::{KeyRecord, Record},
+    document::{KeyRecord, Record, hex},
     file::{FileCatalog, Folder, Found, Stamp},
     watch::{Change, Watch},
 };
@@ -33,8 +35,14 @@ use crate::{
 /// How long changes are gathered, so that a file that is written piece by piece is read once.
 const GATHER: Duration = Duration::from_millis(10);
 
+/// When a change is enforced again that overtook its organisation on the way into the table.
+const AGAIN: Duration = Duration::from_millis(50);
+
 /// How often handed-out documents are looked at without news.
 const SCAN: Duration = Duration::from_secs(2);
+
+/// When they are looked at after news was lost. Everything is looked at then, so not at once and again and again.
+const SCAN_SOON: Duration = Duration::from_millis(200);
 
 /// Documents looked at in one scan; the next one goes on from there. 5 000 cost about 5 ms.
 const SCAN_MAX: usize = 5_000;
@@ -52,10 +60,16 @@ const KEYS_MAX: NonZeroUsize = NonZeroUsize::new(100_000).expect("not zero");
 const DAMAGED_MAX: NonZeroUsize = NonZeroUsize::new(1_000).expect("not zero");
 
 /// What was last handed out of an organisation's document; `None` twice when it was gone.
-#[derive(Default)]
 struct Seen {
     stamp: Option<Stamp>,
     tenant: Option<Arc<Tenant>>,
+    at: Instant,
+}
+
+impl Seen {
+    fn new(stamp: Option<Stamp>, tenant: Option<Arc<Tenant>>) -> Self {
+        Self { stamp, tenant, at: Instant::now() }
+    }
 }
 
 /// See the module.
@@ -71,6 +85,8 @@ pub(super) struct Feeder<F> {
     damaged: LruCache<Change, u64>,
     /// Keys revoked since the last scan: a session that was just being admitted then is stopped by the second call.
     revoked: Vec<KeyHash>,
+    /// Organisations that changed between being handed out and being in the table: to be enforced again.
+    again: Vec<Change>,
     /// Where the next scan goes on among organisations and among keys.
     cursors: [usize; 2],
     away: bool,
@@ -98,6 +114,7 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
             keys: LruCache::new(KEYS_MAX),
             damaged: LruCache::new(DAMAGED_MAX),
             revoked: Vec::new(),
+            again: Vec::new(),
             cursors: [0; 2],
             away: false,
         }
@@ -110,7 +127,15 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
         let mut batch = Vec::with_capacity(BATCH);
         let mut changes = HashSet::new();
         let mut due = None;
+        // Before the first answer, so that nothing changes unseen after it.
+        self.scan().await;
+        scan.reset();
+        let mut hurried = false;
         loop {
+            if !hurried && self.watch.is_missed() {
+                scan.reset_after(SCAN_SOON);
+                hurried = true;
+            }
             // Every arm is safe to drop: what it has not given out stays in its queue.
             tokio::select! {
                 taken = asks.recv_many(&mut batch, BATCH) => match taken {
@@ -127,8 +152,15 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
                         changes.insert(change);
                     }
                     self.follow(changes.drain().collect()).await;
+                    if !self.again.is_empty() {
+                        changes.extend(self.again.drain(..));
+                        due = Some(Instant::now() + AGAIN);
+                    }
                 }
-                _ = scan.tick() => self.scan().await,
+                _ = scan.tick() => {
+                    hurried = false;
+                    self.scan().await;
+                }
             }
         }
     }
@@ -159,7 +191,7 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
         match found {
             Found::Good(record, stamp) => {
                 let tenant = Arc::new(record.tenant);
-                self.orgs.insert(org, Seen { stamp: Some(stamp), tenant: Some(Arc::clone(&tenant)) });
+                self.orgs.insert(org, Seen::new(Some(stamp), Some(Arc::clone(&tenant))));
                 Ok(tenant)
             }
             Found::Absent => Err(Absent::Unknown),
@@ -207,20 +239,23 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
     }
 
     fn follow_org(&mut self, org: OrgId, found: Found<Record>) {
-        // The stamp of an organisation that is not in the table yet stays as it was handed out: if an older document
-        // is just on its way there, the next scan sees the difference.
         let resident = self.table.resident(&org).is_some();
+        if !resident && self.orgs.contains_key(&org) {
+            // An older document may be on its way into the table. Until a scan finds that it never came there, its
+            // stamp stays as handed out and the change is tried again.
+            self.again.push(Change::Org(org.clone()));
+        }
         match found {
             Found::Good(record, stamp) => {
                 let tenant = Arc::new(record.tenant);
                 match self.table.apply(Arc::clone(&tenant)) {
                     Ok(()) if resident => {
-                        self.orgs.insert(org, Seen { stamp: Some(stamp), tenant: Some(tenant) });
+                        self.orgs.insert(org, Seen::new(Some(stamp), Some(tenant)));
                     }
                     Ok(()) => {}
                     Err(stale) => {
                         let what = format!("epoch {} is below {}, which is in force", stale.offered, stale.present);
-                        self.orgs.entry(org.clone()).or_default().stamp = Some(stamp);
+                        self.orgs.entry(org.clone()).or_insert_with(|| Seen::new(None, None)).stamp = Some(stamp);
                         self.report(Change::Org(org), &what, stale.offered);
                     }
                 }
@@ -228,7 +263,7 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
             Found::Absent => {
                 self.table.remove(&org);
                 if resident {
-                    self.orgs.insert(org, Seen::default());
+                    self.orgs.insert(org, Seen::new(None, None));
                 }
             }
             Found::Damaged(what, digest, stamp) => {
@@ -278,18 +313,21 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
             (self.forget)(&hash);
             self.table.revoke_key(&hash);
         }
-        let folder = Arc::clone(&self.folder);
-        self.watch.keep(&folder);
         let slots = self.table.slots();
         let everything = self.watch.take_missed();
         let [orgs_at, keys_at] = &mut self.cursors;
         let orgs = slots[window(orgs_at, slots.len(), everything)].iter().map(|slot| slot.org().clone()).collect();
         let part = window(keys_at, self.keys.len(), everything);
         let keys = self.keys.iter().skip(part.start).take(part.len()).map(|(hash, _)| *hash).collect();
-        let Some(Ok(stamps)) = disk(move || stamps(&folder, orgs, keys)).await else {
+        let folder = Arc::clone(&self.folder);
+        let Some(Ok((inodes, stamps))) = disk(move || stamps(&folder, orgs, keys)).await else {
+            if everything {
+                self.watch.set_missed();
+            }
             return self.set_away(Some("its folders can't be read"));
         };
         self.set_away(None);
+        self.watch.keep(&self.folder, inodes);
         let changed = stamps.into_iter().filter(|(change, stamp)| self.is_news(change, *stamp));
         let changed: Vec<Change> = changed.map(|(change, _)| change).collect();
         if !changed.is_empty() {
@@ -317,7 +355,8 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
             }
         }
         let held: HashSet<&OrgId> = slots.iter().map(|slot| slot.org()).collect();
-        self.orgs.retain(|org, _| held.contains(org));
+        // What was handed out just now may still be on its way into the table.
+        self.orgs.retain(|org, seen| held.contains(org) || seen.at.elapsed() < SCAN);
     }
 
     /// Reads documents, in the order they are named in; none when the disk hangs.
@@ -376,17 +415,20 @@ async fn disk<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> O
     tokio::time::timeout(DISK_TIMEOUT, tokio::task::spawn_blocking(work)).await.ok()?.ok()
 }
 
-fn stamps(folder: &Folder, orgs: Vec<OrgId>, keys: Vec<KeyHash>) -> std::io::Result<Vec<(Change, Option<Stamp>)>> {
+type Stamps = ([u64; 2], Vec<(Change, Option<Stamp>)>);
+
+/// The inodes of the two folders, and the stamps of documents in them.
+fn stamps(folder: &Folder, orgs: Vec<OrgId>, keys: Vec<KeyHash>) -> io::Result<Stamps> {
     // Without its folder a document is not gone, but out of reach.
-    std::fs::read_dir(&folder.orgs)?;
-    std::fs::read_dir(&folder.keys)?;
+    let inodes = [std::fs::metadata(&folder.orgs)?.ino(), std::fs::metadata(&folder.keys)?.ino()];
     let orgs = orgs.into_iter().map(|org| {
         let stamp = Folder::stamp(&folder.orgs, org.as_str())?;
         Ok((Change::Org(org), stamp))
     });
     let keys = keys.into_iter().map(|hash| {
-        let stamp = Folder::stamp(&folder.keys, &super::document::hex(&hash))?;
+        let stamp = Folder::stamp(&folder.keys, &hex(&hash))?;
         Ok((Change::Key(hash), stamp))
     });
-    orgs.chain(keys).collect()
+    let stamps: io::Result<_> = orgs.chain(keys).collect();
+    Ok((inodes, stamps?))
 }

@@ -123,7 +123,10 @@ impl FileCatalog {
                 Some(present) => record.over(present),
                 None => record,
             };
-            write(&folder.orgs, &name, &record.to_json()).map_err(unavailable)
+            let text = record.to_json();
+            // What could not be read again must not be written.
+            Record::parse(&text, &record.tenant.org).map_err(Fault::Damaged)?;
+            write(&folder.orgs, &name, &text).map_err(unavailable)
         })
         .await
     }
@@ -135,9 +138,11 @@ impl FileCatalog {
 
     pub(super) async fn create_key(&self, record: KeyRecord) -> Result<(), Fault> {
         self.blocking(move |folder| {
+            let (hash, text) = (record.key.hash, record.to_json());
+            KeyRecord::parse(&text, &hash).map_err(Fault::Damaged)?;
             let _turn = folder.lock()?;
-            match folder.key(&record.key.hash) {
-                Found::Absent => write(&folder.keys, &hex(&record.key.hash), &record.to_json()).map_err(unavailable),
+            match folder.key(&hash) {
+                Found::Absent => write(&folder.keys, &hex(&hash), &text).map_err(unavailable),
                 Found::Away(what) => Err(Fault::Unavailable(what)),
                 Found::Good(..) | Found::Damaged(..) => Err(Fault::Exists),
             }

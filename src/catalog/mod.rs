@@ -5,7 +5,7 @@
 //! ([`crate::tenant::directory::Ask`]) and carries changes into the table of live limits; the rest is for operators
 //! and may be slow.
 
-mod date;
+pub(crate) mod date;
 mod document;
 mod feed;
 mod file;
@@ -129,8 +129,8 @@ impl Catalog {
     /// Creates or updates a document. Fields that only the present one has are kept, and so is `created_at`.
     ///
     /// # Errors
-    /// [`Fault::Exists`], [`Fault::Unknown`], [`Fault::Stale`], [`Fault::Damaged`] (the present document),
-    /// [`Fault::Unavailable`] (also a full disk; the present document is intact).
+    /// [`Fault::Exists`], [`Fault::Unknown`], [`Fault::Stale`], [`Fault::Damaged`] (the present document, or
+    /// the new one), [`Fault::Unavailable`] (also a full disk; the present document is intact).
     ///
     /// # Cancel safety
     /// Dropped, it happens wholly or not at all; which is not known.
@@ -153,7 +153,7 @@ impl Catalog {
     /// Keeps a new service key.
     ///
     /// # Errors
-    /// [`Fault::Exists`], [`Fault::Unavailable`].
+    /// [`Fault::Exists`], [`Fault::Damaged`] (the new one), [`Fault::Unavailable`].
     pub async fn create_key(&self, record: KeyRecord) -> Result<(), Fault> {
         match self {
             Catalog::File(files) => files.create_key(record).await,

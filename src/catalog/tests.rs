@@ -62,6 +62,12 @@ impl Fed {
     async fn slot(&self, id: &str) -> Arc<Slot> {
         self.table.slot(&org(id)).await.expect("a known organisation")
     }
+
+    /// Waits until the feeder has said that this key is to be forgotten.
+    async fn forgets(&mut self, hash: KeyHash) {
+        let said = async { while self.forgotten.recv().await.expect("the feeder runs") != hash {} };
+        tokio::time::timeout(Duration::from_secs(10), said).await.expect("the key is forgotten");
+    }
 }
 
 impl Drop for Fed {

@@ -2,8 +2,6 @@
 //! system, a folder that was replaced), so whoever follows them also looks by itself now and then.
 
 use std::{
-    fs,
-    os::unix::fs::MetadataExt,
     path::Path,
     sync::{
         Arc,
@@ -70,15 +68,18 @@ impl Watch {
         self.missed.swap(false, Ordering::AcqRel)
     }
 
+    /// Whether news was lost since the last [`Self::take_missed`].
+    pub(super) fn is_missed(&self) -> bool {
+        self.missed.load(Ordering::Acquire)
+    }
+
     /// Makes the next [`Self::take_missed`] say yes.
     pub(super) fn set_missed(&self) {
         self.missed.store(true, Ordering::Release);
     }
 
-    /// Watches the folder's present directories; cheap when they still are the ones that are watched.
-    pub(super) fn keep(&mut self, folder: &Arc<Folder>) {
-        let inode = |path: &Path| fs::metadata(path).map(|about| about.ino()).unwrap_or_default();
-        let inodes = [inode(&folder.orgs), inode(&folder.keys)];
+    /// Watches the two folders, which have these inodes now; nothing to do when they still are the ones watched.
+    pub(super) fn keep(&mut self, folder: &Arc<Folder>, inodes: [u64; 2]) {
         if self.watcher.as_ref().is_some_and(|(_, watched)| *watched == inodes) {
             return;
         }

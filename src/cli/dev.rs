@@ -1,3 +1,228 @@
-//! Everything on this machine.
+//! `dynabase dev`: everything on this machine. Real servers as child processes on private ports, the catalog, four
+//! demo tenants, and then the very same proxy that `serve` runs.
+//!
+//! All of it lives in one folder, marked as ours; nothing else is touched.
 
+mod folder;
 pub mod postgres;
+mod ready;
+mod redis;
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clap::Args;
+
+use self::{
+    folder::{Folder, Secrets},
+    postgres::{Programs, Server},
+    ready::{Demo, Ready},
+};
+use super::{Failure, key, place, tenant, token};
+use crate::{
+    app::{self, App},
+    catalog::Catalog,
+    config::Config,
+    tenant::{
+        DEFAULT_NAME, Names, OrgId, Tier,
+        namespace::{NameStyle, Password, RootSecret},
+    },
+};
+
+/// The tenants there are from the first start on.
+const DEMO: [(&str, Tier); 4] =
+    [("acme", Tier::Free), ("globex", Tier::Starter), ("initech", Tier::Pro), ("umbrella", Tier::Enterprise)];
+
+/// How long the printed tokens live: a day's work.
+const TOKEN_TTL: Duration = Duration::from_secs(24 * 3600);
+
+/// How often the children are looked after.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// What `dynabase dev` was asked.
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    /// Where everything lives; made on the first start, used again on the next
+    #[arg(long, value_name = "DIR", default_value = "dynabase-dev")]
+    data_dir: PathBuf,
+    /// Added to every port (PostgreSQL 6432, Redis 6380, admin 9900)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    port_offset: u16,
+    /// Written, as JSON, once every listener accepts
+    #[arg(long, value_name = "FILE")]
+    ready_file: Option<PathBuf>,
+    /// Begin with an empty folder; only wipes one that an earlier `dynabase dev` made
+    #[arg(long)]
+    reset: bool,
+}
+
+/// The listeners' ports.
+#[derive(Clone, Copy, Debug)]
+struct Ports {
+    postgres: u16,
+    redis: u16,
+    admin: u16,
+}
+
+impl Ports {
+    fn with_offset(offset: u16) -> Result<Self, Failure> {
+        let port = |base: u16| {
+            base.checked_add(offset)
+                .ok_or_else(|| Failure::usage(format_args!("--port-offset {offset} leads beyond port 65535")))
+        };
+        Ok(Self { postgres: port(6432)?, redis: port(6380)?, admin: port(9900)? })
+    }
+}
+
+pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    let ports = Ports::with_offset(arguments.port_offset)?;
+    let programs = Programs::find().map_err(Failure::failed)?;
+    let redis = redis::find().map_err(Failure::failed)?;
+    if let Some(path) = &arguments.ready_file {
+        // Whoever waits for the file must not meet that of an earlier run.
+        ready::remove(path).map_err(Failure::failed)?;
+    }
+    let folder = Folder::open(&arguments.data_dir, arguments.reset).map_err(Failure::failed)?;
+    let runtime = app::runtime().map_err(Failure::failed)?;
+    // On this thread, which lives as long as the process: the kernel ends the children with the thread that made them.
+    let done = runtime.block_on(start(arguments, ports, &programs, &redis, &folder));
+    if let Some(path) = &arguments.ready_file {
+        let _ = ready::remove(path);
+    }
+    done
+}
+
+async fn start(
+    arguments: &Arguments,
+    ports: Ports,
+    programs: &Programs,
+    redis: &Path,
+    folder: &Folder,
+) -> Result<(), Failure> {
+    let secrets = folder.secrets().map_err(Failure::failed)?;
+    eprintln!("starting PostgreSQL in {} …", folder.path().display());
+    let password = Password::new(secrets.postgres_password.as_str());
+    let mut server =
+        Server::start(programs, &folder.path().join("postgres"), password).await.map_err(Failure::failed)?;
+    eprintln!("starting Redis …");
+    let mut redis = start_redis(redis, folder, &secrets).await?;
+    let config = configure(folder, ports, &secrets, &server, &redis)?;
+    app::log_to_stderr(&config.log).map_err(Failure::usage)?;
+    let catalog = place::catalog(&config).await?;
+    let mut tenants = Vec::new();
+    for (org, tier) in DEMO {
+        tenants.push(demo(&config, &catalog, folder, org, tier).await?);
+    }
+    drop(catalog);
+    let ready = Ready {
+        ports,
+        admin_token: secrets.admin_token.clone(),
+        postgres_url: server.url(),
+        redis_url: redis.url(),
+        catalog: folder.path().join("catalog"),
+        tenants,
+    };
+    let app = App::build(config, Some(folder.config())).await.map_err(Failure::failed)?;
+    let serving = app.run(|| {
+        super::print(ready.table());
+        arguments.ready_file.as_ref().map_or(Ok(()), |path| ready.write(path))
+    });
+    let done = tokio::select! {
+        done = serving => done.map_err(Failure::failed),
+        () = ended(&mut server) => Err(Failure::failed(format_args!(
+            "PostgreSQL ended by itself: {} says why",
+            folder.path().join("postgres/postgres.log").display()
+        ))),
+        () = redis_ended(&mut redis) => Err(Failure::failed(format_args!(
+            "Redis ended by itself: {} says why",
+            folder.path().join("redis/redis.log").display()
+        ))),
+    };
+    eprintln!("stopping Redis and PostgreSQL …");
+    let stopped = redis.stop();
+    done.and(server.stop().map_err(Failure::failed)).and(stopped.map_err(Failure::failed))
+}
+
+/// Starts the Redis server; its password is derived like all others.
+async fn start_redis(program: &Path, folder: &Folder, secrets: &Secrets) -> Result<redis::Server, Failure> {
+    let root = RootSecret::new(secrets.root_secret.as_bytes()).ok_or_else(|| Failure::failed("a short root secret"))?;
+    let names = Names::new(root, NameStyle::Opaque);
+    let platform = OrgId::parse("platform").ok_or_else(|| Failure::failed("the platform's name"))?;
+    let password = names.password("redis platform", &platform, 1);
+    redis::Server::start(program, &folder.path().join("redis"), password, names).await.map_err(Failure::failed)
+}
+
+/// Waits until Redis has ended.
+async fn redis_ended(server: &mut redis::Server) {
+    while !server.ended() {
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Waits until the server has ended.
+async fn ended(server: &mut Server) {
+    while !server.ended() {
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Writes the configuration, anew on each start, and the tiers, on the first start only; reads both.
+fn configure(
+    folder: &Folder,
+    ports: Ports,
+    secrets: &Secrets,
+    server: &Server,
+    redis: &redis::Server,
+) -> Result<Config, Failure> {
+    let text = format!(
+        "# Written by `dynabase dev` on each start; tiers.toml beside it is yours to change (SIGHUP reloads it).\n\
+         tiers = \"tiers.toml\"\n\n\
+         [listen]\npostgres = \"127.0.0.1:{}\"\nredis = \"127.0.0.1:{}\"\ndrain_timeout = \"5s\"\n\n\
+         [identity]\nissuer = \"https://dev.dynabase.invalid/auth/v1\"\nhs256_secret = {:?}\n\n\
+         [catalog]\npath = \"catalog\"\n\n\
+         [names]\nroot_secret = {:?}\n\n\
+         [upstream.postgres]\nurl = {:?}\nmax_connections = 250\n\n\
+         [upstream.redis]\nurl = {:?}\n\n\
+         [admin]\nlisten = \"127.0.0.1:{}\"\ntoken = {:?}\n\n\
+         [log]\nfilter = \"warn,dynabase=info\"\n",
+        ports.postgres,
+        ports.redis,
+        secrets.hs256_secret,
+        secrets.root_secret,
+        server.local_url(),
+        redis.url(),
+        ports.admin,
+        secrets.admin_token,
+    );
+    let config = folder.config();
+    folder::write_private(&config, text.as_bytes()).map_err(Failure::failed)?;
+    let tiers = folder.path().join("tiers.toml");
+    if !tiers.exists() {
+        folder::write_private(&tiers, include_bytes!("../../config/tiers.toml")).map_err(Failure::failed)?;
+    }
+    Config::load(&config).map_err(Failure::failed)
+}
+
+/// A demo tenant with what its developer needs; made if it is not there.
+async fn demo(config: &Config, catalog: &Catalog, folder: &Folder, org: &str, tier: Tier) -> Result<Demo, Failure> {
+    let org = OrgId::parse(org).ok_or_else(|| Failure::failed("a demo tenant's name"))?;
+    if catalog.get(&org).await.is_err() {
+        tenant::create(config, catalog, &org, tier).await?;
+    }
+    let record = catalog.get(&org).await.map_err(|fault| key::unknown(&org, &fault))?;
+    let kept = folder.service_key(&org).map_err(Failure::failed)?;
+    let known = key::of(catalog, &org).await?;
+    let hash = kept.as_ref().and_then(|kept| crate::identity::service_key::parse(kept.as_bytes()));
+    let service_key = match kept {
+        Some(kept) if known.iter().any(|record| Some(record.key.hash) == hash) => kept,
+        _ => {
+            let fresh = key::create(catalog, &org, DEFAULT_NAME, None).await?;
+            folder.keep_service_key(&org, &fresh).map_err(Failure::failed)?;
+            fresh
+        }
+    };
+    let token = token::token(config, &org, None, TOKEN_TTL)?;
+    Ok(Demo { org, tier: record.tenant.tier, token, service_key })
+}

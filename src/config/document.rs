@@ -55,7 +55,7 @@ pub(super) fn read(text: &str, folder: &Path, environment: &[(String, String)]) 
         resolve(&mut table, key, folder);
     }
     // A section with every key commented out is one that is not there.
-    for section in ["tls", "identity"] {
+    for section in ["tls", "identity", "catalog"] {
         if entry(&mut table, section).is_some_and(|value| value.get_ref().as_table().is_some_and(DeTable::is_empty)) {
             table.remove(section);
         }

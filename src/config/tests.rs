@@ -11,6 +11,8 @@ fn required() -> Vec<(String, String)> {
     [
         ("DYNABASE__IDENTITY__ISSUER", "https://issuer.example"),
         ("DYNABASE__IDENTITY__HS256_SECRET", "abcdefghijklmnopqrstuvwxyz0123456789"),
+        ("DYNABASE__CATALOG__PATH", "/nonexistent/catalog"),
+        ("DYNABASE__ADMIN__TOKEN", "0123456789abcdef"),
         ("DYNABASE__NAMES__ROOT_SECRET", "0123456789abcdef0123456789abcdef"),
         ("DYNABASE__UPSTREAM__POSTGRES__URL", "postgres://root:hunter2@127.0.0.1/postgres"),
     ]
@@ -120,7 +122,7 @@ fn the_environment_overrides_the_file() {
     let config = Config::parse(&repository(), "[listen]\nmax_connections = 9\n", &environment).expect("good");
     assert_eq!(config.listen.max_connections, 7);
     assert_eq!(config.listen.postgres.len(), 2);
-    assert_eq!(config.admin.token.expect("set").expose(), "12345678901234567890");
+    assert_eq!(config.admin.token.as_deref(), Some("12345678901234567890"));
     assert!(config.allow_plaintext);
     assert_eq!(config.log.filter, "debug");
 }

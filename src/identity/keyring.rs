@@ -269,4 +269,21 @@ mod tests {
         assert_eq!([30, 30, 59, 60].map(|at| taken(&mut bucket, at)), [true, false, false, true]);
         assert_eq!([1000, 1000, 1000].map(|at| taken(&mut bucket, at)), [true, true, false]);
     }
+
+    #[tokio::test]
+    async fn a_set_that_could_not_be_confirmed_for_a_day_is_trusted_no_more() {
+        let keyring = Arc::new(Keyring::new(Source::File("/nowhere/jwks.json".into()), Duration::from_secs(300)));
+        let hours_ago =
+            |hours: u64| Instant::now().checked_sub(Duration::from_secs(hours * 3600)).expect("representable");
+        let good = |hours| Some(Arc::new(Good { set: Arc::default(), at: hours_ago(hours) }));
+        keyring.good.store(good(23));
+        keyring.keep().await;
+        assert!(keyring.usable().is_some());
+        assert_eq!(keyring.generation(), 0);
+        keyring.good.store(good(25));
+        *keyring.attempt.lock() = None;
+        keyring.keep().await;
+        assert!(keyring.usable().is_none());
+        assert_eq!(keyring.generation(), 1, "what was concluded from it is forgotten, too");
+    }
 }

@@ -3,13 +3,9 @@
 //!
 //! The session's task reads one atomic per wake-up; whoever signals sets a bit and wakes exactly that task.
 
-use std::{
-    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
-    task::Context,
-};
+use std::task::Context;
 
-use atomic_waker::AtomicWaker;
-
+use super::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicWaker, Ordering};
 use crate::tenant::directory::KeyHash;
 
 /// Why a live session has to end.
@@ -29,8 +25,14 @@ pub enum Stop {
 }
 
 const STOP_MASK: u32 = 0b111;
+/// Only a hint to look at the deadline, which alone says whether it has passed: see [`FIRED`].
 const DUE: u32 = 1 << 3;
 const CANCEL: u32 = 1 << 4;
+
+/// The deadline that has passed and whose news was not taken yet. One atomic holds both the deadline and its having
+/// passed, so that a new deadline can neither be lost to a tick that saw the old one nor inherit its news.
+const FIRED: u64 = 0;
+const NO_DEADLINE: u64 = u64::MAX;
 
 /// One live session.
 #[derive(Debug)]
@@ -67,7 +69,7 @@ impl Live {
             service_key,
             signing_key,
             signals: AtomicU32::new(0),
-            deadline_ms: AtomicU64::new(u64::MAX),
+            deadline_ms: AtomicU64::new(NO_DEADLINE),
             idle: AtomicBool::new(true),
             waker: AtomicWaker::new(),
         }
@@ -107,22 +109,25 @@ impl Live {
             && self.signals.fetch_and(!CANCEL, Ordering::AcqRel) & CANCEL != 0
     }
 
-    /// Takes the news that the deadline has passed, if it has.
+    /// Takes the news that the deadline has passed, if it has. For the session's own task only.
     pub fn take_due(&self) -> bool {
-        self.signals.load(Ordering::Relaxed) & DUE != 0 && self.signals.fetch_and(!DUE, Ordering::AcqRel) & DUE != 0
+        if self.signals.load(Ordering::Relaxed) & DUE == 0 {
+            return false;
+        }
+        self.signals.fetch_and(!DUE, Ordering::AcqRel);
+        self.deadline_ms.compare_exchange(FIRED, NO_DEADLINE, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
-    /// Whether any signal is set: the one load that a busy session pays per wake-up.
+    /// Whether any signal is set: the one load that a busy session pays per wake-up. It stays so until everything was
+    /// taken ([`Self::take_cancel`], [`Self::take_due`]) and may turn out to be nothing: an outdated deadline.
     pub fn signalled(&self) -> bool {
         self.signals.load(Ordering::Acquire) != 0
     }
 
-    /// Sets the deadline (on [`super::clock::now_ms`]); `u64::MAX` is none. News of an earlier one is dropped.
+    /// Sets the deadline (on [`super::clock::now_ms`]); `u64::MAX` is none. News of an earlier one is dropped. For the
+    /// session's own task only.
     pub fn set_deadline(&self, at_ms: u64) {
-        self.deadline_ms.store(at_ms, Ordering::Relaxed);
-        if self.signals.load(Ordering::Relaxed) & DUE != 0 {
-            self.signals.fetch_and(!DUE, Ordering::AcqRel);
-        }
+        self.deadline_ms.store(at_ms.max(FIRED + 1), Ordering::Release);
     }
 
     /// Says whether the session is at a safe point with nothing running; idle sessions are shed first.
@@ -141,12 +146,15 @@ impl Live {
     }
 
     /// Called by the table's ticker: passes on an expired credential and a passed deadline.
-    pub(super) fn tick(&self, now_ms: u64) {
+    pub fn tick(&self, now_ms: u64) {
         if now_ms >= self.expires_ms.load(Ordering::Relaxed) {
             self.stop(Stop::Expired);
         }
-        if now_ms >= self.deadline_ms.load(Ordering::Relaxed) {
-            self.deadline_ms.store(u64::MAX, Ordering::Relaxed);
+        let deadline = self.deadline_ms.load(Ordering::Relaxed);
+        if deadline != FIRED
+            && now_ms >= deadline
+            && self.deadline_ms.compare_exchange(deadline, FIRED, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        {
             self.signals.fetch_or(DUE, Ordering::AcqRel);
             self.waker.wake();
         }

@@ -7,6 +7,11 @@ use super::atomic::{AtomicU64, Ordering};
 /// Most units one decision may ask for; keeps the products below overflow.
 pub const UNITS_MAX: u64 = 1 << 20;
 
+/// Longest debt that charges after the fact can run up beyond a burst. A pipeline of a million statements has run by
+/// the time it is counted; at 50 per second it would shut its tenant out for five hours.
+pub const DEBT_MAX: Duration = Duration::from_nanos(DEBT_MAX_NS);
+const DEBT_MAX_NS: u64 = 60 * 1_000_000_000;
+
 /// A rate as the limiter needs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pace {
@@ -24,6 +29,35 @@ impl Pace {
     }
 }
 
+/// The pace in force, in one word: read by every decision, where loading the whole policy would cost three times the
+/// decision itself, and never half of one pace and half of another.
+#[derive(Debug)]
+pub struct Present(AtomicU64);
+
+impl Present {
+    /// Starts with `per_second` and `burst`, as [`Pace::new`].
+    pub fn new(per_second: u32, burst: u32) -> Self {
+        Self(AtomicU64::new(Self::pack(per_second, burst)))
+    }
+
+    /// Replaces the pace.
+    pub fn set(&self, per_second: u32, burst: u32) {
+        self.0.store(Self::pack(per_second, burst), Ordering::Relaxed);
+    }
+
+    /// The pace. `Relaxed`: it orders nothing but itself.
+    pub fn pace(&self) -> Pace {
+        let word = self.0.load(Ordering::Relaxed);
+        let interval_ns = word >> 32;
+        Pace { interval_ns, tolerance_ns: interval_ns * (word & u64::from(u32::MAX)) }
+    }
+
+    /// The interval, at most a second and so within 30 bits, above the burst.
+    fn pack(per_second: u32, burst: u32) -> u64 {
+        Pace::new(per_second, burst).interval_ns << 32 | u64::from(burst.max(1))
+    }
+}
+
 /// One limiter. The atomic is the theoretical arrival time of the next unit in nanoseconds of the caller's
 /// clock; zero means never used, so the clock must start above zero.
 #[derive(Debug)]
@@ -37,17 +71,16 @@ impl Default for Rate {
 
 impl Rate {
     /// Admits `units` at `now_ns`, or says how long to wait before they would be admitted. A refusal writes nothing.
+    /// More units than a whole burst are admitted when nothing is owed, or they never could be.
     ///
     /// Ordering: the atomic orders nothing but itself, so `Relaxed` suffices.
     pub fn admit(&self, now_ns: u64, units: u64, pace: Pace) -> Result<(), Duration> {
         let cost = units.min(UNITS_MAX).saturating_mul(pace.interval_ns);
         let mut seen = self.0.load(Ordering::Relaxed);
         loop {
-            // A debt made under a slower pace is cut to what the present one tolerates: an upgrade acts at once.
-            let start = seen.clamp(now_ns, now_ns.saturating_add(pace.tolerance_ns));
+            let start = seen.max(now_ns);
             let next = start.saturating_add(cost);
             let ahead = next - now_ns;
-            // More than a whole burst is admitted when nothing is owed, or it could never be.
             if ahead > pace.tolerance_ns && start > now_ns {
                 return Err(Duration::from_nanos((ahead - pace.tolerance_ns).min(start - now_ns)));
             }
@@ -58,16 +91,28 @@ impl Rate {
         }
     }
 
-    /// Charges `units` that have already happened, going into debt if need be.
+    /// Charges `units` that have already happened, going into debt if need be: at most [`DEBT_MAX`] beyond a burst.
     pub fn charge(&self, now_ns: u64, units: u64, pace: Pace) {
         let cost = units.min(UNITS_MAX).saturating_mul(pace.interval_ns);
+        let furthest = now_ns.saturating_add(pace.tolerance_ns).saturating_add(DEBT_MAX_NS);
         let mut seen = self.0.load(Ordering::Relaxed);
         loop {
-            let next = seen.max(now_ns).saturating_add(cost);
+            let start = seen.max(now_ns);
+            let next = start.saturating_add(cost).min(furthest.max(start));
             match self.0.compare_exchange_weak(seen, next, Ordering::Relaxed, Ordering::Relaxed) {
                 Ok(_) => return,
                 Err(other) => seen = other,
             }
         }
+    }
+
+    /// Cuts what is owed to one burst of `pace`: a debt made under a slower pace would outlast an upgrade.
+    pub fn forgive(&self, now_ns: u64, pace: Pace) {
+        self.0.fetch_min(now_ns.saturating_add(pace.tolerance_ns), Ordering::Relaxed);
+    }
+
+    /// How long, from `now_ns` on, until nothing is owed.
+    pub fn owed(&self, now_ns: u64) -> Duration {
+        Duration::from_nanos(self.0.load(Ordering::Relaxed).saturating_sub(now_ns))
     }
 }

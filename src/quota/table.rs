@@ -9,19 +9,15 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use dashmap::DashMap;
-use hashbrown::HashMap;
+use dashmap::{DashMap, Entry};
 use moka::sync::Cache;
-use parking_lot::Mutex;
 
-use super::{
-    Live, Permit, Place, Stop, clock,
-    rate::{Pace, Rate},
-};
+pub use super::slot::{Policy, Slot, StaleEpoch};
+use super::{Live, Stop, clock};
 use crate::{
-    refusal::{Limit, Over, Refusal},
+    refusal::Refusal,
     tenant::{
-        Limits, OrgId, Protocol, Status, Tenant, Tiers,
+        OrgId, Tenant, Tiers,
         directory::{Absent, Directory, KeyHash},
     },
 };
@@ -35,187 +31,21 @@ const UNKNOWN_FOR: Duration = Duration::from_secs(1);
 /// Unknown organisations remembered at once.
 const UNKNOWN_MAX: u64 = 10_000;
 
-/// What a tenant may do, all of it, at one instant. Immutable.
-#[derive(Debug)]
-pub struct Policy {
-    /// The catalog's record.
-    pub tenant: Arc<Tenant>,
-    /// Its tier's numbers.
-    pub limits: Arc<Limits>,
-    paces: [Pace; Protocol::ALL.len()],
-}
+/// Longest wait for the catalog, turn included: shorter than the handshake deadline, so that the client gets a reason.
+const LOAD_WITHIN: Duration = Duration::from_secs(5);
 
-impl Policy {
-    fn new(tenant: Arc<Tenant>, tiers: &Tiers) -> Self {
-        let limits = Arc::clone(tiers.limits(tenant.tier));
-        let paces = Protocol::ALL.map(|protocol| {
-            let rate = limits.rate(protocol);
-            Pace::new(rate.per_second, rate.burst)
-        });
-        Self { tenant, limits, paces }
-    }
-}
+/// Loads of one tenant that may be overtaken by changes of it before we give up.
+const LOADS_MAX: usize = 4;
 
-/// One protocol's counters of one tenant, on cache lines of their own.
-#[derive(Debug, Default)]
-#[repr(align(128))]
-struct Lane {
-    rate: Rate,
-    clients: Place,
-    connections: Place,
-}
+/// Desks at which loads queue: two tenants seldom share one, and all of them take a few KiB.
+const DESKS: usize = 256;
 
-/// One tenant's live limits, counters and sessions.
-#[derive(Debug)]
-pub struct Slot {
-    org: OrgId,
-    policy: ArcSwap<Policy>,
-    lanes: [Lane; Protocol::ALL.len()],
-    /// Bytes stored per protocol, as last sampled.
-    stored: [AtomicU64; Protocol::ALL.len()],
-    live: Mutex<HashMap<u64, Arc<Live>>>,
-}
-
-impl Slot {
-    fn new(policy: Policy) -> Self {
-        Self {
-            org: policy.tenant.org.clone(),
-            policy: ArcSwap::from_pointee(policy),
-            lanes: Default::default(),
-            stored: Default::default(),
-            live: Mutex::default(),
-        }
-    }
-
-    /// Whose slot this is.
-    pub fn org(&self) -> &OrgId {
-        &self.org
-    }
-
-    /// The present policy. Load it once per decision, so that no decision sees two.
-    pub fn policy(&self) -> arc_swap::Guard<Arc<Policy>> {
-        self.policy.load()
-    }
-
-    /// Admits `units` requests at `now_ns` ([`clock::now_ns`]), or gives the refusal with the time to wait.
-    pub fn admit(&self, protocol: Protocol, now_ns: u64, units: u64) -> Result<(), Over> {
-        let policy = self.policy.load();
-        self.lanes[protocol as usize].rate.admit(now_ns, units, policy.paces[protocol as usize]).map_err(|wait| {
-            let rate = policy.limits.rate(protocol);
-            Over {
-                limit: Limit::Rate,
-                tier: policy.tenant.tier,
-                max: rate.per_second.into(),
-                in_use: u64::from(rate.per_second) + 1,
-                retry_after: Some(wait),
-            }
-        })
-    }
-
-    /// Charges `units` requests that were only counted after they ran.
-    pub fn charge(&self, protocol: Protocol, now_ns: u64, units: u64) {
-        let policy = self.policy.load();
-        self.lanes[protocol as usize].rate.charge(now_ns, units, policy.paces[protocol as usize]);
-    }
-
-    /// Takes a client socket's place.
-    pub fn client(self: &Arc<Self>, protocol: Protocol) -> Result<Permit<Slot>, Over> {
-        let policy = self.policy.load();
-        let max = policy.limits.client_sockets(protocol);
-        let place: fn(&Slot) -> &Place = match protocol {
-            Protocol::Postgres => |slot| &slot.lanes[Protocol::Postgres as usize].clients,
-            Protocol::Redis => |slot| &slot.lanes[Protocol::Redis as usize].clients,
-        };
-        Permit::take(self, place, max).ok_or_else(|| Over {
-            limit: Limit::ClientSockets,
-            tier: policy.tenant.tier,
-            max: max.into(),
-            in_use: self.clients(protocol).into(),
-            retry_after: None,
-        })
-    }
-
-    /// Takes an upstream connection's place, if one is free.
-    pub fn connection(self: &Arc<Self>, protocol: Protocol) -> Option<Permit<Slot>> {
-        let max = self.policy.load().limits.connections(protocol);
-        let place: fn(&Slot) -> &Place = match protocol {
-            Protocol::Postgres => |slot| &slot.lanes[Protocol::Postgres as usize].connections,
-            Protocol::Redis => |slot| &slot.lanes[Protocol::Redis as usize].connections,
-        };
-        Permit::take(self, place, max)
-    }
-
-    /// Client sockets open now.
-    pub fn clients(&self, protocol: Protocol) -> u32 {
-        self.lanes[protocol as usize].clients.taken()
-    }
-
-    /// Upstream connections open now.
-    pub fn connections(&self, protocol: Protocol) -> u32 {
-        self.lanes[protocol as usize].connections.taken()
-    }
-
-    /// Bytes stored, as last sampled; 0 before the first sample.
-    pub fn stored(&self, protocol: Protocol) -> u64 {
-        self.stored[protocol as usize].load(Ordering::Relaxed)
-    }
-
-    /// Keeps a new sample of the bytes stored.
-    pub fn set_stored(&self, protocol: Protocol, bytes: u64) {
-        self.stored[protocol as usize].store(bytes, Ordering::Relaxed);
-    }
-
-    /// Makes a session visible to [`Table`]; it is so until [`Self::leave`].
-    pub fn enter(&self, live: Arc<Live>) {
-        self.live.lock().insert(live.id, live);
-    }
-
-    /// Forgets a session.
-    pub fn leave(&self, id: u64) {
-        self.live.lock().remove(&id);
-    }
-
-    /// Live sessions now.
-    pub fn sessions(&self) -> Vec<Arc<Live>> {
-        self.live.lock().values().cloned().collect()
-    }
-
-    /// Swaps the policy and tells the sessions that can't stay. An older epoch than the present one is refused.
-    fn apply(&self, policy: Policy) -> Result<(), StaleEpoch> {
-        let present = self.policy.load().tenant.epoch;
-        if policy.tenant.epoch < present {
-            return Err(StaleEpoch { present, offered: policy.tenant.epoch });
-        }
-        let status = policy.tenant.status;
-        let caps = Protocol::ALL.map(|protocol| policy.limits.client_sockets(protocol));
-        self.policy.store(Arc::new(policy));
-        if status != Status::Active {
-            self.live.lock().values().for_each(|live| live.stop(Stop::Suspended));
-        }
-        for (protocol, cap) in Protocol::ALL.into_iter().zip(caps) {
-            self.shed(self.clients(protocol).saturating_sub(cap));
-        }
-        Ok(())
-    }
-
-    /// Stops `surplus` sessions: idle ones first, then the oldest.
-    fn shed(&self, surplus: u32) {
-        if surplus == 0 {
-            return;
-        }
-        let mut sessions = self.sessions();
-        sessions.sort_by_key(|live| (!live.is_idle(), live.opened_ms));
-        sessions.iter().take(surplus as usize).for_each(|live| live.stop(Stop::Shed));
-    }
-}
-
-/// A record older than the one in force was offered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StaleEpoch {
-    /// In force.
-    pub present: u64,
-    /// Offered.
-    pub offered: u64,
+/// Where loads of a tenant wait for each other, so that a thousand clients arriving at once ask one question.
+#[derive(Default)]
+struct Desk {
+    turn: tokio::sync::Mutex<()>,
+    /// Changes reported of tenants at this desk: an answer that is older than one of them is not used.
+    changes: AtomicU64,
 }
 
 /// All resident tenants. Bounded: tenants without sessions are dropped by least recent use and loaded again on
@@ -226,6 +56,8 @@ pub struct Table {
     /// Every slot that anybody holds. Weak: sessions and `resident` keep slots alive.
     slots: DashMap<OrgId, Weak<Slot>>,
     resident: Cache<OrgId, Arc<Slot>>,
+    desks: Box<[Desk]>,
+    load_within: Duration,
     unknown: Cache<OrgId, ()>,
     ids: AtomicU64,
 }
@@ -238,6 +70,8 @@ impl Table {
             tiers: ArcSwap::from_pointee(tiers),
             slots: DashMap::new(),
             resident: Cache::new(resident_max),
+            desks: std::iter::repeat_with(Desk::default).take(DESKS).collect(),
+            load_within: LOAD_WITHIN,
             unknown: Cache::builder().max_capacity(UNKNOWN_MAX).time_to_live(UNKNOWN_FOR).build(),
             ids: AtomicU64::new(1),
         }
@@ -264,39 +98,72 @@ impl Table {
         if let Some(slot) = self.resident(org) {
             return Ok(slot);
         }
+        tokio::time::timeout(self.load_within, self.load(org)).await.unwrap_or(Err(Refusal::CatalogDown))
+    }
+
+    async fn load(&self, org: &OrgId) -> Result<Arc<Slot>, Refusal> {
         if self.unknown.contains_key(org) {
             return Err(Refusal::UnknownOrg);
         }
-        match self.directory.tenant(org).await {
-            Ok(tenant) => Ok(self.place(tenant)),
-            Err(Absent::Unknown) => {
-                self.unknown.insert(org.clone(), ());
-                Err(Refusal::UnknownOrg)
+        let desk = self.desk(org);
+        let _turn = desk.turn.lock().await;
+        for _ in 0..LOADS_MAX {
+            if let Some(slot) = self.resident(org) {
+                return Ok(slot);
             }
-            Err(Absent::Unavailable) => Err(Refusal::CatalogDown),
+            if self.unknown.contains_key(org) {
+                return Err(Refusal::UnknownOrg);
+            }
+            let changes = desk.changes.load(Ordering::Acquire);
+            match self.directory.tenant(org).await {
+                Ok(tenant) if tenant.org != *org => return Err(Refusal::Internal),
+                Ok(tenant) => {
+                    if let Some(slot) = self.place(tenant, changes) {
+                        return Ok(slot);
+                    }
+                }
+                Err(Absent::Unknown) if desk.changes.load(Ordering::Acquire) == changes => {
+                    self.unknown.insert(org.clone(), ());
+                    return Err(Refusal::UnknownOrg);
+                }
+                Err(Absent::Unknown) => {}
+                Err(Absent::Unavailable) => return Err(Refusal::CatalogDown),
+            }
         }
+        Err(Refusal::CatalogDown)
     }
 
-    /// Makes the tenant resident, in its present slot if it has one.
-    fn place(&self, tenant: Arc<Tenant>) -> Arc<Slot> {
+    fn desk(&self, org: &OrgId) -> &Desk {
+        &self.desks[self.slots.hash_usize(org) % self.desks.len()]
+    }
+
+    /// Makes a loaded tenant resident, in its present slot if it has one; `None` when it changed since `changes` was
+    /// read. Under the entry's lock, as [`Self::changed`] is: a change comes wholly before or wholly after.
+    fn place(&self, tenant: Arc<Tenant>, changes: u64) -> Option<Arc<Slot>> {
         let org = tenant.org.clone();
-        let policy = Policy::new(tenant, &self.tiers.load());
         let mut entry = self.slots.entry(org.clone()).or_default();
-        let slot = match entry.upgrade() {
-            Some(slot) => {
-                // A load that was overtaken by a change says nothing new.
-                let _ = slot.apply(policy);
-                slot
-            }
-            None => {
-                let slot = Arc::new(Slot::new(policy));
-                *entry = Arc::downgrade(&slot);
-                slot
-            }
-        };
+        if self.desk(&org).changes.load(Ordering::Acquire) != changes {
+            return None;
+        }
+        let slot = entry.upgrade().unwrap_or_else(|| {
+            let slot = Arc::new(Slot::new(Policy::new(tenant, &self.tiers.load())));
+            *entry = Arc::downgrade(&slot);
+            slot
+        });
         drop(entry);
         self.resident.insert(org, Arc::clone(&slot));
-        slot
+        Some(slot)
+    }
+
+    /// Outdates every load of `org` that is under way, and gives the slot it has.
+    fn changed(&self, org: &OrgId) -> Option<Arc<Slot>> {
+        let entry = self.slots.entry(org.clone());
+        self.desk(org).changes.fetch_add(1, Ordering::Release);
+        self.unknown.invalidate(org);
+        match entry {
+            Entry::Occupied(entry) => entry.get().upgrade(),
+            Entry::Vacant(_) => None,
+        }
     }
 
     /// Takes a changed record from the catalog. Tenants that are not resident are left to be loaded when needed.
@@ -304,20 +171,14 @@ impl Table {
     /// # Errors
     /// [`StaleEpoch`] when the record is older than the one in force, which stays.
     pub fn apply(&self, tenant: Arc<Tenant>) -> Result<(), StaleEpoch> {
-        self.unknown.invalidate(&tenant.org);
-        match self.resident(&tenant.org) {
-            Some(slot) => slot.apply(Policy::new(tenant, &self.tiers.load())),
-            None => Ok(()),
-        }
+        self.changed(&tenant.org).map_or(Ok(()), |slot| slot.change(Some(tenant), &self.tiers))
     }
 
     /// Takes the news that a record is gone: its sessions end as suspended ones do.
     pub fn remove(&self, org: &OrgId) {
-        if let Some(slot) = self.resident(org) {
+        if let Some(slot) = self.changed(org) {
             self.resident.invalidate(org);
-            let mut tenant = Tenant::clone(&slot.policy.load().tenant);
-            tenant.status = Status::Deleting;
-            let _ = slot.apply(Policy::new(Arc::new(tenant), &self.tiers.load()));
+            slot.retire(&self.tiers);
         }
     }
 
@@ -325,8 +186,8 @@ impl Table {
     pub fn set_tiers(&self, tiers: Tiers) {
         self.tiers.store(Arc::new(tiers));
         for slot in self.slots() {
-            let tenant = Arc::clone(&slot.policy.load().tenant);
-            let _ = slot.apply(Policy::new(tenant, &self.tiers.load()));
+            // The present record under the new numbers is never stale.
+            let _ = slot.change(None, &self.tiers);
         }
     }
 
@@ -338,7 +199,7 @@ impl Table {
     /// Stops the live sessions that `doomed` picks.
     pub fn stop_where(&self, reason: Stop, doomed: impl Fn(&Live) -> bool) {
         for slot in self.slots() {
-            slot.live.lock().values().filter(|live| doomed(live)).for_each(|live| live.stop(reason));
+            slot.stop_where(reason, &doomed);
         }
     }
 
@@ -356,7 +217,7 @@ impl Table {
             ticker.tick().await;
             let now_ms = clock::now_ms();
             for slot in self.slots() {
-                slot.live.lock().values().for_each(|live| live.tick(now_ms));
+                slot.tick(now_ms);
             }
             ticks += 1;
             if ticks.is_multiple_of(100) {
@@ -365,3 +226,6 @@ impl Table {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

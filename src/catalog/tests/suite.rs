@@ -182,9 +182,41 @@ pub async fn a_revoked_key_is_forgotten_and_its_sessions_stop(catalog: Catalog) 
     let took = until("the session to stop", || one.stopped().is_some()).await;
     assert!(took < ENFORCED_WITHIN, "{took:?}");
     assert_eq!((one.stopped(), two.stopped()), (Some(Stop::Revoked), None));
-    while fed.forgotten.recv().await.expect("the feeder runs") != [1; 32] {}
+    fed.forgets([1; 32]).await;
     assert_eq!(fed.directory.key([1; 32]).await, Err(Absent::Unknown));
     // A new key is forgotten, too: somebody may have tried it too early.
     fed.catalog.create_key(KeyRecord::new(key(3, "acme"))).await.expect("kept");
-    while fed.forgotten.recv().await.expect("the feeder runs") != [3; 32] {}
+    fed.forgets([3; 32]).await;
+}
+
+pub async fn what_could_not_be_read_again_is_not_written(catalog: Catalog) {
+    let bad_name = Record::new(Tenant { databases: vec!["x".repeat(64)], ..tenant("acme") });
+    let mut twice = Record::new(tenant("acme"));
+    twice.more.insert("tier".into(), json!("ENTERPRISE"));
+    for record in [bad_name, twice] {
+        assert!(matches!(catalog.put(record, Expect::Absent).await, Err(Fault::Damaged(_))));
+    }
+    let nobody = KeyRecord::new(ServiceKey { user: String::new(), ..key(1, "acme") });
+    assert!(matches!(catalog.create_key(nobody).await, Err(Fault::Damaged(_))));
+    assert_eq!(catalog.get(&org("acme")).await, Err(Fault::Unknown));
+    assert!(catalog.list_keys(None).recv().await.is_none());
+}
+
+/// A look-up is answered, and before the answer reaches the table the document changes. To be run on one thread.
+pub async fn a_change_that_overtakes_a_look_up_is_enforced(catalog: Catalog) {
+    catalog.put(Record::new(tenant("acme")), Expect::Absent).await.expect("kept");
+    let mut fed = Fed::start(catalog);
+    let (acme, table) = (org("acme"), Arc::clone(&fed.table));
+    let mut look_up = std::pin::pin!(table.slot(&acme));
+    assert!(futures_util::poll!(&mut look_up).is_pending());
+    // Questions are answered in order: after this one, the first has its answer, which nobody has taken yet.
+    assert_eq!(fed.directory.tenant(&org("nobody")).await, Err(Absent::Unknown));
+    let next = Record::new(Tenant { status: Status::Suspended, ..tenant("acme") });
+    fed.catalog.put(next, Expect::Epoch(1)).await.expect("kept");
+    // So are changes: after this one, the suspension was seen.
+    fed.catalog.create_key(KeyRecord::new(key(3, "acme"))).await.expect("kept");
+    fed.forgets([3; 32]).await;
+    let slot = look_up.await.expect("known");
+    let took = until("the suspension", || slot.policy().tenant.status == Status::Suspended).await;
+    assert!(took < ENFORCED_WITHIN, "{took:?}");
 }

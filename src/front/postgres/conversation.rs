@@ -10,14 +10,17 @@
 //! - A statement name reaches a server only as one of ours, or as the client's own while it is pinned.
 //! - Every message is forwarded by its length; a body is read only where a name, a tag or a state hides in it.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, atomic::Ordering},
+};
 
 use super::{
     ledger::{Fate, How, Ledger, Owed, Unasked},
     out::Out,
     refuse,
     scan::{self, By, Scan, Shape, Track},
-    statement::{self, Names, PREFIX, Shared, Statement, Unnamed},
+    statement::{self, Names, PREFIX, Shared, Statement, Types, Unnamed},
 };
 use crate::{
     refusal::Over,
@@ -61,6 +64,8 @@ pub enum Want {
     Link,
     /// The tenant's rate has to be asked: [`Conversation::pace`].
     Pace,
+    /// The server's answer: the rest goes on once [`Conversation::is_holding`] says no.
+    Hold,
     /// Nothing: the client has said goodbye.
     Close,
 }
@@ -93,10 +98,12 @@ impl From<Unasked> for Fault {
 
 #[derive(Debug)]
 enum Note {
-    /// A Parse that was sent: its statement, the epoch it was known under before, the client's name for it.
-    Parse { id: u64, before: Option<u64>, own: Option<Box<[u8]>> },
+    /// A Parse that was sent: its statement, and the client's name for it.
+    Parse { id: u64, own: Option<Box<[u8]>> },
     /// A Close of ours that was sent.
-    Close { id: u64, epoch: u64 },
+    Close { id: u64 },
+    /// A Describe of a statement that was sent.
+    Describe(Option<Arc<Statement>>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +140,11 @@ pub struct Conversation {
     answered: u64,
     pins: Shape,
     notes: VecDeque<Note>,
+    /// The types that a server is just describing.
+    types: Types,
+    /// The statement whose types are being compared; and one of which they differ from what the client was told.
+    holding: Option<Arc<Statement>>,
+    changed: Option<u64>,
     /// Bytes of a message that is passing, in each direction.
     client_rest: (usize, Rest),
     server_rest: (usize, Fate),
@@ -165,6 +177,9 @@ impl Conversation {
             answered: 0,
             pins: Shape::default(),
             notes: VecDeque::new(),
+            types: Types::default(),
+            holding: None,
+            changed: None,
             client_rest: (0, Rest::Drop),
             server_rest: (0, Fate::Drop),
             paced: false,
@@ -206,6 +221,11 @@ impl Conversation {
     /// Whether the connection may serve somebody else.
     pub fn may_release(&self) -> bool {
         self.ledger.is_idle() && self.pins.is_empty() && self.client_rest.0 == 0 && self.server_rest.0 == 0
+    }
+
+    /// Whether the client's next message waits for the server's answer to a question of ours.
+    pub fn is_holding(&self) -> bool {
+        self.holding.is_some()
     }
 
     /// Whether the session can end without cutting anything short.
@@ -298,7 +318,7 @@ impl Conversation {
     ///
     /// # Errors
     /// [`Fault::Client`].
-    pub fn from_client(
+    pub fn hear_client(
         &mut self,
         input: &[u8],
         mut remote: Option<&mut Remote>,
@@ -364,6 +384,7 @@ impl Conversation {
                         at += taken;
                         continue;
                     }
+                    None if self.is_holding() => Want::Hold,
                     None => Want::More,
                 },
             };
@@ -405,6 +426,19 @@ impl Conversation {
             b'B' => {
                 let Some(bind) = frontend::bind(message, whole).map_err(fault)? else { return Ok(None) };
                 let (portal, head_len) = (bind.portal, bind.head_len);
+                if self.hold(bind.statement, remote, up) {
+                    return Ok(None);
+                }
+                if let Some(id) = self.changed
+                    && self.has_changed(bind.statement)
+                {
+                    // It is there under types that nobody was told: the next one who needs it asks again.
+                    remote.prepared.remove(id);
+                    self.close(id, up);
+                    self.inject(CHANGED_PLAN, How::Forward, remote, up);
+                    self.client_rest = (head.len, Rest::Drop);
+                    return Ok(Some(0));
+                }
                 let name = self.resolve(bind.statement, true, remote, up);
                 self.push(Owed::Bind, How::Forward);
                 match name {
@@ -417,11 +451,16 @@ impl Conversation {
                 }
             }
             b'D' => {
-                let name = match frontend::subject(message).map_err(fault)? {
-                    Subject::Statement(name) => self.resolve(name, false, remote, up),
-                    Subject::Portal(_) => None,
+                let Subject::Statement(own) = frontend::subject(message).map_err(fault)? else {
+                    self.push(Owed::Describe, How::Forward);
+                    pass(self);
+                    return Ok(Some(0));
                 };
-                self.push(Owed::Describe, How::Forward);
+                let name = self.resolve(own, false, remote, up);
+                if self.push(Owed::DescribeStatement, How::Forward) {
+                    let mapped = name.as_ref().and_then(|_| self.mapped(own).cloned());
+                    self.notes.push_back(Note::Describe(mapped));
+                }
                 match name {
                     None => pass(self),
                     Some(name) => {
@@ -465,7 +504,8 @@ impl Conversation {
                 pass(self);
             }
             b'd' | b'c' | b'f' => {
-                let copies = self.ledger.copies_in();
+                // Late data of a COPY that the server has ended is dropped; early data is for the server to judge.
+                let copies = !self.ledger.is_settled();
                 if head.kind != b'd' {
                     self.ledger.end_copy();
                 }
@@ -538,7 +578,7 @@ impl Conversation {
             self.names.unnamed = None;
             remote.unnamed = None;
             self.push(Owed::Parse, How::Forward);
-            self.notes.push_back(Note::Parse { id: 0, before: None, own: None });
+            self.notes.push_back(Note::Parse { id: 0, own: None });
             return Ok(());
         }
         let parse = frontend::parse(message)?;
@@ -547,6 +587,8 @@ impl Conversation {
         let failed = self.ledger.status() == Status::Failed;
         if parse.name.is_empty() {
             let (statement, recurring) = self.shared.recurring(parse.definition, parse.query, path);
+            // A temporary table may stand before the one that the shared statement means.
+            let recurring = recurring && !self.pins.has(Shape::TEMP);
             let shape = statement.scan.shape;
             if let Some(own) = statement.scan.deallocates.clone()
                 && let Some(doomed) = self.names.find(&own).cloned()
@@ -561,7 +603,7 @@ impl Conversation {
             if !named {
                 remote.unnamed = Some(statement.id);
                 self.push(Owed::Parse, How::Forward);
-                self.notes.push_back(Note::Parse { id: 0, before: None, own: Some(Box::default()) });
+                self.notes.push_back(Note::Parse { id: 0, own: Some(Box::default()) });
                 return Ok(());
             }
             self.client_rest.1 = Rest::Drop;
@@ -573,7 +615,7 @@ impl Conversation {
             self.prepare(&taken, How::Swallow, None, remote, up);
             up.own(|own| frontend::put_parse(own, &taken.name, parse.definition));
             self.push(Owed::Parse, How::Forward);
-            self.notes.push_back(Note::Parse { id: 0, before: None, own: None });
+            self.notes.push_back(Note::Parse { id: 0, own: None });
             self.client_rest.1 = Rest::Drop;
             return Ok(());
         }
@@ -583,10 +625,14 @@ impl Conversation {
                 return Err(wire::Error { at: "Parse", what: "a statement name that is reserved" });
             }
             self.push(Owed::Parse, How::Forward);
-            self.notes.push_back(Note::Parse { id: 0, before: None, own: None });
+            self.notes.push_back(Note::Parse { id: 0, own: None });
             return Ok(());
         }
-        let statement = self.shared.statement(parse.definition, parse.query, path);
+        let statement = if self.pins.has(Shape::TEMP) {
+            self.shared.private(parse.definition, parse.query, path)
+        } else {
+            self.shared.statement(parse.definition, parse.query, path)
+        };
         self.names.insert(parse.name, Arc::clone(&statement));
         self.client_rest.1 = Rest::Drop;
         if failed {
@@ -610,7 +656,7 @@ impl Conversation {
         let definition = [text.as_bytes(), &[0, 0, 0]].concat();
         up.own(|out| frontend::put_parse(out, b"", &definition));
         self.push(Owed::Parse, How::Forward);
-        self.notes.push_back(Note::Parse { id: 0, before: None, own: None });
+        self.notes.push_back(Note::Parse { id: 0, own: None });
         let (statement, _) = self.shared.recurring(&definition, text.as_bytes(), None);
         remote.unnamed = Some(statement.id);
         remote.prepared.remove(doomed.id);
@@ -628,7 +674,7 @@ impl Conversation {
         up: &mut Out,
         down: &mut Out,
     ) {
-        if remote.prepared.epoch(statement.id) == Some(self.shared.epoch()) {
+        if remote.prepared.has(statement.id) {
             self.push(Owed::Parse, How::Invent);
             self.invent(down);
         } else {
@@ -636,32 +682,78 @@ impl Conversation {
         }
     }
 
-    /// Sends our Parse for a statement that the server does not have, or has from before the schema changed.
+    /// Sends our Parse for a statement that the server does not have.
     fn prepare(&mut self, statement: &Statement, how: How, own: Option<&[u8]>, remote: &mut Remote, up: &mut Out) {
-        let epoch = self.shared.epoch();
-        let before = remote.prepared.epoch(statement.id);
-        if before == Some(epoch) && how == How::Swallow {
+        if self.ledger.is_skipping() || (remote.prepared.has(statement.id) && how == How::Swallow) {
             return;
         }
-        if self.ledger.is_skipping() {
-            return;
-        }
-        if before.is_some() {
-            self.close(statement.id, 0, up);
-        }
-        if let Some((evicted, was)) = remote.prepared.insert(statement.id, epoch) {
-            self.close(evicted, was, up);
+        if let Some(evicted) = remote.prepared.insert(statement.id) {
+            self.close(evicted, up);
         }
         up.own(|out| frontend::put_parse(out, &statement.name, &statement.definition));
         self.push(Owed::Parse, how);
-        self.notes.push_back(Note::Parse { id: statement.id, before, own: own.map(Into::into) });
+        self.notes.push_back(Note::Parse { id: statement.id, own: own.map(Into::into) });
     }
 
-    /// Sends our Close; `epoch` 0 where a Parse for the same statement follows and keeps the books itself.
-    fn close(&mut self, id: u64, epoch: u64, up: &mut Out) {
+    /// Sends our Close.
+    fn close(&mut self, id: u64, up: &mut Out) {
         up.own(|out| frontend::put_statement(out, b'C', &statement::upstream_name(id)));
         self.push(Owed::Close, How::Swallow);
-        self.notes.push_back(Note::Close { id, epoch });
+        self.notes.push_back(Note::Close { id });
+    }
+
+    /// The statement that goes by another name upstream.
+    fn mapped(&self, own: &[u8]) -> Option<&Arc<Statement>> {
+        if own.is_empty() {
+            self.names.unnamed.as_ref().filter(|unnamed| unnamed.named).map(|unnamed| &unnamed.statement)
+        } else {
+            self.names.find(own)
+        }
+    }
+
+    /// Whether the client has to wait: its statement is from before a change of the schema, the server does not have
+    /// it, and the client was told its types. They are asked for again first.
+    fn hold(&mut self, own: &[u8], remote: &mut Remote, up: &mut Out) -> bool {
+        if self.ledger.is_skipping() {
+            return false;
+        }
+        let Some(statement) = self.mapped(own).cloned() else { return false };
+        let told = statement.described.load(Ordering::Relaxed) != 0;
+        if !told || statement.epoch == self.shared.epoch() || remote.prepared.has(statement.id) || self.has_changed(own)
+        {
+            return false;
+        }
+        self.prepare(&statement, How::Swallow, None, remote, up);
+        up.own(|out| {
+            frontend::put_statement(out, b'D', &statement.name);
+            put(out, b'H', |_| {});
+        });
+        self.push(Owed::DescribeStatement, How::Swallow);
+        self.notes.push_back(Note::Describe(None));
+        self.holding = Some(statement);
+        true
+    }
+
+    /// Whether the types of a statement were just found to differ from what the client was told.
+    fn has_changed(&self, own: &[u8]) -> bool {
+        self.changed.is_some() && self.mapped(own).map(|statement| statement.id) == self.changed
+    }
+
+    /// Takes what a server says of a statement.
+    fn described(&mut self, message: &[u8]) {
+        self.types.add(message);
+        if message[0] == b't' {
+            return;
+        }
+        let types = std::mem::take(&mut self.types).finish();
+        if let Some(Note::Describe(Some(statement))) = self.notes.pop_front() {
+            // The first answer is what clients that share the statement were told.
+            let _ = statement.described.compare_exchange(0, types, Ordering::Relaxed, Ordering::Relaxed);
+        } else if let Some(statement) = self.holding.take()
+            && statement.described.load(Ordering::Relaxed) != types
+        {
+            self.changed = Some(statement.id);
+        }
     }
 
     /// The name under which the server knows the client's statement, made sure to be there; `None` where the
@@ -677,7 +769,7 @@ impl Conversation {
                     if remote.unnamed != Some(statement.id) {
                         up.own(|out| frontend::put_parse(out, b"", &statement.definition));
                         self.push(Owed::Parse, How::Swallow);
-                        self.notes.push_back(Note::Parse { id: 0, before: None, own: None });
+                        self.notes.push_back(Note::Parse { id: 0, own: None });
                         remote.unnamed = Some(statement.id);
                     }
                     if runs {
@@ -690,7 +782,7 @@ impl Conversation {
                     if remote.unnamed.take().is_some() {
                         up.own(|out| frontend::put_statement(out, b'C', b""));
                         self.push(Owed::Close, How::Swallow);
-                        self.notes.push_back(Note::Close { id: 0, epoch: 0 });
+                        self.notes.push_back(Note::Close { id: 0 });
                     }
                     return None;
                 }
@@ -731,7 +823,7 @@ impl Conversation {
         });
         remote.unnamed = None;
         self.push(Owed::Parse, How::Swallow);
-        self.notes.push_back(Note::Parse { id: 0, before: None, own: None });
+        self.notes.push_back(Note::Parse { id: 0, own: None });
         self.push(Owed::Bind, How::Swallow);
         self.push(Owed::Execute, how);
     }
@@ -829,7 +921,7 @@ impl Conversation {
     ///
     /// # Errors
     /// [`Fault::Server`], [`Fault::Unasked`]: the connection is of no use any more.
-    pub fn from_server(&mut self, input: &[u8], remote: &mut Remote, down: &mut Out) -> Result<Heard, Fault> {
+    pub fn hear_server(&mut self, input: &[u8], remote: &mut Remote, down: &mut Out) -> Result<Heard, Fault> {
         let mut at = 0;
         let mut fatal = false;
         loop {
@@ -843,7 +935,12 @@ impl Conversation {
             }
             let rest = &input[at..];
             let Some(head) = head(rest).map_err(Fault::Server)? else { break };
-            let looks = matches!(head.kind, b'Z' | b'C' | b'S' | b'E' | b'1' | b'3') && head.len <= LOOK_MAX;
+            let looks = head.len <= LOOK_MAX
+                && match head.kind {
+                    b'Z' | b'C' | b'S' | b'E' | b'1' | b'3' => true,
+                    b't' | b'T' | b'n' => self.ledger.describes_statement(),
+                    _ => false,
+                };
             if looks && rest.len() < head.len {
                 break;
             }
@@ -870,6 +967,10 @@ impl Conversation {
                     }
                 }
                 kind => {
+                    if matches!(kind, b't' | b'T' | b'n') && self.ledger.describes_statement() {
+                        // One too long to look at tells nothing, and is not compared.
+                        self.described(if looks { message } else { &message[..HEAD] });
+                    }
                     let mut unanswered = 0;
                     let fate = self.ledger.answer(kind, |_, _| unanswered += 1)?;
                     self.answered += unanswered;
@@ -902,6 +1003,7 @@ impl Conversation {
             self.staged.pop_front();
         }
         self.refuse_execute = false;
+        self.changed = None;
         match status {
             Status::Idle => {
                 self.paced = false;
@@ -977,24 +1079,24 @@ impl Conversation {
         remote: &mut Remote,
         down: &mut Out,
     ) -> Result<Option<Fate>, Fault> {
-        let mut failed = true;
         let mut unanswered = 0;
+        self.holding = None;
+        self.types = Types::default();
         let (notes, names) = (&mut self.notes, &mut self.names);
         let fate = self.ledger.answer(b'E', |owed, how| {
-            let failing = std::mem::take(&mut failed);
             unanswered += u64::from(matches!(owed, Owed::Query | Owed::Call));
-            if how == How::Invent || !matches!(owed, Owed::Parse | Owed::Close) {
-                return;
-            }
-            if owed == Owed::Close && how == How::Forward {
+            let noted = match owed {
+                Owed::Parse => how != How::Invent,
+                Owed::Close => how == How::Swallow,
+                Owed::DescribeStatement => true,
+                _ => false,
+            };
+            if !noted {
                 return;
             }
             match notes.pop_front() {
-                Some(Note::Parse { id, before, own }) => {
-                    match before {
-                        Some(epoch) if !failing => remote.prepared.restore(id, epoch),
-                        _ => remote.prepared.remove(id),
-                    }
+                Some(Note::Parse { id, own }) => {
+                    remote.prepared.remove(id);
                     match own {
                         Some(own) if own.is_empty() => {
                             names.unnamed = None;
@@ -1004,8 +1106,9 @@ impl Conversation {
                         None => {}
                     }
                 }
-                Some(Note::Close { id, epoch }) if epoch != 0 => remote.prepared.restore(id, epoch),
-                Some(Note::Close { .. }) | None => {}
+                // It was skipped: the server still has it.
+                Some(Note::Close { id }) if id != 0 => remote.prepared.restore(id),
+                Some(Note::Close { .. } | Note::Describe(_)) | None => {}
             }
         })?;
         self.answered += unanswered;
@@ -1096,8 +1199,10 @@ impl Conversation {
                 remote.sequences = false;
                 self.set_pins(self.pins.without(Shape::READS_SEQUENCE));
             }
+            // A temporary table is nobody else's.
+            b"CREATE TABLE" | b"DROP TABLE" if self.pins.has(Shape::TEMP) => {}
             _ => {
-                let leads = [&b"CREATE "[..], b"ALTER ", b"DROP ", b"DO", b"CALL", b"IMPORT ", b"REFRESH "];
+                let leads = [&b"CREATE "[..], b"ALTER ", b"DROP ", b"DO", b"CALL", b"IMPORT "];
                 if leads.iter().any(|lead| tag.starts_with(lead)) {
                     self.changed_schema = true;
                     self.shared.raise_epoch();
@@ -1106,6 +1211,10 @@ impl Conversation {
         }
     }
 }
+
+/// Fails as PostgreSQL does when a statement's types have changed since it was prepared.
+const CHANGED_PLAN: &str = "DO $dynabase$BEGIN RAISE EXCEPTION USING ERRCODE='0A000',\
+    MESSAGE='cached plan must not change result type';END$dynabase$";
 
 fn unread() -> Scan {
     Scan { shape: Shape::UNREAD, statements: 1, ..Scan::default() }

@@ -16,8 +16,10 @@ pub enum Owed {
     Parse,
     /// BindComplete.
     Bind,
-    /// RowDescription or NoData.
+    /// RowDescription or NoData, of a portal.
     Describe,
+    /// ParameterDescription, then RowDescription or NoData, of a statement.
+    DescribeStatement,
     /// CommandComplete, EmptyQueryResponse or PortalSuspended.
     Execute,
     /// CloseComplete.
@@ -30,11 +32,16 @@ pub enum Owed {
     Call,
     /// CommandComplete `DEALLOCATE` and ReadyForQuery, always ours.
     Deallocate,
+    /// Nothing: the client ended COPY data before it knew whether the server would take any.
+    CopyEnd,
 }
 
 impl Owed {
     fn is_extended(self) -> bool {
-        matches!(self, Owed::Parse | Owed::Bind | Owed::Describe | Owed::Execute | Owed::Close)
+        matches!(
+            self,
+            Owed::Parse | Owed::Bind | Owed::Describe | Owed::DescribeStatement | Owed::Execute | Owed::Close
+        )
     }
 }
 
@@ -109,6 +116,11 @@ impl Ledger {
         self.copy_in
     }
 
+    /// Whether the next answer describes a statement.
+    pub fn describes_statement(&self) -> bool {
+        matches!(self.queue.front(), Some((Owed::DescribeStatement, _)))
+    }
+
     /// Statements completed, ever.
     pub fn completed(&self) -> u64 {
         self.completed
@@ -144,9 +156,11 @@ impl Ledger {
         true
     }
 
-    /// The client ended its COPY data.
+    /// The client ended its COPY data. Some send data and end right behind the COPY statement.
     pub fn end_copy(&mut self) {
-        self.copy_in = false;
+        if !std::mem::take(&mut self.copy_in) && !self.queue.is_empty() && !self.skipping {
+            self.queue.push_back((Owed::CopyEnd, How::Forward));
+        }
     }
 
     /// Takes an invented answer whose turn has come.
@@ -178,8 +192,11 @@ impl Ledger {
         let fate = if how == How::Forward { Fate::Forward } else { Fate::Drop };
         let settles = match (kind, owed) {
             (b'D', Owed::Execute | Owed::Query) => return Ok(fate),
-            (b'1', Owed::Parse) | (b'2', Owed::Bind) | (b'3', Owed::Close) | (b'T' | b'n', Owed::Describe) => true,
-            (b't', Owed::Describe) => false,
+            (b'1', Owed::Parse)
+            | (b'2', Owed::Bind)
+            | (b'3', Owed::Close)
+            | (b'T' | b'n', Owed::Describe | Owed::DescribeStatement) => true,
+            (b't', Owed::DescribeStatement) => false,
             (b'C' | b'I', Owed::Execute) => {
                 self.completed += 1;
                 true
@@ -193,9 +210,14 @@ impl Ledger {
             (b'H' | b'W', Owed::Query | Owed::Execute) => false,
             (b'G', Owed::Query | Owed::Execute) => {
                 self.copy_in = true;
-                // The server has ignored every Sync that was sent before the client knew of the copy.
-                while self.queue.get(1).is_some_and(|(owed, _)| *owed == Owed::Sync) {
+                // The server ignores every Sync that was sent before the end of the data.
+                while let Some((ignored @ (Owed::Sync | Owed::CopyEnd), how)) = self.queue.get(1).copied() {
                     self.queue.remove(1);
+                    if ignored == Owed::CopyEnd {
+                        self.copy_in = false;
+                        break;
+                    }
+                    dropped(ignored, how);
                 }
                 false
             }
@@ -207,7 +229,7 @@ impl Ledger {
             _ => return Err(Unasked),
         };
         if settles {
-            self.queue.pop_front();
+            self.pop();
         }
         Ok(fate)
     }
@@ -217,14 +239,27 @@ impl Ledger {
     /// # Errors
     /// [`Unasked`], as [`Self::answer`].
     pub fn ready(&mut self, status: Status) -> Result<Fate, Unasked> {
-        match self.queue.pop_front() {
-            Some((Owed::Sync | Owed::Query | Owed::Call, how)) => {
+        match self.pop() {
+            Some((owed @ (Owed::Sync | Owed::Query | Owed::Call), how)) => {
                 self.status = status;
                 self.copy_in = false;
+                // A Query ends the implicit transaction of what was sent before it without a Sync.
+                if owed == Owed::Query && !self.queue.iter().any(|(owed, _)| owed.is_extended()) {
+                    self.open = false;
+                }
                 Ok(if how == How::Forward { Fate::Forward } else { Fate::Drop })
             }
             _ => Err(Unasked),
         }
+    }
+
+    /// Takes the entry at the front, and the ends of COPY data behind it that found no COPY.
+    fn pop(&mut self) -> Option<(Owed, How)> {
+        let entry = self.queue.pop_front();
+        while self.queue.front().is_some_and(|(owed, _)| *owed == Owed::CopyEnd) {
+            self.queue.pop_front();
+        }
+        entry
     }
 
     fn fail(&mut self, owed: Owed, dropped: &mut impl FnMut(Owed, How)) {
@@ -318,6 +353,40 @@ mod tests {
         ledger.end_copy();
         ledger.push(Owed::Sync, How::Forward);
         feed(&mut ledger, b"CZ");
+        assert!(ledger.is_idle());
+    }
+
+    #[test]
+    fn copy_data_may_come_before_the_server_asks_for_it() {
+        for request in [Owed::Query, Owed::Execute] {
+            let mut ledger = Ledger::default();
+            ledger.push(request, How::Forward);
+            ledger.end_copy();
+            if request == Owed::Execute {
+                ledger.push(Owed::Sync, How::Forward);
+            }
+            feed(&mut ledger, b"G");
+            assert!(!ledger.copies_in(), "the end is on its way already");
+            feed(&mut ledger, b"CZ");
+            assert!(ledger.is_idle());
+        }
+    }
+
+    #[test]
+    fn an_end_of_data_without_a_copy_is_ignored_as_the_server_does() {
+        let mut ledger = Ledger::default();
+        ledger.push(Owed::Query, How::Forward);
+        ledger.end_copy();
+        feed(&mut ledger, b"CZ");
+        assert!(ledger.is_idle());
+    }
+
+    #[test]
+    fn a_query_ends_an_implicit_transaction() {
+        let mut ledger = Ledger::default();
+        ledger.push(Owed::Parse, How::Forward);
+        ledger.push(Owed::Query, How::Forward);
+        feed(&mut ledger, b"1CZ");
         assert!(ledger.is_idle());
     }
 

@@ -27,7 +27,10 @@ mod relay;
 mod scan;
 mod statement;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use dashmap::DashMap;
 use serde::Deserialize;
@@ -87,6 +90,7 @@ pub struct Server {
     keys: Arc<cancel::Keys>,
     /// By physical database: what its clients share.
     shared: DashMap<Arc<str>, Arc<statement::Shared>>,
+    statement_ids: Arc<AtomicU64>,
 }
 
 impl Server {
@@ -98,7 +102,16 @@ impl Server {
         config: Config,
         drain: Drain,
     ) -> Arc<Self> {
-        Arc::new(Self { gate, upstream, tls, config, drain, keys: Arc::default(), shared: DashMap::new() })
+        Arc::new(Self {
+            gate,
+            upstream,
+            tls,
+            config,
+            drain,
+            keys: Arc::default(),
+            shared: DashMap::new(),
+            statement_ids: Arc::default(),
+        })
     }
 
     /// Serves one connection, first byte to last.
@@ -137,7 +150,8 @@ impl Server {
         }
         // Databases without clients are forgotten when a new one comes: bounded by those in use.
         self.shared.retain(|_, shared| Arc::strong_count(shared) > 1);
-        Arc::clone(&self.shared.entry(Arc::clone(database)).or_default())
+        let make = || Arc::new(statement::Shared::new(Arc::clone(&self.statement_ids)));
+        Arc::clone(&self.shared.entry(Arc::clone(database)).or_insert_with(make))
     }
 }
 

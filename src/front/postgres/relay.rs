@@ -301,6 +301,7 @@ impl Relay {
             // A client whose bytes the server does not take is not read; neither is one that has to end.
             if self.to_server.is_empty()
                 && !self.resume
+                && !self.conversation.is_holding()
                 && let Poll::Ready(n) = read(&mut self.client, cx, &mut scratch.read).map_err(client_gone)?
             {
                 if n == 0 {
@@ -332,7 +333,7 @@ impl Relay {
             down.clear();
             let remote = self.link.as_mut().map(|link| &mut link.remote);
             let linked = remote.is_some();
-            let step = match self.conversation.from_client(&input[at..], remote, up, down) {
+            let step = match self.conversation.hear_client(&input[at..], remote, up, down) {
                 Ok(step) => step,
                 Err(fault) => return Err(Event::Fault(fault)),
             };
@@ -342,7 +343,7 @@ impl Relay {
             self.say(cx, down, &input[at..])?;
             at += step.consumed;
             match step.want {
-                Want::More => break None,
+                Want::More | Want::Hold => break None,
                 Want::Close => break Some(Event::ClientGone),
                 Want::Pace => match self.session.take(1) {
                     Ok(()) => self.conversation.pace(),
@@ -427,9 +428,11 @@ impl Relay {
         };
         let input: &[u8] = waiting.as_deref().unwrap_or(&read[..n]);
         down.clear();
+        let held = self.conversation.is_holding();
         let Heard { consumed, fatal } =
-            self.conversation.from_server(input, &mut link.remote, down).map_err(Event::Fault)?;
+            self.conversation.hear_server(input, &mut link.remote, down).map_err(Event::Fault)?;
         self.say(cx, down, input)?;
+        self.resume |= held && !self.conversation.is_holding();
         if consumed < input.len() {
             self.server_tail = input[consumed..].to_vec();
         }

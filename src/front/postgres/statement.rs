@@ -4,9 +4,11 @@
 //! database that prepare the same text with the same types under the same `search_path`. An unnamed statement whose
 //! text comes again is kept prepared under such a name too, which spares the server parsing and planning.
 //!
-//! Sharing goes stale when a schema changes: every DDL seen raises the database's epoch, and a statement prepared
-//! under an older epoch is prepared anew before use. DDL that did not pass through here raises it when the server
-//! complains about it, so that only the first use after it can fail.
+//! Sharing goes stale when a schema changes. Every DDL seen raises the database's epoch, and a statement belongs to
+//! the epoch in which it was first prepared: who prepares a text anew gets a new statement, as on a server of its
+//! own. Who goes on using an old one on a connection that does not have it yet may meet other types than it was told
+//! of; there the types are compared first, and the server's own "cached plan must not change result type" is raised
+//! where they differ. DDL that did not pass through here raises the epoch when a server complains of it.
 
 use std::sync::{
     Arc, Weak,
@@ -18,7 +20,10 @@ use parking_lot::Mutex;
 use std::hash::BuildHasher;
 
 use super::scan::{self, Scan};
-use crate::upstream::postgres::connection::{Parameters, Settings, Value};
+use crate::{
+    upstream::postgres::connection::{Parameters, Settings, Value},
+    wire::postgres::{HEAD, cstr},
+};
 
 /// What every statement name of ours begins with. A client's own name that begins so is passed on changed.
 pub const PREFIX: &[u8] = b"_dynabase_";
@@ -44,6 +49,10 @@ pub struct Statement {
     pub definition: Box<[u8]>,
     /// The `search_path` it was written for.
     path: Option<Value>,
+    /// The schema epoch in which it was first prepared.
+    pub epoch: u64,
+    /// What a client was told of its parameters and columns ([`Types::finish`]); 0 while nobody asked.
+    pub described: AtomicU64,
     /// What it may do.
     pub scan: Scan,
 }
@@ -52,7 +61,8 @@ pub struct Statement {
 #[derive(Debug)]
 pub struct Shared {
     epoch: AtomicU64,
-    next: AtomicU64,
+    /// Numbers statements for the whole process: connections outlive what their clients share.
+    ids: Arc<AtomicU64>,
     table: Mutex<Shelf>,
     settings: Mutex<HashMap<Settings, Weak<Settings>>>,
     profiles: Mutex<HashMap<Arc<Settings>, Arc<Parameters>>>,
@@ -66,11 +76,12 @@ struct Shelf {
     seen: Box<[u64]>,
 }
 
-impl Default for Shared {
-    fn default() -> Self {
+impl Shared {
+    /// Nothing yet; statements are numbered by `ids`.
+    pub fn new(ids: Arc<AtomicU64>) -> Self {
         Self {
             epoch: AtomicU64::new(1),
-            next: AtomicU64::new(1),
+            ids,
             table: Mutex::new(Shelf {
                 hasher: DefaultHashBuilder::default(),
                 statements: HashTable::new(),
@@ -81,9 +92,7 @@ impl Default for Shared {
             profiles: Mutex::default(),
         }
     }
-}
 
-impl Shared {
     /// The schema epoch.
     pub fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::Relaxed)
@@ -98,14 +107,21 @@ impl Shared {
     pub fn statement(&self, definition: &[u8], query: &[u8], path: Option<&Value>) -> Arc<Statement> {
         let mut shelf = self.table.lock();
         let hash = hash(&shelf.hasher, definition, path);
-        shelf.find(hash, definition, path).unwrap_or_else(|| self.insert(&mut shelf, hash, definition, query, path))
+        shelf
+            .find(hash, definition, path, self.epoch())
+            .unwrap_or_else(|| self.insert(&mut shelf, hash, definition, query, path))
+    }
+
+    /// A statement that nobody else gets: for a client whose names mean something else than others'.
+    pub fn private(&self, definition: &[u8], query: &[u8], path: Option<&Value>) -> Arc<Statement> {
+        Arc::new(self.make(definition, query, path))
     }
 
     /// The statement of a text, and whether it is a recurring one, worth a name upstream. The first time it is not.
     pub fn recurring(&self, definition: &[u8], query: &[u8], path: Option<&Value>) -> (Arc<Statement>, bool) {
         let mut shelf = self.table.lock();
         let hash = hash(&shelf.hasher, definition, path);
-        if let Some(found) = shelf.find(hash, definition, path) {
+        if let Some(found) = shelf.find(hash, definition, path, self.epoch()) {
             return (found, true);
         }
         let place = usize::try_from(hash % SEEN as u64).unwrap_or(0);
@@ -117,12 +133,14 @@ impl Shared {
     }
 
     fn make(&self, definition: &[u8], query: &[u8], path: Option<&Value>) -> Statement {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let id = self.ids.fetch_add(1, Ordering::Relaxed);
         Statement {
             id,
             name: upstream_name(id).into(),
             definition: definition.into(),
             path: path.cloned(),
+            epoch: self.epoch(),
+            described: AtomicU64::new(0),
             scan: scan::scan(query),
         }
     }
@@ -137,7 +155,8 @@ impl Shared {
     ) -> Arc<Statement> {
         let statement = Arc::new(self.make(definition, query, path));
         if shelf.statements.len() >= SHARED_MAX || shelf.bytes + definition.len() > SHARED_MAX_BYTES {
-            shelf.statements.retain(|kept| Arc::strong_count(kept) > 1);
+            let epoch = self.epoch();
+            shelf.statements.retain(|kept| kept.epoch == epoch && Arc::strong_count(kept) > 1);
             shelf.bytes = shelf.statements.iter().map(|kept| kept.definition.len()).sum();
         }
         if shelf.statements.len() < SHARED_MAX && shelf.bytes + definition.len() <= SHARED_MAX_BYTES {
@@ -184,8 +203,10 @@ impl Shared {
 }
 
 impl Shelf {
-    fn find(&self, hash: u64, definition: &[u8], path: Option<&Value>) -> Option<Arc<Statement>> {
-        let same = |kept: &Arc<Statement>| *kept.definition == *definition && kept.path.as_ref() == path;
+    fn find(&self, hash: u64, definition: &[u8], path: Option<&Value>, epoch: u64) -> Option<Arc<Statement>> {
+        let same = |kept: &Arc<Statement>| {
+            kept.epoch == epoch && *kept.definition == *definition && kept.path.as_ref() == path
+        };
         self.statements.find(hash, same).cloned()
     }
 }
@@ -197,6 +218,37 @@ fn hash(hasher: &DefaultHashBuilder, definition: &[u8], path: Option<&Value>) ->
 /// The name upstream of the statement with this id.
 pub fn upstream_name(id: u64) -> Vec<u8> {
     [PREFIX, format!("{id:x}").as_bytes()].concat()
+}
+
+/// What a server says of a statement's types, as one number: parameters, and per column name, type, size, modifier.
+/// The tables that columns come from are left out; they may be new ones of the same shape.
+#[derive(Debug, Default)]
+pub struct Types(std::hash::DefaultHasher);
+
+impl Types {
+    /// Takes a ParameterDescription, RowDescription or NoData.
+    pub fn add(&mut self, message: &[u8]) {
+        use std::hash::Hash;
+        let Some((head, body)) = message.split_at_checked(HEAD) else { return };
+        head[0].hash(&mut self.0);
+        if head[0] != b'T' {
+            return body.hash(&mut self.0);
+        }
+        let mut rest = body.get(2..).unwrap_or_default();
+        while let Some((name, column)) = cstr(rest)
+            && let Some((column, more)) = column.split_at_checked(18)
+        {
+            name.hash(&mut self.0);
+            column[6..16].hash(&mut self.0);
+            rest = more;
+        }
+    }
+
+    /// The number; never 0.
+    pub fn finish(&self) -> u64 {
+        use std::hash::Hasher;
+        self.0.finish().max(1)
+    }
 }
 
 /// A client's unnamed statement.
@@ -264,7 +316,7 @@ mod tests {
 
     #[test]
     fn one_text_is_one_statement_per_search_path() {
-        let shared = Shared::default();
+        let shared = Shared::new(Arc::default());
         let a = shared.statement(b"select 1\0\0\0", b"select 1", None);
         assert!(Arc::ptr_eq(&a, &shared.statement(b"select 1\0\0\0", b"select 1", None)));
         let path = Value::Raw("x".into());
@@ -273,15 +325,36 @@ mod tests {
     }
 
     #[test]
+    fn after_ddl_a_text_prepared_anew_is_a_new_statement() {
+        let shared = Shared::new(Arc::default());
+        let before = shared.statement(b"select 1\0\0\0", b"select 1", None);
+        shared.raise_epoch();
+        assert_ne!(before.id, shared.statement(b"select 1\0\0\0", b"select 1", None).id);
+    }
+
+    #[test]
+    fn types_tell_columns_apart_but_not_their_tables() {
+        let types = |name: &[u8], table: u8, oid: u8| {
+            let column = [name, &[0, 0, 0, 0, table, 0, 1, 0, 0, 0, oid, 0, 4, 255, 255, 255, 255, 0, 0]].concat();
+            let mut types = Types::default();
+            types.add(&[b"T\0\0\0\0\0\x01", &column[..]].concat());
+            types.finish()
+        };
+        assert_eq!(types(b"a", 1, 23), types(b"a", 2, 23));
+        assert_ne!(types(b"a", 1, 23), types(b"a", 1, 25));
+        assert_ne!(types(b"a", 1, 23), types(b"b", 1, 23));
+    }
+
+    #[test]
     fn an_unnamed_text_gets_a_name_when_it_comes_again() {
-        let shared = Shared::default();
+        let shared = Shared::new(Arc::default());
         assert!(!shared.recurring(b"select 1\0\0\0", b"select 1", None).1);
         assert!(shared.recurring(b"select 1\0\0\0", b"select 1", None).1);
     }
 
     #[test]
     fn the_shelf_is_bounded() {
-        let shared = Shared::default();
+        let shared = Shared::new(Arc::default());
         for n in 0..SHARED_MAX * 2 {
             let definition = format!("select {n}\0\0\0");
             shared.statement(definition.as_bytes(), b"", None);
@@ -293,7 +366,7 @@ mod tests {
 
     #[test]
     fn equal_settings_are_one_pointer() {
-        let shared = Shared::default();
+        let shared = Shared::new(Arc::default());
         let one = || Settings::default().with("a", Value::Raw("1".into()));
         assert!(Arc::ptr_eq(&shared.intern(one()), &shared.intern(one())));
     }

@@ -162,6 +162,7 @@ fn claims() -> Vec<Row> {
         ("exp 1e30", raw("exp", "1e30"), Claims),
         ("exp 2^64", raw("exp", "18446744073709551616"), Claims),
         ("exp 2^64-1", raw("exp", "18446744073709551615"), Claims),
+        ("exp 2^63-1, to which no leeway can be added", raw("exp", "9223372036854775807"), Claims),
         ("exp 1e400", raw("exp", "1e400"), Malformed),
         ("exp NaN", raw("exp", "NaN"), Malformed),
         ("exp null", raw("exp", "null"), Claims),

@@ -3,7 +3,7 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use hashbrown::HashMap;
+use hashbrown::HashSet;
 
 use crate::net::Stream;
 
@@ -205,26 +205,23 @@ fn quote_text(out: &mut String, text: &str) {
 /// Which of our statements a server has prepared, oldest first out.
 #[derive(Debug, Default)]
 pub struct Prepared {
-    /// Statement id to the schema epoch it was parsed under.
-    known: HashMap<u64, u64>,
+    known: HashSet<u64>,
     order: VecDeque<u64>,
 }
 
 impl Prepared {
-    /// The schema epoch under which `id` was prepared, if it is.
-    pub fn epoch(&self, id: u64) -> Option<u64> {
-        self.known.get(&id).copied()
+    /// Whether `id` is prepared.
+    pub fn has(&self, id: u64) -> bool {
+        self.known.contains(&id)
     }
 
-    /// Notes `id` as prepared; gives the one that has to be closed to make room, with its epoch.
-    pub fn insert(&mut self, id: u64, epoch: u64) -> Option<(u64, u64)> {
-        if self.known.insert(id, epoch).is_none() {
-            self.order.push_back(id);
-        }
+    /// Notes `id` as prepared; gives the one that has to be closed to make room.
+    pub fn insert(&mut self, id: u64) -> Option<u64> {
+        self.restore(id);
         if self.known.len() > PREPARED_MAX {
             while let Some(oldest) = self.order.pop_front() {
-                if let Some(epoch) = self.known.remove(&oldest) {
-                    return Some((oldest, epoch));
+                if self.known.remove(&oldest) {
+                    return Some(oldest);
                 }
             }
         }
@@ -232,15 +229,15 @@ impl Prepared {
     }
 
     /// Notes again what was thought to be gone and is not.
-    pub fn restore(&mut self, id: u64, epoch: u64) {
-        if self.known.insert(id, epoch).is_none() {
+    pub fn restore(&mut self, id: u64) {
+        if self.known.insert(id) {
             self.order.push_back(id);
         }
     }
 
     /// Notes `id` as gone.
     pub fn remove(&mut self, id: u64) {
-        if self.known.remove(&id).is_some() {
+        if self.known.remove(&id) {
             self.order.retain(|&kept| kept != id);
         }
     }
@@ -283,13 +280,12 @@ mod tests {
     fn prepared_statements_are_bounded_oldest_out() {
         let mut prepared = Prepared::default();
         for id in 0..PREPARED_MAX as u64 {
-            assert_eq!(prepared.insert(id, 1), None);
+            assert_eq!(prepared.insert(id), None);
         }
         prepared.remove(0);
-        assert_eq!(prepared.insert(1000, 1), None);
-        assert_eq!(prepared.insert(1001, 1), Some((1, 1)));
-        assert_eq!(prepared.epoch(1), None);
-        assert_eq!(prepared.epoch(1001), Some(1));
+        assert_eq!(prepared.insert(1000), None);
+        assert_eq!(prepared.insert(1001), Some(1));
+        assert!(!prepared.has(1) && prepared.has(1001));
     }
 
     #[test]

@@ -18,7 +18,10 @@ use std::{
 };
 
 use dashmap::DashMap;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::Notify,
+};
 
 pub use admin::{Admin, AdminError};
 pub use config::Config;
@@ -51,6 +54,9 @@ pub struct Upstream {
     budget: Arc<pool::Budget>,
     pools: DashMap<OrgId, Arc<Pool>>,
     maintenance: Maintenance,
+    provisioner: Provisioner,
+    /// Some pool's role has limits that no longer follow its tier.
+    stale: Arc<Notify>,
     connect_timeout: Duration,
     idle_timeout: Duration,
     storage_interval: Duration,
@@ -68,6 +74,8 @@ impl Upstream {
             budget: pool::Budget::new(config.max_connections),
             pools: DashMap::new(),
             maintenance: Maintenance::new(config.admin()?),
+            provisioner: Provisioner::new(config.admin()?),
+            stale: Arc::default(),
             connect_timeout: config.connect_timeout,
             idle_timeout: config.idle_timeout,
             storage_interval: config.storage_interval,
@@ -76,7 +84,10 @@ impl Upstream {
 
     /// The tenant's pool.
     pub fn pool(&self, slot: &Arc<Slot>) -> Arc<Pool> {
-        let make = || Pool::new(Arc::clone(slot), self.target.clone(), Arc::clone(&self.budget), self.connect_timeout);
+        let make = || {
+            let (slot, budget, stale) = (Arc::clone(slot), Arc::clone(&self.budget), Arc::clone(&self.stale));
+            Pool::new(slot, self.target.clone(), budget, self.connect_timeout, stale)
+        };
         if let Some(pool) = self.pools.get(slot.org())
             && Arc::ptr_eq(pool.slot(), slot)
         {
@@ -151,7 +162,13 @@ impl Upstream {
         ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut sampled = Instant::now();
         loop {
-            ticker.tick().await;
+            tokio::select! {
+                _ = ticker.tick() => {}
+                () = self.stale.notified() => {
+                    self.raise_ceilings().await;
+                    continue;
+                }
+            }
             for pool in self.pools() {
                 pool.tidy(self.idle_timeout);
             }
@@ -160,6 +177,23 @@ impl Upstream {
             if sampled.elapsed() >= self.storage_interval {
                 self.sample().await;
                 sampled = Instant::now();
+            }
+        }
+    }
+
+    /// Brings the roles' own limits to those of a tier that was changed in the catalog. Until then the server refuses
+    /// what is above the old ones, and connecting is tried again.
+    async fn raise_ceilings(&self) {
+        for pool in self.pools() {
+            let Some(limits) = pool.stale_ceilings() else { continue };
+            let tenant = Arc::clone(&pool.slot().policy().tenant);
+            match self.provisioner.ensure(&tenant, &self.names, &limits.postgres).await {
+                Ok(_) => pool.set_ceilings(limits),
+                Err(error) => {
+                    tracing::warn!(org = %tenant.org, %error, "the role's own limits could not follow its tier");
+                    // Tried again at the next sign of it, not in a loop.
+                    tokio::time::sleep(TIDY_EVERY).await;
+                }
             }
         }
     }

@@ -23,7 +23,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, ReadBuf},
-    sync::oneshot,
+    sync::{Notify, oneshot},
 };
 
 use super::{
@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     quota::{Permit, Place, Slot},
-    tenant::{Namespace, Protocol, namespace::Password},
+    tenant::{Limits, Namespace, Protocol, namespace::Password},
     wire::postgres::{self as wire, HEAD, backend, frontend::TERMINATE},
 };
 
@@ -134,6 +134,8 @@ impl Budget {
 pub struct Places {
     held: Option<(Permit<Slot>, Permit<Budget>)>,
     pool: Arc<Pool>,
+    /// The tier's numbers when it was dialled: the role's own settings, which a server reads at login, follow them.
+    limits: Arc<Limits>,
 }
 
 impl Drop for Places {
@@ -152,6 +154,9 @@ pub struct Pool {
     budget: Arc<Budget>,
     keys: Mutex<Option<Keys>>,
     connect_timeout: Duration,
+    /// The numbers that the role's own limits follow; and who is told that they don't any more.
+    ceilings: Mutex<Arc<Limits>>,
+    stale: Arc<Notify>,
     state: Mutex<State>,
 }
 
@@ -259,10 +264,25 @@ impl Drop for Turn {
 }
 
 impl Pool {
-    /// A pool of connections to `target` for the tenant of `slot`.
-    pub fn new(slot: Arc<Slot>, target: Target, budget: Arc<Budget>, connect_timeout: Duration) -> Arc<Self> {
-        let pool =
-            Arc::new(Self { slot, target, budget, keys: Mutex::default(), connect_timeout, state: Mutex::default() });
+    /// A pool of connections to `target` for the tenant of `slot`. `stale` is notified when the role's own limits no
+    /// longer follow the tier ([`Self::stale_ceilings`]).
+    pub fn new(
+        slot: Arc<Slot>,
+        target: Target,
+        budget: Arc<Budget>,
+        connect_timeout: Duration,
+        stale: Arc<Notify>,
+    ) -> Arc<Self> {
+        let pool = Arc::new(Self {
+            ceilings: Mutex::new(Arc::clone(&slot.policy().limits)),
+            stale,
+            slot,
+            target,
+            budget,
+            keys: Mutex::default(),
+            connect_timeout,
+            state: Mutex::default(),
+        });
         let mut pools = pool.budget.pools.lock();
         pools.retain(|weak| weak.strong_count() > 0);
         pools.push(Arc::downgrade(&pool));
@@ -278,6 +298,17 @@ impl Pool {
     /// The tenant's slot.
     pub fn slot(&self) -> &Arc<Slot> {
         &self.slot
+    }
+
+    /// The present limits, if the role's own do not follow them yet.
+    pub fn stale_ceilings(&self) -> Option<Arc<Limits>> {
+        let present = Arc::clone(&self.slot.policy().limits);
+        (!Arc::ptr_eq(&present, &self.ceilings.lock())).then_some(present)
+    }
+
+    /// Notes that the role's own limits follow `limits` now.
+    pub fn set_ceilings(&self, limits: Arc<Limits>) {
+        *self.ceilings.lock() = limits;
     }
 
     /// Idle connections and waiting clients, now.
@@ -331,6 +362,9 @@ impl Pool {
     /// # Cancel safety
     /// Dropping it gives up the turn; nothing is lost.
     pub async fn take(self: &Arc<Self>, home: &Home, first: Taken, deadline: Instant) -> Result<Lease, TakeError> {
+        if self.stale_ceilings().is_some() {
+            self.stale.notify_one();
+        }
         let places = match first {
             Taken::Lease(lease) => return Ok(lease),
             Taken::Places(places) => places,
@@ -372,9 +406,10 @@ impl Pool {
         let policy = self.slot.policy();
         let open = self.slot.connections(Protocol::Postgres);
         let over_tier = open > policy.limits.connections(Protocol::Postgres);
+        let outdated = !Arc::ptr_eq(&places.limits, &policy.limits);
         drop(policy);
         let hungry = self.budget.waiting.load(Ordering::Relaxed) > 0;
-        if over_tier || (hungry && open > self.budget.share()) {
+        if over_tier || outdated || (hungry && open > self.budget.share()) {
             return close(connection, places);
         }
         let mut grant = Grant::Connection(connection, places);
@@ -424,7 +459,8 @@ impl Pool {
     fn places(self: &Arc<Self>) -> Option<Places> {
         let tenant = self.slot.connection(Protocol::Postgres)?;
         let server = Permit::take(&self.budget, |budget| &budget.used, self.budget.max)?;
-        Some(Places { held: Some((tenant, server)), pool: Arc::clone(self) })
+        let limits = Arc::clone(&self.slot.policy().limits);
+        Some(Places { held: Some((tenant, server)), pool: Arc::clone(self), limits })
     }
 
     fn tenant_has_room(&self) -> bool {
@@ -446,13 +482,18 @@ impl Pool {
     pub fn tidy(self: &Arc<Self>, idle_timeout: Duration) {
         let mut doomed = Vec::new();
         let mut state = self.state.lock();
-        let cap = self.slot.policy().limits.connections(Protocol::Postgres);
+        let limits = Arc::clone(&self.slot.policy().limits);
+        let cap = limits.connections(Protocol::Postgres);
+        if self.stale_ceilings().is_some() {
+            self.stale.notify_one();
+        }
         let mut over = self.slot.connections(Protocol::Postgres).saturating_sub(cap);
         let mut kept = Vec::with_capacity(state.idle.len());
         for mut idle in state.idle.drain(..) {
             let age = idle.since.elapsed();
             let old = age >= idle_timeout || (idle.connection.remote.soiled && age >= SOILED_IDLE);
-            if over > 0 || old || !alive(&mut idle.connection) {
+            let outdated = !Arc::ptr_eq(&idle.places.limits, &limits);
+            if over > 0 || old || outdated || !alive(&mut idle.connection) {
                 over = over.saturating_sub(1);
                 doomed.push(idle);
             } else {

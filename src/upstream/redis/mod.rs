@@ -5,6 +5,7 @@
 //! client. Every connection that carries a tenant's commands is logged in as the tenant's ACL user and stands in
 //! the tenant's database, which that user can't leave.
 
+mod config;
 pub mod dial;
 pub mod ledger;
 pub mod link;
@@ -23,6 +24,7 @@ use moka::sync::Cache;
 use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 
+pub use config::Config;
 pub use dial::{DialError, Target};
 pub use outbox::Outbox;
 pub use place::{Database, Place, Script};

@@ -2,6 +2,7 @@
 
 use std::{
     sync::{Arc, atomic::Ordering},
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
@@ -275,30 +276,27 @@ impl Relay {
         let home = Arc::clone(&self.home);
         let mut take = Box::pin(pool.take(&home, taken, deadline));
         let live = Arc::clone(self.session.live());
-        loop {
-            let event = std::future::poll_fn(|cx| {
-                if let std::task::Poll::Ready(taken) = take.as_mut().poll(cx) {
-                    return std::task::Poll::Ready(match taken {
-                        Ok(lease) => Waited::Lease(lease),
-                        Err(error) => Waited::Refused(error),
-                    });
-                }
-                live.register(cx);
-                if live.take_cancel() {
-                    return std::task::Poll::Ready(Waited::Cancelled);
-                }
-                if live.stopped().is_some() {
-                    return std::task::Poll::Ready(Waited::Signalled);
-                }
-                self.poll_gone(cx)
-            });
-            return event.await;
-        }
+        std::future::poll_fn(|cx| {
+            if let Poll::Ready(taken) = take.as_mut().poll(cx) {
+                return Poll::Ready(match taken {
+                    Ok(lease) => Waited::Lease(lease),
+                    Err(error) => Waited::Refused(error),
+                });
+            }
+            live.register(cx);
+            if live.take_cancel() {
+                return Poll::Ready(Waited::Cancelled);
+            }
+            if live.stopped().is_some() {
+                return Poll::Ready(Waited::Signalled);
+            }
+            self.poll_gone(cx)
+        })
+        .await
     }
 
     /// Whether the client went away while it waits; what it sends meanwhile is kept, up to a buffer's worth.
-    fn poll_gone(&mut self, cx: &mut std::task::Context<'_>) -> std::task::Poll<Waited> {
-        use std::task::Poll;
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Waited> {
         if self.tail.len() >= super::READ {
             return Poll::Pending;
         }

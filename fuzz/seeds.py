@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Writes the seed corpus: small, whole messages of every kind, from which the fuzzer starts. Run from anywhere."""
+
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CORPUS = HERE / "corpus"
+
+
+def i16(n):
+    return n.to_bytes(2, "big", signed=True)
+
+
+def i32(n):
+    return n.to_bytes(4, "big", signed=True)
+
+
+def z(text):
+    return text.encode() + b"\0"
+
+
+def packet(code, body=b""):
+    return i32(len(body) + 8) + i32(code) + body
+
+
+def message(kind, body=b""):
+    return kind.encode() + i32(len(body) + 4) + body
+
+
+def login(minor=0, **parameters):
+    return packet(3 << 16 | minor, b"".join(z(k) + z(v) for k, v in parameters.items()) + b"\0")
+
+
+STARTUP = {
+    "ssl": packet(80877103),
+    "gss": packet(80877104),
+    "cancel": packet(80877102, i32(7) + b"abcd"),
+    "cancel-long": packet(80877102, i32(7) + bytes(range(32))),
+    "plain": login(user="app", database="app"),
+    "options": login(user="app", database="app", options="-c search_path=a\\ b --lock_timeout=5 -c dynabase.pool_mode=session",
+                     client_encoding="UTF8", application_name="suite"),
+    "newer": login(2, user="app", **{"_pq_.command": "1"}),
+    "replication": login(user="app", replication="database"),
+    "behind-ssl": packet(80877103) + login(user="app"),
+    "version-2": packet(2 << 16),
+}
+FRONTEND = {
+    "query": message("Q", z("SELECT 1; BEGIN; COMMIT")),
+    "prepared": message("P", z("s1") + z("SELECT $1::int") + i16(1) + i32(23)) + message("D", b"S" + z("s1"))
+    + message("B", z("") + z("s1") + i16(1) + i16(1) + i16(1) + i32(4) + i32(7) + i16(0)) + message("E", z("") + i32(0))
+    + message("S"),
+    "unnamed": message("P", z("") + z("SELECT 1") + i16(0)) + message("B", z("") + z("") + i16(0) * 3)
+    + message("D", b"P" + z("")) + message("E", z("") + i32(1)) + message("C", b"S" + z("")) + message("H") + message("S"),
+    "copy": message("d", b"1\tx\n") + message("c") + message("f", z("no")) + message("S"),
+    "password": message("p", z("eyJhbGciOiJIUzI1NiJ9.e30.AA")),
+    "sasl": message("p", z("OAUTHBEARER") + i32(30) + b"n,,\x01auth=Bearer eyJ.e30.AA\x01\x01"),
+    "call": message("F", i32(1) + i16(0) * 2 + i16(0)),
+    "leave": message("X"),
+    "pins": b"".join(message("Q", z(text)) for text in [
+        "LISTEN c", "SELECT pg_advisory_lock(1)", "CREATE TEMP TABLE t (a int)", "DECLARE c CURSOR WITH HOLD FOR SELECT 1",
+        "PREPARE p AS SELECT 1", "SET search_path = x", "/* LISTEN */ SELECT '$$' -- x", "SELECT $a$ DISCARD ALL $a$"]),
+}
+BACKEND = {
+    "login": message("R", i32(0)) + message("S", z("TimeZone") + z("UTC")) + message("K", i32(9) + b"abcd") + message("Z", b"I"),
+    "sasl": message("R", i32(10) + z("SCRAM-SHA-256") + b"\0") + message("R", i32(11) + b"r=abc,s=QUJD,i=4096"),
+    "rows": message("T", i16(1) + z("a") + i32(0) + i16(0) + i32(23) + i16(4) + i32(-1) + i16(0))
+    + message("D", i16(1) + i32(1) + b"7") + message("C", z("SELECT 1")) + message("Z", b"T"),
+    "extended": message("1") + message("2") + message("t", i16(1) + i32(23)) + message("n") + message("s") + message("3") + message("Z", b"I"),
+    "error": message("E", b"S" + z("ERROR") + b"V" + z("ERROR") + b"C" + z("22012") + b"M" + z("division by zero") + b"\0") + message("Z", b"E"),
+    "no-code": message("E", b"M" + z("odd") + b"\0"),
+    "copy": message("G", b"\0" + i16(1) + i16(0)) + message("H", b"\0" + i16(0)) + message("d", b"x") + message("c"),
+    "async": message("N", b"S" + z("NOTICE") + b"C" + z("00000") + b"M" + z("hear") + b"\0") + message("A", i32(3) + z("ch") + z("payload")),
+    "newer": message("v", i32(196608) + i32(1) + z("_pq_.x")),
+}
+# Pairs of (act, detail): see fuzz_targets/ledger.rs.
+LEDGER = {
+    "simple": bytes([0, 6, 3, 4, 3, 7, 5, 0]),
+    "extended": bytes([0, 0, 0, 1, 0, 3, 0, 5, 3, 0, 3, 1, 3, 7, 5, 0]),
+    "error": bytes([0, 0, 0, 1, 0, 5, 3, 10, 5, 0]),
+    "copy": bytes([0, 3, 0, 5, 3, 11, 7, 0, 0, 5, 3, 7, 5, 0]),
+    "invented": bytes([0, 18, 6, 0, 0, 26, 6, 0]),
+    **{f"text-{name}": data[5:] for name, data in FRONTEND.items()},
+}
+ROOT = HERE.parent
+CONFIGURATION = {name: (ROOT / "config" / name).read_bytes() for name in ["tiers.toml", "dynabase.toml"]}
+
+SEEDS = {"startup": STARTUP, "frontend": FRONTEND, "backend": BACKEND, "ledger": LEDGER, "configuration": CONFIGURATION}
+for target, seeds in SEEDS.items():
+    folder = CORPUS / target
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in seeds.items():
+        (folder / name).write_bytes(data)
+print(*(f"{target}: {len(seeds)} seeds" for target, seeds in SEEDS.items()), sep="\n")

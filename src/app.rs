@@ -1,0 +1,308 @@
+//! The wiring: builds everything from the configuration, binds, runs, and takes it down in order.
+//!
+//! Going down: listeners stop accepting, sessions end at their next safe point or when `drain_timeout` is over, then
+//! the catalog's feeder and the upstreams stop, the operators' port last, so that a drain can be watched.
+//!
+//! Entry points: [`App::build`], [`App::run`].
+
+use std::{
+    io::IsTerminal,
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+    task::JoinSet,
+};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    admin,
+    catalog::Catalog,
+    config::{Config, Log, LogFormat},
+    front,
+    identity::Verifier,
+    net::{AcceptLimits, Drain, ListenConfig, Listener, ServerTls, listen},
+    quota::{Stop, Table, clock},
+    session::Gate,
+    tenant::directory::{Ask, Directory},
+    upstream,
+    usage::Meters,
+};
+
+/// Tenants without a session that stay in memory, some 2 KB each.
+const RESIDENT_MAX: u64 = 10_000;
+
+/// Longest wait for the issuer's keys before listening; they are fetched again while serving.
+const KEYS_WAIT: Duration = Duration::from_secs(5);
+
+/// How often metrics and meters are tidied, and how often a part that is not yet ready is looked at.
+const TIDY_EVERY: Duration = Duration::from_secs(5);
+
+/// Everything, built and bound; nothing is accepted yet.
+pub struct App {
+    config: Config,
+    path: Option<PathBuf>,
+    catalog: Catalog,
+    asks: mpsc::Receiver<Ask>,
+    verifier: Arc<Verifier>,
+    table: Arc<Table>,
+    meters: Arc<Meters>,
+    recorder: PrometheusHandle,
+    postgres: Arc<upstream::postgres::Upstream>,
+    postgres_front: Arc<front::postgres::Server>,
+    redis_front: Option<Arc<front::redis::Server>>,
+    listeners: Vec<Listener>,
+    redis_listeners: Vec<Listener>,
+    tls: Option<Arc<ServerTls>>,
+    drain: Drain,
+}
+
+/// The runtime that everything but the operators' port runs on.
+///
+/// # Errors
+/// The system gives no threads.
+pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().thread_name("dynabase").enable_all().build()
+}
+
+/// Sends log lines to standard error, as configured. Once per process.
+///
+/// # Errors
+/// A filter that can't be parsed.
+pub fn log_to_stderr(log: &Log) -> Result<(), String> {
+    let filter = EnvFilter::builder().parse(&log.filter).map_err(|error| format!("log.filter: {error}"))?;
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    let set = match log.format {
+        LogFormat::Text => lines.try_init(),
+        LogFormat::Json => lines.json().try_init(),
+    };
+    set.map_err(|error| error.to_string())
+}
+
+impl App {
+    /// Opens the catalog, loads certificates, binds every listener. `path` is where the configuration came from.
+    ///
+    /// # Errors
+    /// In words, with what to mend.
+    pub async fn build(config: Config, path: Option<PathBuf>) -> Result<Self, String> {
+        let recorder = PrometheusBuilder::new().install_recorder().map_err(|error| format!("metrics: {error}"))?;
+        let identity = config.identity.as_ref().ok_or("identity.issuer is required")?;
+        let source = config.catalog.as_ref().ok_or("catalog.path is required")?;
+        let catalog = Catalog::open(source).await.map_err(|error| format!("catalog: {error}"))?;
+        let (directory, asks) = Directory::new();
+        let verifier = Arc::new(Verifier::new(identity, directory.clone())?);
+        let table = Arc::new(Table::new(directory, config.load_tiers()?, RESIDENT_MAX));
+        let meters = Arc::new(Meters::default());
+        let gate =
+            Arc::new(Gate::new(Arc::clone(&verifier), Arc::clone(&table), Arc::clone(&meters), config.allow_plaintext));
+        let postgres = upstream::postgres::Upstream::new(&config.upstream.postgres, config.names()?)?;
+        let tls = match &config.tls {
+            Some(settings) => {
+                Some(Arc::new(ServerTls::load(settings, &["postgresql"]).map_err(|error| error.to_string())?))
+            }
+            None => None,
+        };
+        let drain = Drain::new();
+        let settings = front::postgres::Config {
+            handshake_timeout: config.listen.handshake_timeout,
+            openid_configuration: format!("{}/.well-known/openid-configuration", identity.issuer.trim_end_matches('/')),
+        };
+        let postgres_front =
+            front::postgres::Server::new(Arc::clone(&gate), Arc::clone(&postgres), tls.clone(), settings, drain.clone());
+        let bind = |address: &crate::net::Address| {
+            let settings = ListenConfig {
+                address: address.clone(),
+                backlog: listen::BACKLOG,
+                proxy_from: config.listen.proxy_from.clone(),
+            };
+            Listener::bind(&settings).map_err(|error| error.to_string())
+        };
+        let listeners = config.listen.postgres.iter().map(bind).collect::<Result<Vec<_>, _>>()?;
+        let (mut redis_front, mut redis_listeners) = (None, Vec::new());
+        if let Some(redis) = config.redis()? {
+            let settings = front::redis::Config { login_timeout: config.listen.handshake_timeout };
+            redis_front = Some(front::redis::Server::new(gate, redis, tls.clone(), settings, drain.clone()));
+            redis_listeners = config.listen.redis.iter().map(bind).collect::<Result<Vec<_>, _>>()?;
+        }
+        Ok(Self {
+            config,
+            path,
+            catalog,
+            asks,
+            verifier,
+            table,
+            meters,
+            recorder,
+            postgres,
+            postgres_front,
+            redis_front,
+            listeners,
+            redis_listeners,
+            tls,
+            drain,
+        })
+    }
+
+    /// Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain. `ready` is called once every
+    /// listener accepts. SIGHUP reloads tiers, certificates and keys.
+    ///
+    /// # Errors
+    /// In words: a port that is taken, a part that ended by itself, what `ready` said.
+    pub async fn run(self, ready: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
+        let mut signals = Signals::new().map_err(|error| format!("signals: {error}"))?;
+        let limits =
+            Arc::new(AcceptLimits::new(self.config.listen.max_connections, self.config.listen.unadmitted_per_network));
+        let state =
+            Arc::new(admin::State::new(Arc::clone(&self.table), Arc::clone(&self.meters), self.recorder.clone()));
+        let _ = state.connections.set(Arc::clone(&limits));
+        let catalog = self.catalog.clone();
+        let _ = state.catalog_age.set(Box::new(move || Some(catalog.age())));
+        let admin = admin::spawn(&self.config.admin, Arc::clone(&state), self.drain.clone())
+            .map_err(|error| format!("admin.listen {}: {error}", self.config.admin.listen))?;
+
+        // Parts that end only when they are told to, each with its name for the case that it ends by itself.
+        let mut parts: JoinSet<&'static str> = JoinSet::new();
+        let (table, verifier, feeder) = (Arc::clone(&self.table), Arc::clone(&self.verifier), self.catalog.clone());
+        let asks = self.asks;
+        parts.spawn(async move {
+            feeder.feed(table, move |key| verifier.forget_key(key), asks).await;
+            "the catalog's feeder"
+        });
+        state.readiness.catalog_loaded.store(true, Ordering::Release);
+        let table = Arc::clone(&self.table);
+        parts.spawn(async move {
+            table.run_ticker().await;
+            "the table's ticker"
+        });
+        let postgres = Arc::clone(&self.postgres);
+        parts.spawn(async move {
+            postgres.run_maintenance().await;
+            "the upstream's maintenance"
+        });
+        let (table, verifier) = (Arc::clone(&self.table), Arc::clone(&self.verifier));
+        let _ = tokio::time::timeout(KEYS_WAIT, self.verifier.reload()).await;
+        parts.spawn(async move {
+            let end = |lost: &dyn Fn(Option<&str>) -> bool| {
+                table.stop_where(Stop::Revoked, |live| lost(live.signing_key.as_deref()));
+            };
+            verifier.run_refresher(end).await;
+            "the refreshing of keys"
+        });
+        let (verifier, meters, recorder) =
+            (Arc::clone(&self.verifier), Arc::clone(&self.meters), self.recorder.clone());
+        let follows = self.config.identity.as_ref().is_some_and(|it| it.jwks_url.is_some() || it.jwks_file.is_some());
+        let readiness = Arc::clone(&state);
+        parts.spawn(async move {
+            loop {
+                if !follows || verifier.keys_age().is_some() {
+                    readiness.readiness.keys_loaded.store(true, Ordering::Release);
+                }
+                recorder.run_upkeep();
+                meters.sweep(clock::now_ms());
+                tokio::time::sleep(TIDY_EVERY).await;
+            }
+        });
+
+        let mut accepting = JoinSet::new();
+        for listener in self.listeners {
+            tracing::info!(address = %listener.local_addr(), "listening for PostgreSQL clients");
+            let server = Arc::clone(&self.postgres_front);
+            let serve = move |conn| Arc::clone(&server).serve(conn);
+            accepting.spawn(listen::run(listener, Arc::clone(&limits), self.drain.clone(), serve));
+        }
+        for listener in self.redis_listeners {
+            let Some(server) = self.redis_front.clone() else { break };
+            tracing::info!(address = %listener.local_addr(), "listening for Redis clients");
+            let serve = move |conn| Arc::clone(&server).serve(conn);
+            accepting.spawn(listen::run(listener, Arc::clone(&limits), self.drain.clone(), serve));
+        }
+        state.readiness.listeners_up.store(true, Ordering::Release);
+        let mut result = ready();
+        while result.is_ok() {
+            tokio::select! {
+                asked = signals.next() => match asked {
+                    Asked::Reload => reload(&self.config, &self.table, &self.verifier, self.tls.as_deref()),
+                    Asked::End => break,
+                },
+                Some(ended) = parts.join_next() => {
+                    result = Err(match ended {
+                        Ok(part) => format!("{part} ended by itself"),
+                        Err(error) => format!("a part of the process failed: {error}"),
+                    });
+                }
+            }
+        }
+        state.readiness.listeners_up.store(false, Ordering::Release);
+        tracing::info!(config = ?self.path, live = self.drain.live(), "draining");
+        self.drain.start();
+        self.table.stop_where(Stop::Draining, |_| true);
+        tokio::select! {
+            drained = self.drain.drained(self.config.listen.drain_timeout) => if let Err(left) = drained {
+                tracing::warn!(left, "the drain took too long: connections are cut");
+            },
+            () = signals.ended_again() => tracing::warn!(left = self.drain.live(), "told twice: connections are cut"),
+        }
+        accepting.shutdown().await;
+        parts.shutdown().await;
+        admin.stop();
+        result
+    }
+}
+
+/// Reads again what may change while running. Each part that can't be read leaves the present one in force.
+fn reload(config: &Config, table: &Table, verifier: &Arc<Verifier>, tls: Option<&ServerTls>) {
+    match config.load_tiers() {
+        Ok(tiers) => table.set_tiers(tiers),
+        Err(error) => tracing::error!(%error, "the tiers were not reloaded"),
+    }
+    if let Some(Err(error)) = tls.map(ServerTls::reload) {
+        tracing::error!(%error, "the certificates were not reloaded");
+    }
+    let verifier = Arc::clone(verifier);
+    // Fetching takes as long as the issuer takes; signals are heard meanwhile.
+    tokio::spawn(async move { verifier.reload().await });
+    tracing::info!("reloaded tiers, certificates and keys");
+}
+
+/// What a signal asks for.
+enum Asked {
+    Reload,
+    End,
+}
+
+struct Signals {
+    hangup: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            hangup: signal(SignalKind::hangup())?,
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> Asked {
+        tokio::select! {
+            _ = self.hangup.recv() => Asked::Reload,
+            _ = self.terminate.recv() => Asked::End,
+            _ = self.interrupt.recv() => Asked::End,
+        }
+    }
+
+    /// Waits for a second request to end; reloads are no longer done.
+    async fn ended_again(&mut self) {
+        while !matches!(self.next().await, Asked::End) {}
+    }
+}

@@ -1,0 +1,114 @@
+//! What a developer and a test harness want to know once everything accepts.
+
+use std::{
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
+
+use serde_json::{Value, json};
+
+use super::{Ports, folder::write_private};
+use crate::tenant::{OrgId, Tier};
+
+/// A demo tenant.
+pub struct Demo {
+    /// Its organisation.
+    pub org: OrgId,
+    /// Its tier now.
+    pub tier: Tier,
+    /// A fresh token.
+    pub token: String,
+    /// Its service key.
+    pub service_key: String,
+}
+
+/// Everything there is.
+pub struct Ready {
+    /// The listeners' ports.
+    pub ports: Ports,
+    /// Opens the admin port.
+    pub admin_token: String,
+    /// The administrator's URL, past the proxy.
+    pub postgres_url: String,
+    /// The same for Redis.
+    pub redis_url: String,
+    /// The catalog's folder.
+    pub catalog: PathBuf,
+    /// The demo tenants.
+    pub tenants: Vec<Demo>,
+}
+
+impl Ready {
+    /// For people.
+    pub fn table(&self) -> String {
+        let mut text = String::from("\ndynabase is ready. Paste one of these; the tokens hold for 24 hours.\n");
+        for demo in &self.tenants {
+            text.push_str(&format!(
+                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n    service key  {}\n",
+                demo.org,
+                demo.tier,
+                self.postgres(demo),
+                self.redis(demo),
+                demo.service_key
+            ));
+        }
+        text.push_str(&format!(
+            "\n  admin        {}  (Authorization: Bearer {})\n  PostgreSQL   {}\n  Redis        {}\n  catalog      {}\n\nCtrl-C ends everything.",
+            self.admin_url(),
+            self.admin_token,
+            self.postgres_url,
+            self.redis_url,
+            self.catalog.display(),
+        ));
+        text
+    }
+
+    /// For programs: written whole or not at all, for its owner only.
+    pub fn write(&self, path: &Path) -> Result<(), String> {
+        write_private(path, format!("{:#}\n", self.json()).as_bytes())
+    }
+
+    fn json(&self) -> Value {
+        let tenants: Vec<Value> = self
+            .tenants
+            .iter()
+            .map(|demo| {
+                json!({
+                    "org_id": demo.org,
+                    "tier": demo.tier,
+                    "token": demo.token,
+                    "service_key": demo.service_key,
+                    "urls": {"postgres": self.postgres(demo), "redis": self.redis(demo)},
+                })
+            })
+            .collect();
+        json!({
+            "pid": std::process::id(),
+            "ports": {"postgres": self.ports.postgres, "redis": self.ports.redis, "admin": self.ports.admin},
+            "admin": {"url": self.admin_url(), "token": self.admin_token},
+            "upstreams": {"postgres": self.postgres_url, "redis": self.redis_url},
+            "catalog": {"kind": "file", "path": self.catalog},
+            "tenants": tenants,
+        })
+    }
+
+    fn postgres(&self, demo: &Demo) -> String {
+        format!("postgres://app:{}@127.0.0.1:{}/app", demo.token, self.ports.postgres)
+    }
+
+    fn redis(&self, demo: &Demo) -> String {
+        format!("redis://app:{}@127.0.0.1:{}/0", demo.token, self.ports.redis)
+    }
+
+    fn admin_url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.ports.admin)
+    }
+}
+
+/// Removes the file of an earlier run.
+pub fn remove(path: &Path) -> Result<(), String> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(format!("{}: {error}", path.display())),
+        _ => Ok(()),
+    }
+}
