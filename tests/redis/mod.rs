@@ -1,6 +1,7 @@
 //! The Redis front before a real server.
 
 mod basic;
+mod differential;
 mod limits;
 mod scripts;
 mod support;
