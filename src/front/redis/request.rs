@@ -462,7 +462,9 @@ impl<'a> Burst<'a> {
             let number = tenancy.database.number;
             let elsewhere = *self.elsewhere.get_or_insert_with(|| tenancy.place.elsewhere(number));
             if ledger.reserve(made as u64).saturating_add(elsewhere) > limits.keys {
-                if elsewhere > 0 && !self.client.counted {
+                // What can't go through the guard, or counts in several databases, needs the true number now.
+                let blocking = row.policy == Policy::Block && self.client.queue.is_none();
+                if (elsewhere > 0 || blocking) && !self.client.counted {
                     ledger.done(made as u64);
                     return Err(Step::Count);
                 }
@@ -601,7 +603,13 @@ impl<'a> Burst<'a> {
             (None, None) => return,
         }
         let Some(out) = self.out() else { return };
-        put_array(out, 3 + made.len() + 3 + args.len());
+        // A script can't run what blocks; inside a transaction it would not have blocked anyway.
+        let calm: Option<(&[u8], usize)> = match row.name {
+            "blmove" => Some((b"LMOVE", args.len() - 1)),
+            "brpoplpush" => Some((b"RPOPLPUSH", args.len() - 1)),
+            _ => None,
+        };
+        put_array(out, 3 + made.len() + 3 + calm.map_or(args.len(), |(_, len)| len));
         put_bulk(out, b"EVALSHA");
         put_bulk(out, &script.sha);
         put_bulk(out, made.len().to_string().as_bytes());
@@ -612,8 +620,16 @@ impl<'a> Burst<'a> {
         put_bulk(out, ttl.to_string().as_bytes());
         put_bulk(out, if version == Version::Three { b"3" } else { b"2" });
         // The command itself, without its own array header.
-        let start = header_len(args.len());
-        put_rewritten_from(out, start, bytes, args, &found.keys, prefix);
+        match calm {
+            None => put_rewritten_from(out, header_len(args.len()), bytes, args, &found.keys, prefix),
+            Some((name, len)) => {
+                put_bulk(out, name);
+                for (i, arg) in args[..len].iter().enumerate().skip(1) {
+                    let before: &[u8] = if found.keys.contains(&i) { prefix } else { b"" };
+                    put_bulk_joined(out, before, arg.of(bytes));
+                }
+            }
+        }
         self.queued_or_expected(row.reply, creates, 0);
         if self.client.queue.is_none() {
             self.count_keys();

@@ -188,6 +188,11 @@ fn without(text: &[u8], prefix: &[u8], out: &mut Vec<u8>) {
     while let Some(at) = memchr::memmem::find(rest, prefix) {
         out.extend_from_slice(&rest[..at]);
         rest = &rest[at + prefix.len()..];
+        // A client's own name may look like a prefix: one layer is ours, the next is its.
+        if rest.starts_with(prefix) {
+            out.extend_from_slice(prefix);
+            rest = &rest[prefix.len()..];
+        }
     }
     out.extend_from_slice(rest);
 }
