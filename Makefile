@@ -64,3 +64,9 @@ bench:
 bench-postgres:
 	$(CARGO) build --release --bin dynabase
 	sh benches/postgres.sh
+
+# make bench-redis   direct, dynabase and twemproxy side by side
+.PHONY: bench-redis
+bench-redis:
+	$(CARGO) build --release --bin dynabase
+	python3 benches/redis.py

@@ -23,7 +23,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     admin,
     catalog::Catalog,
-    config::{Config, Log, LogFormat},
+    config::{self, Config, Log, LogFormat},
     front,
     identity::Verifier,
     net::{AcceptLimits, Drain, ListenConfig, Listener, ServerTls, listen},
@@ -66,8 +66,12 @@ pub struct App {
 ///
 /// # Errors
 /// The system gives no threads.
-pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().thread_name("dynabase").enable_all().build()
+pub fn runtime(config: &config::Runtime) -> std::io::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    if config.workers > 0 {
+        builder.worker_threads(config.workers.into());
+    }
+    builder.thread_name("dynabase").enable_all().build()
 }
 
 /// Sends log lines to standard error, as configured. Once per process.

@@ -51,9 +51,22 @@ pub struct Config {
     pub upstream: Upstream,
     /// The operators' port.
     pub admin: admin::Config,
+    /// The process itself.
+    pub runtime: Runtime,
     /// What is logged.
     pub log: Log,
 }
+
+/// `[runtime]`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Runtime {
+    /// Threads that serve clients; 0 is one per core. At most 1 024.
+    pub workers: u16,
+}
+
+/// Most threads: far more than any machine has cores.
+const WORKERS_MAX: u16 = 1024;
 
 /// The path of the tiers' file.
 #[derive(Clone, Debug, Deserialize)]
@@ -304,6 +317,7 @@ impl Config {
             "listen.max_connections",
             format!("must be 1 to {CONNECTIONS_MAX}"),
         );
+        need(self.runtime.workers <= WORKERS_MAX, "runtime.workers", format!("must be 0 to {WORKERS_MAX}"));
         let second = Duration::from_secs(1);
         need(listen.handshake_timeout >= second, "listen.handshake_timeout", "must be at least 1s".into());
         if let Some(Err(error)) = self.tls.as_ref().map(|tls| net::ServerTls::load(tls, &[])) {

@@ -24,7 +24,7 @@ use super::{Failure, key, place, tenant, token};
 use crate::{
     app::{self, App},
     catalog::Catalog,
-    config::Config,
+    config::{Config, Runtime},
     tenant::{
         DEFAULT_NAME, Names, OrgId, Tier,
         namespace::{NameStyle, Password, RootSecret},
@@ -85,7 +85,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
         ready::remove(path).map_err(Failure::failed)?;
     }
     let folder = Folder::open(&arguments.data_dir, arguments.reset).map_err(Failure::failed)?;
-    let runtime = app::runtime().map_err(Failure::failed)?;
+    let runtime = app::runtime(&Runtime::default()).map_err(Failure::failed)?;
     // On this thread, which lives as long as the process: the kernel ends the children with the thread that made them.
     let done = runtime.block_on(start(arguments, ports, &programs, &redis, &folder));
     if let Some(path) = &arguments.ready_file {

@@ -17,7 +17,7 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     let config = Config::load(&arguments.config).map_err(Failure::usage)?;
     app::log_to_stderr(&config.log).map_err(Failure::usage)?;
-    let runtime = app::runtime().map_err(Failure::failed)?;
+    let runtime = app::runtime(&config.runtime).map_err(Failure::failed)?;
     runtime
         .block_on(async {
             let app = app::App::build(config, Some(arguments.config.clone())).await?;

@@ -86,7 +86,6 @@ pub struct House {
     pub redis: Redis,
     pub port: u16,
     pub table: Arc<Table>,
-    pub upstream: Arc<Upstream>,
     tenants: HashMap<String, Arc<Tenant>>,
     tiers: String,
 }
@@ -107,7 +106,7 @@ pub fn names() -> Names {
     Names::new(RootSecret::new(&[7; 32]).expect("32 bytes"), NameStyle::Plain)
 }
 
-async fn front(redis: u16, tenants: &HashMap<String, Arc<Tenant>>, tiers: &str) -> (u16, Arc<Table>, Arc<Upstream>) {
+async fn front(redis: u16, tenants: &HashMap<String, Arc<Tenant>>, tiers: &str) -> (u16, Arc<Table>) {
     let (directory, mut asks) = Directory::new();
     let known = tenants.clone();
     tokio::spawn(async move {
@@ -136,7 +135,7 @@ async fn front(redis: u16, tenants: &HashMap<String, Arc<Tenant>>, tiers: &str) 
         password: Some(Password::new(PLATFORM)),
     };
     let upstream = Upstream::new(target, names(), commands::for_acl());
-    let server = Server::new(gate, Arc::clone(&upstream), None, Config::default(), Drain::new());
+    let server = Server::new(gate, upstream, None, Config::default(), Drain::new());
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let port = listener.local_addr().expect("bound").port();
     tokio::spawn(async move {
@@ -153,7 +152,7 @@ async fn front(redis: u16, tenants: &HashMap<String, Arc<Tenant>>, tiers: &str) 
             tokio::spawn(Arc::clone(&server).serve(conn));
         }
     });
-    (port, table, upstream)
+    (port, table)
 }
 
 impl House {
@@ -173,8 +172,8 @@ impl House {
         .into_iter()
         .map(|(org, tier)| (org.to_owned(), Arc::new(tenant(org, tier, 1))))
         .collect();
-        let (port, table, upstream) = front(redis.port, &tenants, tiers).await;
-        Self { redis, port, table, upstream, tenants, tiers: tiers.to_owned() }
+        let (port, table) = front(redis.port, &tenants, tiers).await;
+        Self { redis, port, table, tenants, tiers: tiers.to_owned() }
     }
 
     /// Another dynabase process before the same server: its port.
@@ -198,10 +197,6 @@ impl House {
     pub fn set_tier(&self, org: &str, tier: Tier, epoch: u64) {
         assert!(self.tenants.contains_key(org));
         self.table.apply(Arc::new(tenant(org, tier, epoch))).expect("a newer epoch");
-    }
-
-    pub fn url(&self, org: &str) -> String {
-        format!("redis://app:{}@127.0.0.1:{}/0", self.token(org), self.port)
     }
 
     /// A logged-in client of a tenant.

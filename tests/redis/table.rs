@@ -28,7 +28,11 @@ fn walk(cursor: &mut Cursor<'_>, rows: &mut BTreeMap<String, (i64, [i64; 3])>) {
         let positions = [number(cursor), number(cursor), number(cursor)];
         rows.insert(name, (arity, positions));
         for field in 6..fields {
-            if field == 9 { walk(cursor, rows) } else { drop(cursor.whole()) }
+            if field == 9 {
+                walk(cursor, rows);
+            } else {
+                cursor.whole();
+            }
         }
     }
 }

@@ -984,6 +984,15 @@ impl Conversation {
                     fate
                 }
             };
+            if matches!(head.kind, b'D' | b'd') && fate == Fate::Forward {
+                // Rows come in runs, and nothing but their length matters: the end of the run is looked for first.
+                let run = run_of(head.kind, rest);
+                down.input(at..at + run);
+                at += run;
+                if run > 0 {
+                    continue;
+                }
+            }
             self.server_rest = (head.len, fate);
             let n = head.len.min(rest.len());
             if fate == Fate::Forward {
@@ -1210,6 +1219,19 @@ impl Conversation {
             }
         }
     }
+}
+
+/// Bytes of the whole messages of one kind that stand at the head of `bytes`.
+fn run_of(kind: u8, bytes: &[u8]) -> usize {
+    let mut end = 0;
+    while let Some(&[found, a, b, c, d]) = bytes.get(end..).and_then(|rest| rest.first_chunk::<HEAD>()) {
+        let next = end + 1 + u32::from_be_bytes([a, b, c, d]) as usize;
+        if found != kind || next > bytes.len() || next < end + HEAD {
+            break;
+        }
+        end = next;
+    }
+    end
 }
 
 /// Fails as PostgreSQL does when a statement's types have changed since it was prepared.

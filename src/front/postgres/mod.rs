@@ -135,7 +135,7 @@ impl Server {
             Err(handshake::Early::Refused(report, reason)) => {
                 metrics::counter!("dynabase_refusals_total", "protocol" => "postgres", "reason" => reason).increment(1);
                 if let Some(stream) = &mut stream {
-                    farewell(stream, &report).await;
+                    farewell(stream, &[], &report).await;
                 }
                 reason
             }
@@ -155,9 +155,9 @@ impl Server {
     }
 }
 
-/// Says why, then closes so that the client gets to read it.
-async fn farewell(stream: &mut Stream, report: &Report) {
-    let mut out = Vec::new();
+/// Says `last` and why, then closes so that the client gets to read it.
+async fn farewell(stream: &mut Stream, last: &[u8], report: &Report) {
+    let mut out = last.to_vec();
     report.put(&mut out);
     let goodbye = async {
         stream.write_all(&out).await?;

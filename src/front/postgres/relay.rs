@@ -45,6 +45,9 @@ use crate::{
 /// Bytes read at once. Large enough that a big result costs few system calls; one buffer per thread.
 const READ: usize = 64 * 1024;
 
+/// Most bytes held back for the server's next answer.
+const HELD_MAX: usize = 16 * 1024;
+
 /// How long a session that has to end may take to reach a safe point.
 const STOP_GRACE: Duration = Duration::from_secs(60);
 /// The same where the tenant is suspended or its key revoked.
@@ -101,6 +104,8 @@ struct Relay {
     server_tail: Vec<u8>,
     to_client: Pending,
     to_server: Pending,
+    /// Answers of ours that go out with the server's next ones, in one write: a server would not send them sooner.
+    held: Vec<u8>,
     /// There is something in `tail` that can go on without more bytes.
     resume: bool,
     cancelling: Option<JoinHandle<bool>>,
@@ -194,7 +199,7 @@ pub(super) async fn run(server: Arc<Server>, id: u64, peer: Peer, stream: Stream
             (reason, relay.bytes_in, relay.bytes_out, relay.transactions)
         }
         Err((report, reason)) => {
-            farewell(&mut stream, &report).await;
+            farewell(&mut stream, &[], &report).await;
             (reason, 0, 0, 0)
         }
     };
@@ -340,7 +345,11 @@ impl Relay {
             if linked && let Some(link) = &mut self.link {
                 self.to_server.write(up, &mut link.stream, cx, &input[at..]).map_err(|_| Event::ServerGone(false))?;
             }
-            self.say(cx, down, &input[at..])?;
+            if linked && self.held.len() < HELD_MAX && !self.conversation.ledger().is_settled() {
+                down.copy_to(&input[at..], &mut self.held);
+            } else {
+                self.say(cx, down, &input[at..])?;
+            }
             at += step.consumed;
             match step.want {
                 Want::More | Want::Hold => break None,
@@ -412,7 +421,13 @@ impl Relay {
     }
 
     fn say(&mut self, cx: &mut Context<'_>, down: &mut Out, input: &[u8]) -> Result<(), Event> {
-        self.bytes_out += down.len() as u64;
+        self.bytes_out += (self.held.len() + down.len()) as u64;
+        if !self.held.is_empty() {
+            self.to_client.bytes.append(&mut self.held);
+            down.copy_to(input, &mut self.to_client.bytes);
+            let _ = self.to_client.poll(&mut self.client, cx).map_err(client_gone)?;
+            return Ok(());
+        }
         self.to_client.write(down, &mut self.client, cx, input).map_err(client_gone)
     }
 
@@ -484,10 +499,10 @@ impl Relay {
 
     /// What others want of this session, if anything.
     fn signal(&mut self) -> Option<Event> {
-        let live = Arc::clone(self.session.live());
-        if !live.signalled() && self.stopping.is_none() {
+        if !self.session.live().signalled() && self.stopping.is_none() {
             return None;
         }
+        let live = Arc::clone(self.session.live());
         if live.take_cancel() {
             return Some(Event::Cancel);
         }
@@ -598,7 +613,8 @@ impl Relay {
 
     async fn say_goodbye(&mut self, report: &Report) {
         if self.to_client.is_empty() && self.conversation.is_between_replies() {
-            farewell(&mut self.client, report).await;
+            let held = std::mem::take(&mut self.held);
+            farewell(&mut self.client, &held, report).await;
         }
     }
 

@@ -34,7 +34,7 @@ impl Found {
             Made::First => &self.keys[..self.keys.len().min(1)],
             Made::Last => &self.keys[self.keys.len().saturating_sub(1)..],
             Made::All => &self.keys,
-            Made::Store => self.store.as_ref().map_or(&[], std::slice::from_ref),
+            Made::Store => self.store.as_slice(),
         }
     }
 }

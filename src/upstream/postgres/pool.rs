@@ -12,6 +12,7 @@
 
 use std::{
     collections::VecDeque,
+    mem::MaybeUninit,
     sync::{
         Arc, Weak,
         atomic::{AtomicUsize, Ordering},
@@ -520,8 +521,9 @@ impl Pool {
 /// parameters; anything else, and its end, means it is not usable.
 fn alive(connection: &mut Connection) -> bool {
     let mut cx = Context::from_waker(std::task::Waker::noop());
-    let mut space = [0; IDLE_READ];
-    let mut read = ReadBuf::new(&mut space);
+    // Not zeroed: this is on the way of every transaction, and hardly ever is there anything to read.
+    let mut space = [MaybeUninit::uninit(); IDLE_READ];
+    let mut read = ReadBuf::uninit(&mut space);
     let stream = std::pin::Pin::new(&mut connection.stream);
     match tokio::io::AsyncRead::poll_read(stream, &mut cx, &mut read) {
         Poll::Pending => return true,

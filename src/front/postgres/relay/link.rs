@@ -54,6 +54,7 @@ impl Begun {
             server_tail: Vec::new(),
             to_client: Pending::default(),
             to_server: Pending::default(),
+            held: Vec::new(),
             resume: false,
             cancelling: None,
             stopping: None,
