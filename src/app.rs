@@ -119,8 +119,13 @@ impl App {
             handshake_timeout: config.listen.handshake_timeout,
             openid_configuration: format!("{}/.well-known/openid-configuration", identity.issuer.trim_end_matches('/')),
         };
-        let postgres_front =
-            front::postgres::Server::new(Arc::clone(&gate), Arc::clone(&postgres), tls.clone(), settings, drain.clone());
+        let postgres_front = front::postgres::Server::new(
+            Arc::clone(&gate),
+            Arc::clone(&postgres),
+            tls.clone(),
+            settings,
+            drain.clone(),
+        );
         let bind = |address: &crate::net::Address| {
             let settings = ListenConfig {
                 address: address.clone(),

@@ -90,7 +90,11 @@ async fn compare(seed: u64, three: bool) {
     let calm: Vec<&str> = forms
         .iter()
         .copied()
-        .filter(|form| !["COPY", "SELECT", "HELLO", "CLIENT", "SCRIPT", "PUBSUB", "LOLWUT", "WATCH"].iter().any(|w| form.starts_with(w)))
+        .filter(|form| {
+            !["COPY", "SELECT", "HELLO", "CLIENT", "SCRIPT", "PUBSUB", "LOLWUT", "WATCH"]
+                .iter()
+                .any(|w| form.starts_with(w))
+        })
         .collect();
     let mut dice = Dice(seed);
     let mut compared = 0;
@@ -105,7 +109,9 @@ async fn compare(seed: u64, three: bool) {
         for _ in 0..count {
             let one = command(&mut dice, if transaction { &calm } else { &forms });
             // Seen at queue time by the server itself only: a number of keys that no script could have.
-            if transaction && (one[0] == "EVAL" || one[0] == "NOSUCH" || one.len() == 1 && one[0] == "GET" || one[0] == "XGROUP") {
+            if transaction
+                && (one[0] == "EVAL" || one[0] == "NOSUCH" || one.len() == 1 && one[0] == "GET" || one[0] == "XGROUP")
+            {
                 continue;
             }
             batch.push(one);
@@ -121,7 +127,10 @@ async fn compare(seed: u64, three: bool) {
         for one in &batch {
             let mine = comparable(one, through.reply().await);
             let theirs = comparable(one, direct.reply().await);
-            let unordered = one[0] == "EXEC" && ["KEYS", "SINTER", "SMEMBERS", "HGETALL", "TIME", "EXPIRETIME"].iter().any(|w| batch.iter().any(|c| c[0] == *w));
+            let unordered = one[0] == "EXEC"
+                && ["KEYS", "SINTER", "SMEMBERS", "HGETALL", "TIME", "EXPIRETIME"]
+                    .iter()
+                    .any(|w| batch.iter().any(|c| c[0] == *w));
             if !unordered {
                 assert_eq!(mine, theirs, "seed {seed} round {round}: {one:?} in {batch:?}");
             }

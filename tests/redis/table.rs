@@ -148,13 +148,7 @@ async fn no_command_touches_or_shows_another_tenants_data() {
 
     let mut attacker = house.client("umbrella").await;
     let forms = |key: &str| {
-        [
-            key.to_owned(),
-            format!("org:hooli:{key}"),
-            "*".to_owned(),
-            "[o]rg:hooli:*".to_owned(),
-            "?rg:*".to_owned(),
-        ]
+        [key.to_owned(), format!("org:hooli:{key}"), "*".to_owned(), "[o]rg:hooli:*".to_owned(), "?rg:*".to_owned()]
     };
     let mut tried = 0;
     for row in ROWS {

@@ -39,13 +39,15 @@ pub struct Server {
 /// # Errors
 /// It is not there; with the line that installs it.
 pub fn find() -> Result<PathBuf, String> {
-    program_folders().into_iter().map(|folder| folder.join("redis-server")).find(|path| path.is_file()).ok_or_else(|| {
-        "no Redis server found (program redis-server, 7.0 or newer).\n\
+    program_folders().into_iter().map(|folder| folder.join("redis-server")).find(|path| path.is_file()).ok_or_else(
+        || {
+            "no Redis server found (program redis-server, 7.0 or newer).\n\
          Debian, Ubuntu:  sudo apt-get install -y redis-server\n\
          Fedora:          sudo dnf install -y valkey-compat-redis\n\
          macOS:           brew install redis"
-            .into()
-    })
+                .into()
+        },
+    )
 }
 
 impl Server {

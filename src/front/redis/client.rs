@@ -545,7 +545,9 @@ impl Client {
                             burst.client.request.reset();
                             match result {
                                 Ok(()) => used += len,
-                                Err(step @ (Step::Connect | Step::Measure | Step::Count | Step::Delay(_) | Step::Wait)) => {
+                                Err(
+                                    step @ (Step::Connect | Step::Measure | Step::Count | Step::Delay(_) | Step::Wait),
+                                ) => {
                                     break step;
                                 }
                                 Err(step) => {

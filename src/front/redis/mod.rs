@@ -2,7 +2,7 @@
 //!
 //! [`Server::serve`] is one client from its first byte to its last: `client` holds the conversation, `commands` says
 //! what becomes of each command, `keys` where its keys stand, `request` writes it on with the tenant's prefix and
-//! limits, `slow` does what needs more than that (logging in, blocking, subscribing), `local` answers what the
+//! limits (`rewrite` moves the bytes), `slow` does what needs more than that (logging in, blocking, subscribing), `local` answers what the
 //! server must not be asked.
 
 mod client;
@@ -13,6 +13,7 @@ mod memory;
 mod refuse;
 mod registry;
 mod request;
+pub mod rewrite;
 mod script;
 mod slow;
 

@@ -9,7 +9,8 @@ use super::{
     keys,
     refuse::{self, After},
     registry::Card,
-    request::{Burst, put_rewritten},
+    request::Burst,
+    rewrite::put_rewritten,
 };
 use crate::{
     quota::clock,
