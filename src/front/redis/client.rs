@@ -55,6 +55,12 @@ const WAITING_HIGH_BYTES: usize = 1 << 20;
 /// Buffer kept for an unfinished command between reads.
 const KEPT_BYTES: usize = 4 << 10;
 
+/// Bytes from which on an unfinished command counts as large.
+const LARGE_COMMAND_BYTES: usize = 1 << 20;
+
+/// Bytes of unfinished large commands of all clients together: who would exceed it is refused.
+const LARGE_COMMANDS_MAX_BYTES: usize = 2 << 30;
+
 /// Bytes of commands of one transaction, kept until EXEC.
 pub const TRANSACTION_MAX_BYTES: usize = 64 << 20;
 
@@ -189,6 +195,8 @@ pub struct Client {
     /// The tenant's databases were just counted.
     pub(super) counted: bool,
     pub(super) closing: bool,
+    /// Bytes of `carry` that count in [`Server::large`].
+    large: usize,
     /// `carry` may begin with whole commands.
     resume: bool,
     ended: bool,
@@ -236,6 +244,7 @@ impl Client {
             measured: false,
             counted: false,
             closing: false,
+            large: 0,
             resume: false,
             ended: false,
         }
@@ -420,8 +429,13 @@ impl Client {
                 self.written = 0;
                 self.outbox.take(&mut self.writing);
                 if self.writing.is_empty() {
-                    if self.writing.capacity() > 0 && self.outbox.lock().unanswered == 0 {
-                        self.writing = Vec::new();
+                    if self.outbox.lock().unanswered == 0 {
+                        if self.writing.capacity() > 0 {
+                            self.writing = Vec::new();
+                        }
+                        if let Some(tenancy) = &self.tenancy {
+                            tenancy.session.live().set_idle(true);
+                        }
                     }
                     return Ok(());
                 }
@@ -482,7 +496,26 @@ impl Client {
             carry = Vec::new();
         }
         self.carry = carry;
-        step
+        if self.is_too_much() { Step::Close } else { step }
+    }
+
+    /// Counts a large unfinished command; says so to the client, and forgets it, when all together are too much.
+    fn is_too_much(&mut self) -> bool {
+        let large = if self.carry.len() > LARGE_COMMAND_BYTES { self.carry.len() } else { 0 };
+        let before = std::mem::replace(&mut self.large, large);
+        if large == before {
+            return false;
+        }
+        // Relaxed: a sum that is read for nothing but its size.
+        self.server.large.fetch_sub(before, Ordering::Relaxed);
+        let total = self.server.large.fetch_add(large, Ordering::Relaxed) + large;
+        if large <= before || total <= LARGE_COMMANDS_MAX_BYTES {
+            return false;
+        }
+        self.carry = Vec::new();
+        let refusal = crate::refusal::Refusal::TooLarge { max_bytes: LARGE_COMMANDS_MAX_BYTES as u64 };
+        self.farewell(&refusal);
+        true
     }
 
     /// Takes as many commands of `bytes` as it can; gives how many bytes are done with.
@@ -578,6 +611,9 @@ impl Client {
             }
         };
         burst.end();
+        if let Some(tenancy) = &self.tenancy {
+            tenancy.session.live().set_idle(false);
+        }
         if let Some(card) = &self.card {
             card.seen_ms.store(clock::now_ms(), Ordering::Relaxed);
         }
@@ -614,6 +650,7 @@ impl Client {
 impl Drop for Client {
     fn drop(&mut self) {
         self.outbox.lock().gone = true;
+        self.server.large.fetch_sub(self.large, Ordering::Relaxed);
         // A blocked command must not pop an element for nobody; a watch must not outlive its client.
         if let Some(own) = self.own.take() {
             own.link.part();

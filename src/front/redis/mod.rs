@@ -17,7 +17,7 @@ pub mod rewrite;
 mod script;
 mod slow;
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::AtomicUsize};
 
 use crate::{
     net::{Conn, drain::Drain, tls, tls::ServerTls},
@@ -46,6 +46,8 @@ pub struct Server {
     config: Config,
     drain: Drain,
     registry: registry::Registry,
+    /// Bytes of unfinished large commands of all clients.
+    large: AtomicUsize,
 }
 
 impl Server {
@@ -57,7 +59,7 @@ impl Server {
         config: Config,
         drain: Drain,
     ) -> Arc<Self> {
-        Arc::new(Self { gate, upstream, tls, config, drain, registry: registry::Registry::default() })
+        Arc::new(Self { gate, upstream, tls, config, drain, registry: registry::Registry::default(), large: AtomicUsize::new(0) })
     }
 
     /// Serves one client until it leaves or is let go.

@@ -9,6 +9,9 @@ use parking_lot::{Mutex, MutexGuard};
 /// commands keeps an honest client far below.
 pub const OUTBOX_MAX_BYTES: usize = 256 << 20;
 
+/// Bytes of messages that may wait for a subscriber that does not read; Redis' own hard limit.
+pub const MESSAGES_MAX_BYTES: usize = 32 << 20;
+
 /// Bytes of buffer kept by a client that has nothing waiting.
 const KEPT_BYTES: usize = 4 << 10;
 
@@ -50,7 +53,8 @@ impl Outbox {
                 write(&mut state.bytes);
                 let grown = state.bytes.len() - before;
                 state.largest = state.largest.max(grown);
-                if state.bytes.len() > OUTBOX_MAX_BYTES {
+                let max = if answered == 0 && state.unanswered == 0 { MESSAGES_MAX_BYTES } else { OUTBOX_MAX_BYTES };
+                if state.bytes.len() > max {
                     state.lost = true;
                     state.bytes = Vec::new();
                 }
