@@ -102,7 +102,7 @@ impl Server {
 
     /// The administrator's URL.
     pub fn url(&self) -> String {
-        format!("redis://:{}@127.0.0.1:{}/0", self.password.expose(), self.port)
+        format!("redis://default:{}@127.0.0.1:{}/0", self.password.expose(), self.port)
     }
 
     /// Whether it has ended, by itself or by us.
