@@ -2,5 +2,7 @@
 
 mod dev;
 mod floors;
+mod postgres;
 mod provision;
 mod redis;
+mod support;

@@ -7,6 +7,8 @@
 //! Entry point: [`Verifier::verify`].
 
 mod config;
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 mod json;
 mod keyring;
 mod keys;
@@ -28,6 +30,10 @@ use std::{
 };
 
 pub use config::{Config, Secret};
+/// The fuzzer's way in.
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use fuzz::play as fuzz_token;
 use keyring::Keyring;
 use keys::{KeySet, sha256};
 use moka::{Expiry, sync::Cache};

@@ -10,6 +10,9 @@
 //! - A statement name reaches a server only as one of ours, or as the client's own while it is pinned.
 //! - Every message is forwarded by its length; a body is read only where a name, a tag or a state hides in it.
 
+#[cfg(any(test, fuzzing))]
+pub mod script;
+
 use std::{
     collections::VecDeque,
     sync::{Arc, atomic::Ordering},
@@ -44,7 +47,9 @@ const LOOK_MAX: usize = 64 * 1024;
 
 /// What undoes whatever a client may have left in a server session without our seeing it.
 pub const RESET: &str = "SET SESSION AUTHORIZATION DEFAULT;RESET ALL;CLOSE ALL;UNLISTEN *;\
-    SELECT pg_catalog.pg_advisory_unlock_all();DISCARD TEMP;DISCARD SEQUENCES";
+    SELECT pg_catalog.pg_advisory_unlock_all();DISCARD TEMP;DISCARD SEQUENCES;\
+    DO $$DECLARE it text;BEGIN FOR it IN SELECT name FROM pg_catalog.pg_prepared_statements WHERE from_sql LOOP \
+    EXECUTE pg_catalog.format('DEALLOCATE %I',it);END LOOP;END$$";
 
 /// How far the client's bytes were taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,6 +109,8 @@ enum Note {
     Close { id: u64 },
     /// A Describe of a statement that was sent.
     Describe(Option<Arc<Statement>>),
+    /// A Parse or Close that is answered here: the client's name, and what it stood for before.
+    Own { name: Box<[u8]>, was: Option<Arc<Statement>> },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +152,11 @@ pub struct Conversation {
     /// The statement whose types are being compared; and one of which they differ from what the client was told.
     holding: Option<Arc<Statement>>,
     changed: Option<u64>,
+    /// A portal was bound, then a statement sent, that may take all prepared statements away; and what the client
+    /// sent behind it waits until it is known whether it did.
+    wipe_bound: bool,
+    wiping: bool,
+    waits: bool,
     /// Bytes of a message that is passing, in each direction.
     client_rest: (usize, Rest),
     server_rest: (usize, Fate),
@@ -180,6 +192,9 @@ impl Conversation {
             types: Types::default(),
             holding: None,
             changed: None,
+            wipe_bound: false,
+            wiping: false,
+            waits: false,
             client_rest: (0, Rest::Drop),
             server_rest: (0, Fate::Drop),
             paced: false,
@@ -225,7 +240,7 @@ impl Conversation {
 
     /// Whether the client's next message waits for the server's answer to a question of ours.
     pub fn is_holding(&self) -> bool {
-        self.holding.is_some()
+        self.holding.is_some() || self.waits
     }
 
     /// Whether the session can end without cutting anything short.
@@ -379,6 +394,12 @@ impl Conversation {
                 }
                 (None, _) => Want::Link,
                 (Some(_), _) if !self.paced && self.ledger.is_idle() => Want::Pace,
+                (Some(_), b'Q' | b'F' | b'P' | b'B' | b'D' | b'C' | b'E') if self.wiping && !self.is_wiped() => {
+                    if !std::mem::replace(&mut self.waits, true) {
+                        up.own(|own| put(own, b'H', |_| {}));
+                    }
+                    Want::Hold
+                }
                 (Some(remote), _) => match self.request(head, message, remote, up, down)? {
                     Some(taken) => {
                         at += taken;
@@ -478,13 +499,17 @@ impl Conversation {
                     return Ok(Some(head.len));
                 }
                 self.push(Owed::Execute, How::Forward);
+                self.wiping |= std::mem::take(&mut self.wipe_bound);
                 pass(self);
             }
             b'C' => match frontend::subject(message).map_err(fault)? {
                 Subject::Statement(name) => {
-                    self.forget(name);
-                    self.push(Owed::Close, How::Invent);
-                    self.invent(down);
+                    if !self.ledger.is_skipping() {
+                        let was = self.forget(name);
+                        self.push(Owed::Close, How::Invent);
+                        self.notes.push_back(Note::Own { name: name.into(), was });
+                        self.invent(down);
+                    }
                     return Ok(Some(head.len));
                 }
                 Subject::Portal(_) => {
@@ -545,6 +570,7 @@ impl Conversation {
             remote.sequences = false;
         }
         self.note(scan.shape, remote);
+        self.wiping |= scan.shape.has(Shape::WIPES);
         // A simple Query destroys the unnamed statement.
         self.names.unnamed = None;
         remote.unnamed = None;
@@ -676,6 +702,7 @@ impl Conversation {
     ) {
         if remote.prepared.has(statement.id) {
             self.push(Owed::Parse, How::Invent);
+            self.notes.push_back(Note::Own { name: own.unwrap_or_default().into(), was: None });
             self.invent(down);
         } else {
             self.prepare(statement, How::Forward, own, remote, up);
@@ -686,6 +713,10 @@ impl Conversation {
     fn prepare(&mut self, statement: &Statement, how: How, own: Option<&[u8]>, remote: &mut Remote, up: &mut Out) {
         if self.ledger.is_skipping() || (remote.prepared.has(statement.id) && how == How::Swallow) {
             return;
+        }
+        if remote.prepared.has(statement.id) {
+            // In a failed transaction the server itself has to say whether it takes the statement.
+            self.close(statement.id, up);
         }
         if let Some(evicted) = remote.prepared.insert(statement.id) {
             self.close(evicted, up);
@@ -732,6 +763,13 @@ impl Conversation {
         self.notes.push_back(Note::Describe(None));
         self.holding = Some(statement);
         true
+    }
+
+    /// Whether it is known what became of the prepared statements.
+    fn is_wiped(&mut self) -> bool {
+        let known = self.ledger.is_settled() || self.ledger.is_skipping();
+        self.wiping &= !known;
+        known
     }
 
     /// Whether the types of a statement were just found to differ from what the client was told.
@@ -809,6 +847,7 @@ impl Conversation {
             remote.sequences = false;
         }
         self.note(scan.shape, remote);
+        self.wipe_bound |= scan.shape.has(Shape::WIPES);
         self.refuse_execute = self.over_storage.is_some_and(|over| self.is_refused(scan, &over));
         self.staged.extend(scan.tracks.iter().map(|(by, track)| (self.sent, *by, track.clone())));
     }
@@ -876,11 +915,12 @@ impl Conversation {
     }
 
     /// Forgets a statement that the client closes. The server keeps it for others.
-    fn forget(&mut self, name: &[u8]) {
+    fn forget(&mut self, name: &[u8]) -> Option<Arc<Statement>> {
         if name.is_empty() {
             self.names.unnamed = None;
+            None
         } else {
-            self.names.remove(name);
+            self.names.remove(name)
         }
     }
 
@@ -905,6 +945,9 @@ impl Conversation {
     /// Answers what it is our turn to answer.
     fn invent(&mut self, down: &mut Out) {
         while let Some(owed) = self.ledger.take_invented() {
+            if owed != Owed::Deallocate {
+                self.notes.pop_front();
+            }
             let status = self.ledger.status();
             down.own(|own| match owed {
                 Owed::Parse => own.extend_from_slice(&backend::PARSE_COMPLETE),
@@ -1002,6 +1045,7 @@ impl Conversation {
             at += n;
             self.invent(down);
         }
+        self.waits = self.waits && !self.is_wiped();
         Ok(Heard { consumed: at, fatal })
     }
 
@@ -1092,11 +1136,12 @@ impl Conversation {
         self.holding = None;
         self.types = Types::default();
         let (notes, names) = (&mut self.notes, &mut self.names);
+        let mut undone = Vec::new();
         let fate = self.ledger.answer(b'E', |owed, how| {
             unanswered += u64::from(matches!(owed, Owed::Query | Owed::Call));
             let noted = match owed {
-                Owed::Parse => how != How::Invent,
-                Owed::Close => how == How::Swallow,
+                Owed::Parse => true,
+                Owed::Close => how != How::Forward,
                 Owed::DescribeStatement => true,
                 _ => false,
             };
@@ -1111,15 +1156,23 @@ impl Conversation {
                             names.unnamed = None;
                             remote.unnamed = None;
                         }
-                        Some(own) => drop(names.remove(&own)),
+                        Some(own) => undone.push((own, None)),
                         None => {}
                     }
                 }
+                Some(Note::Own { name, was }) => undone.push((name, was)),
                 // It was skipped: the server still has it.
                 Some(Note::Close { id }) if id != 0 => remote.prepared.restore(id),
                 Some(Note::Close { .. } | Note::Describe(_)) | None => {}
             }
         })?;
+        // Last first: of several messages that name one statement the first knows what it was.
+        for (name, was) in undone.into_iter().rev().filter(|(name, _)| !name.is_empty()) {
+            self.names.remove(&name);
+            if let Some(was) = was {
+                self.names.insert(&name, was);
+            }
+        }
         self.answered += unanswered;
         self.errors += 1;
         self.done.clear();

@@ -69,6 +69,9 @@ pub enum Fate {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unasked;
 
+/// Entries whose space a sleeping client keeps: two bytes each.
+const KEPT: usize = 16;
+
 /// The ledger of one client's upstream connection.
 #[derive(Debug)]
 pub struct Ledger {
@@ -131,9 +134,9 @@ impl Ledger {
         self.skipping
     }
 
-    /// Gives the memory of a long pipeline back.
+    /// Gives the memory of a long pipeline back; what a usual one needs is kept.
     pub fn shrink(&mut self) {
-        if self.queue.is_empty() {
+        if self.queue.is_empty() && self.queue.capacity() > KEPT {
             self.queue = VecDeque::new();
         }
     }

@@ -27,6 +27,11 @@ mod relay;
 mod scan;
 mod statement;
 
+/// The fuzzer's way in: clients and servers driven by bytes, with everything checked that comes out.
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use conversation::script::play as fuzz_conversation;
+
 use std::{
     sync::{Arc, atomic::AtomicU64},
     time::Duration,

@@ -45,8 +45,9 @@ use crate::{
 /// Bytes read at once. Large enough that a big result costs few system calls; one buffer per thread.
 const READ: usize = 64 * 1024;
 
-/// Most bytes held back for the server's next answer.
+/// Most bytes held back for the server's next answer; and the space for them that a sleeping client keeps.
 const HELD_MAX: usize = 16 * 1024;
+const HELD_KEPT: usize = 32;
 
 /// How long a session that has to end may take to reach a safe point.
 const STOP_GRACE: Duration = Duration::from_secs(60);
@@ -443,6 +444,11 @@ impl Relay {
         };
         let input: &[u8] = waiting.as_deref().unwrap_or(&read[..n]);
         down.clear();
+        if !self.held.is_empty() {
+            down.own(|own| own.extend_from_slice(&self.held));
+            self.held.clear();
+            self.held.shrink_to(HELD_KEPT);
+        }
         let held = self.conversation.is_holding();
         let Heard { consumed, fatal } =
             self.conversation.hear_server(input, &mut link.remote, down).map_err(Event::Fault)?;

@@ -51,6 +51,9 @@ impl Shape {
     /// The client has statements that are too large or too many to follow it.
     pub const LARGE: Shape = Shape(1 << 17);
 
+    /// May take prepared statements away: `DISCARD`, `DEALLOCATE`. Whether it did, the server's answer tells.
+    pub const WIPES: Shape = Shape(1 << 18);
+
     /// What a text that was too long to read may do.
     pub const UNREAD: Shape = Shape(Shape::GROWS.0 | Shape::HIDDEN.0 | Shape::MOVES_SEQUENCE.0);
 
@@ -344,12 +347,13 @@ fn lead_of(word: &[u8]) -> (Lead, Shape, bool) {
         b"merge" => other(Shape::GROWS.and(Shape::MOVES_SEQUENCE)),
         b"set" => (Lead::Set, Shape::default(), true),
         b"reset" => (Lead::Reset, Shape::default(), true),
-        b"deallocate" => (Lead::Deallocate, Shape::default(), true),
+        b"deallocate" => (Lead::Deallocate, Shape::WIPES, true),
+        b"discard" => (Lead::Other, Shape::WIPES, true),
         b"begin" | b"start" | b"commit" | b"end" | b"rollback" | b"abort" | b"savepoint" | b"release" => {
             (Lead::Other, Shape::TRANSACTION, true)
         }
-        b"truncate" | b"drop" | b"vacuum" | b"show" | b"fetch" | b"move" | b"close" | b"discard" | b"analyze"
-        | b"declare" | b"explain" | b"listen" | b"unlisten" | b"lock" | b"checkpoint" | b"copy" => {
+        b"truncate" | b"drop" | b"vacuum" | b"show" | b"fetch" | b"move" | b"close" | b"analyze" | b"declare"
+        | b"explain" | b"listen" | b"unlisten" | b"lock" | b"checkpoint" | b"copy" => {
             (Lead::Other, Shape::default(), true)
         }
         b"create" | b"alter" | b"reindex" | b"cluster" | b"refresh" | b"import" => other(Shape::GROWS),

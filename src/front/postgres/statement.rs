@@ -133,7 +133,8 @@ impl Shared {
     }
 
     fn make(&self, definition: &[u8], query: &[u8], path: Option<&Value>) -> Statement {
-        let id = self.ids.fetch_add(1, Ordering::Relaxed);
+        // Never 0, which stands for a statement without a name of ours.
+        let id = self.ids.fetch_add(1, Ordering::Relaxed) + 1;
         Statement {
             id,
             name: upstream_name(id).into(),
@@ -343,6 +344,12 @@ mod tests {
         assert_eq!(types(b"a", 1, 23), types(b"a", 2, 23));
         assert_ne!(types(b"a", 1, 23), types(b"a", 1, 25));
         assert_ne!(types(b"a", 1, 23), types(b"b", 1, 23));
+    }
+
+    #[test]
+    fn no_statement_has_the_number_of_none() {
+        let shared = Shared::new(Arc::default());
+        assert_ne!(shared.statement(b"select 1\0\0\0", b"select 1", None).id, 0);
     }
 
     #[test]

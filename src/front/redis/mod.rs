@@ -59,7 +59,15 @@ impl Server {
         config: Config,
         drain: Drain,
     ) -> Arc<Self> {
-        Arc::new(Self { gate, upstream, tls, config, drain, registry: registry::Registry::default(), large: AtomicUsize::new(0) })
+        Arc::new(Self {
+            gate,
+            upstream,
+            tls,
+            config,
+            drain,
+            registry: registry::Registry::default(),
+            large: AtomicUsize::new(0),
+        })
     }
 
     /// Serves one client until it leaves or is let go.

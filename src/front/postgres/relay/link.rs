@@ -17,7 +17,10 @@ use crate::{
     refusal::{Limit, Over, Refusal},
     session::Session,
     tenant::{OverRate, PoolMode},
-    upstream::postgres::{Connection, Home, Lease, Pool, TakeError, Taken, connection::Value},
+    upstream::postgres::{
+        Connection, Home, Lease, Pool, TakeError, Taken,
+        connection::{Parameters, Value},
+    },
     wire::postgres::{
         self as wire,
         backend::{self, Report, Severity, Status},
@@ -134,12 +137,19 @@ pub(super) async fn begin(
             reported
         }
     };
-    let mut reported = reported;
-    if let Some(name) = &options.application_name
-        && reported.value("application_name") != Some(name)
-    {
-        Arc::make_mut(&mut reported).set(b"application_name", name.as_bytes());
-    }
+    // Clients with equal settings are told the same by one pointer, which spares comparing it at every link.
+    let reported = match &options.application_name {
+        Some(name) if reported.value("application_name") != Some(name) => {
+            shared.profile(&settings).unwrap_or_else(|| {
+                let mut own = Parameters::clone(&reported);
+                own.set(b"application_name", name.as_bytes());
+                let own = Arc::new(own);
+                shared.keep_profile(Arc::clone(&settings), Arc::clone(&own));
+                own
+            })
+        }
+        _ => reported,
+    };
     let mut conversation = Conversation::new(session.live().id, minor, shared, settings, reported);
     if let Some(lease) = &mut link {
         let script = conversation.preparation(&lease.remote);
