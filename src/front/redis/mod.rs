@@ -15,6 +15,7 @@ mod registry;
 mod request;
 pub mod rewrite;
 mod script;
+mod service;
 mod slow;
 
 use std::sync::{Arc, atomic::AtomicUsize};
