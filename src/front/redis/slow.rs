@@ -17,9 +17,7 @@ use crate::{
     session::Session,
     tenant::{DEFAULT_NAME, Protocol},
     upstream::redis::{DATABASES, Version, link::How},
-    wire::resp::{
-        Arg, put_array, put_bulk, put_bulk_joined, put_error, put_head, put_integer, put_request, put_status,
-    },
+    wire::resp::{put_array, put_bulk, put_bulk_joined, put_error, put_head, put_integer},
 };
 
 /// Most names that one client listens to.
