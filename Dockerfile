@@ -17,7 +17,7 @@ COPY --from=build /dynabase /usr/local/bin/dynabase
 COPY config/dynabase.toml config/tiers.toml /etc/dynabase/
 USER dynabase
 VOLUME /var/lib/dynabase
-EXPOSE 6432 9900
+EXPOSE 6432 6380 9900
 HEALTHCHECK --interval=5s --timeout=2s --start-period=10s CMD curl -fsS http://127.0.0.1:9900/livez || exit 1
 ENTRYPOINT ["dynabase"]
 CMD ["serve", "--config", "/etc/dynabase/dynabase.toml"]

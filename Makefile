@@ -69,3 +69,9 @@ bench:
 bench-postgres:
 	$(CARGO) build --release --bin dynabase
 	python3 benches/postgres.py
+
+# make bench-redis   direct, dynabase and twemproxy side by side
+.PHONY: bench-redis
+bench-redis:
+	$(CARGO) build --release --bin dynabase
+	python3 benches/redis.py

@@ -100,8 +100,29 @@ TOKEN = {
 ROOT = HERE.parent
 CONFIGURATION = {name: (ROOT / "config" / name).read_bytes() for name in ["tiers.toml", "dynabase.toml"]}
 
-SEEDS = {"startup": STARTUP, "frontend": FRONTEND, "backend": BACKEND, "ledger": LEDGER, "configuration": CONFIGURATION, "conversation": CONVERSATION,
-         "token": TOKEN}
+
+
+def request(line):
+    words = line.encode().split(b" ")
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+
+
+LINES = ["GET k", "MSET a 1 b 2", "ZUNIONSTORE d 2 a b WEIGHTS 1 2", "XREADGROUP GROUP g c COUNT 1 STREAMS a b > >",
+         "SORT k BY w_* GET # GET v_*->f STORE d", "EVAL s 2 a b c", "GEORADIUS k 1 2 3 m STORE d", "BITOP AND d a b",
+         "XGROUP CREATE s g $", "BLPOP a b 0", "LMPOP 9 a LEFT"]
+REWRITE = {line.split()[0].lower(): request(line) for line in LINES}
+RESP = {
+    **{name: bytes([7]) + data for name, data in REWRITE.items()},
+    "inline": b"\1SET a \"b c\"\r\n",
+    "keys": b"\1*2\r\n$7\r\norg:a:k\r\n$7\r\norg:b:k\r\n",
+    "streams": b"\1%1\r\n$7\r\norg:a:s\r\n*1\r\n*2\r\n$3\r\n1-1\r\n*2\r\n$1\r\nf\r\n$1\r\nv\r\n",
+    "push": b"\1>3\r\n$7\r\nmessage\r\n$7\r\norg:a:c\r\n$1\r\nx\r\n",
+    "attribute": b"\1|1\r\n+ttl\r\n:1\r\n~2\r\n:1\r\n_\r\n",
+    "error": b"\1-NOGROUP No such key 'org:a:k'\r\n",
+}
+
+SEEDS = {"startup": STARTUP, "frontend": FRONTEND, "backend": BACKEND, "ledger": LEDGER, "configuration": CONFIGURATION,
+         "conversation": CONVERSATION, "token": TOKEN, "resp": RESP, "redis_rewrite": REWRITE}
 for target, seeds in SEEDS.items():
     folder = CORPUS / target
     folder.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,9 @@ pub struct App {
     recorder: PrometheusHandle,
     postgres: Arc<upstream::postgres::Upstream>,
     postgres_front: Arc<front::postgres::Server>,
+    redis_front: Option<Arc<front::redis::Server>>,
     listeners: Vec<Listener>,
+    redis_listeners: Vec<Listener>,
     tls: Option<Arc<ServerTls>>,
     drain: Drain,
 }
@@ -117,8 +119,13 @@ impl App {
             handshake_timeout: config.listen.handshake_timeout,
             openid_configuration: format!("{}/.well-known/openid-configuration", identity.issuer.trim_end_matches('/')),
         };
-        let postgres_front =
-            front::postgres::Server::new(gate, Arc::clone(&postgres), tls.clone(), settings, drain.clone());
+        let postgres_front = front::postgres::Server::new(
+            Arc::clone(&gate),
+            Arc::clone(&postgres),
+            tls.clone(),
+            settings,
+            drain.clone(),
+        );
         let bind = |address: &crate::net::Address| {
             let settings = ListenConfig {
                 address: address.clone(),
@@ -128,6 +135,12 @@ impl App {
             Listener::bind(&settings).map_err(|error| error.to_string())
         };
         let listeners = config.listen.postgres.iter().map(bind).collect::<Result<Vec<_>, _>>()?;
+        let (mut redis_front, mut redis_listeners) = (None, Vec::new());
+        if let Some(redis) = config.redis()? {
+            let settings = front::redis::Config { login_timeout: config.listen.handshake_timeout };
+            redis_front = Some(front::redis::Server::new(gate, redis, tls.clone(), settings, drain.clone()));
+            redis_listeners = config.listen.redis.iter().map(bind).collect::<Result<Vec<_>, _>>()?;
+        }
         Ok(Self {
             config,
             path,
@@ -139,7 +152,9 @@ impl App {
             recorder,
             postgres,
             postgres_front,
+            redis_front,
             listeners,
+            redis_listeners,
             tls,
             drain,
         })
@@ -209,6 +224,12 @@ impl App {
         for listener in self.listeners {
             tracing::info!(address = %listener.local_addr(), "listening for PostgreSQL clients");
             let server = Arc::clone(&self.postgres_front);
+            let serve = move |conn| Arc::clone(&server).serve(conn);
+            accepting.spawn(listen::run(listener, Arc::clone(&limits), self.drain.clone(), serve));
+        }
+        for listener in self.redis_listeners {
+            let Some(server) = self.redis_front.clone() else { break };
+            tracing::info!(address = %listener.local_addr(), "listening for Redis clients");
             let serve = move |conn| Arc::clone(&server).serve(conn);
             accepting.spawn(listen::run(listener, Arc::clone(&limits), self.drain.clone(), serve));
         }

@@ -86,6 +86,9 @@ pub struct Listen {
     /// Addresses for PostgreSQL clients: `"127.0.0.1:6432"`, `"unix:/run/dynabase/.s.PGSQL.6432"`, or a list.
     #[serde(deserialize_with = "one_or_many")]
     pub postgres: Vec<net::Address>,
+    /// Addresses for Redis clients; used when there is an `upstream.redis.url`.
+    #[serde(deserialize_with = "one_or_many")]
+    pub redis: Vec<net::Address>,
     /// Networks of load balancers that send a PROXY protocol v2 header; from these it is required.
     #[serde(deserialize_with = "one_or_many")]
     pub proxy_from: Vec<IpNet>,
@@ -106,6 +109,7 @@ impl Default for Listen {
     fn default() -> Self {
         Self {
             postgres: vec![net::Address::Tcp(SocketAddr::from(([127, 0, 0, 1], 6432)))],
+            redis: vec![net::Address::Tcp(SocketAddr::from(([127, 0, 0, 1], 6380)))],
             proxy_from: Vec::new(),
             max_connections: 10_000,
             unadmitted_per_network: 256,
@@ -158,6 +162,8 @@ impl Default for NamesConfig {
 pub struct Upstream {
     /// `[upstream.postgres]`.
     pub postgres: upstream::postgres::Config,
+    /// `[upstream.redis]`.
+    pub redis: upstream::redis::Config,
 }
 
 /// `[log]`.
@@ -230,13 +236,13 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// Keys whose value may stand in a file of its own, `<key>_file`.
-const SECRETS: [&str; 2] = ["names.root_secret", "upstream.postgres.url"];
+const SECRETS: [&str; 3] = ["names.root_secret", "upstream.postgres.url", "upstream.redis.url"];
 
 /// Secrets whose own module reads the file.
 const FURTHER_SECRETS: [&str; 2] = ["identity.hs256_secret", "admin.token"];
 
 /// Keys that name a file or folder: relative ones are meant from the configuration's folder.
-const PATHS: [&str; 9] = [
+const PATHS: [&str; 10] = [
     "tiers",
     "tls.cert_file",
     "tls.key_file",
@@ -245,6 +251,7 @@ const PATHS: [&str; 9] = [
     "identity.hs256_secret_file",
     "catalog.path",
     "upstream.postgres.ca_file",
+    "upstream.redis.ca_file",
     "admin.token_file",
 ];
 
@@ -352,7 +359,20 @@ impl Config {
         for (key, what) in self.upstream.postgres.faults() {
             need(false, &format!("upstream.postgres.{key}"), what);
         }
+        if let Err(what) = self.upstream.redis.target() {
+            need(false, "upstream.redis.url", what);
+        }
         faults
+    }
+
+    /// The way to Redis, if it is configured.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration: not after [`Self::load`].
+    pub fn redis(&self) -> Result<Option<std::sync::Arc<upstream::redis::Upstream>>, String> {
+        let names = self.names()?;
+        let target = self.upstream.redis.target()?;
+        Ok(target.map(|target| upstream::redis::Upstream::new(target, names, crate::front::redis::commands::for_acl())))
     }
 
     /// Reads the tiers' file.

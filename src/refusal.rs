@@ -78,6 +78,10 @@ pub enum Limit {
     StatementTimeout,
     /// Pause inside a transaction, in milliseconds.
     IdleInTransaction,
+    /// Keys stored.
+    Keys,
+    /// Bytes of memory used.
+    Memory,
 }
 
 impl Limit {
@@ -90,6 +94,8 @@ impl Limit {
             Limit::Storage => "storage",
             Limit::StatementTimeout => "statement_timeout",
             Limit::IdleInTransaction => "idle_in_transaction_timeout",
+            Limit::Keys => "keys",
+            Limit::Memory => "memory",
         }
     }
 }

@@ -34,15 +34,16 @@ const HIDDEN: [(&str, &str); 2] = [("session", "catalog"), ("front", "catalog")]
 const LINES_MAX: usize = 500;
 
 /// Longer files and why they are not split.
-const LONG: [(&str, &str); 5] = [
+const LONG: [(&str, &str); 9] = [
     ("front/postgres/conversation.rs", "every message type of one state machine, decided in one place"),
-    (
-        "front/postgres/conversation/script.rs",
-        "a model of server and clients that drives the machine above, for tests and fuzzing only",
-    ),
     ("front/postgres/relay.rs", "one connection's life: what is borrowed and given back has to be seen together"),
     ("front/postgres/scan.rs", "one lexer with its table of statements"),
+    ("front/redis/client.rs", "one client's waiting: what it reads, writes and is told has to be seen together"),
+    ("front/redis/commands.rs", "one table"),
+    ("front/redis/request.rs", "one burst under one lock: every way a command leaves keeps the same account"),
     ("upstream/postgres/pool.rs", "queue, budget and idle list share one lock and its invariants"),
+    ("upstream/redis/link.rs", "one connection: what is sent and what is expected of it are one invariant"),
+    ("wire/resp.rs", "one codec"),
 ];
 
 fn source() -> PathBuf {

@@ -4,4 +4,5 @@ mod dev;
 mod floors;
 mod postgres;
 mod provision;
+mod redis;
 mod support;

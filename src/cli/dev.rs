@@ -6,8 +6,12 @@
 mod folder;
 pub mod postgres;
 mod ready;
+mod redis;
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::Args;
 
@@ -21,7 +25,10 @@ use crate::{
     app::{self, App},
     catalog::Catalog,
     config::{Config, Runtime},
-    tenant::{DEFAULT_NAME, OrgId, Tier, namespace::Password},
+    tenant::{
+        DEFAULT_NAME, Names, OrgId, Tier,
+        namespace::{NameStyle, Password, RootSecret},
+    },
 };
 
 /// The tenants there are from the first start on.
@@ -40,7 +47,7 @@ pub(super) struct Arguments {
     /// Where everything lives; made on the first start, used again on the next
     #[arg(long, value_name = "DIR", default_value = "dynabase-dev")]
     data_dir: PathBuf,
-    /// Added to every port (PostgreSQL 6432, admin 9900)
+    /// Added to every port (PostgreSQL 6432, Redis 6380, admin 9900)
     #[arg(long, value_name = "N", default_value_t = 0)]
     port_offset: u16,
     /// Written, as JSON, once every listener accepts
@@ -55,6 +62,7 @@ pub(super) struct Arguments {
 #[derive(Clone, Copy, Debug)]
 struct Ports {
     postgres: u16,
+    redis: u16,
     admin: u16,
 }
 
@@ -64,13 +72,14 @@ impl Ports {
             base.checked_add(offset)
                 .ok_or_else(|| Failure::usage(format_args!("--port-offset {offset} leads beyond port 65535")))
         };
-        Ok(Self { postgres: port(6432)?, admin: port(9900)? })
+        Ok(Self { postgres: port(6432)?, redis: port(6380)?, admin: port(9900)? })
     }
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let ports = Ports::with_offset(arguments.port_offset)?;
     let programs = Programs::find().map_err(Failure::failed)?;
+    let redis = redis::find().map_err(Failure::failed)?;
     if let Some(path) = &arguments.ready_file {
         // Whoever waits for the file must not meet that of an earlier run.
         ready::remove(path).map_err(Failure::failed)?;
@@ -78,20 +87,28 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let folder = Folder::open(&arguments.data_dir, arguments.reset).map_err(Failure::failed)?;
     let runtime = app::runtime(&Runtime::default()).map_err(Failure::failed)?;
     // On this thread, which lives as long as the process: the kernel ends the children with the thread that made them.
-    let done = runtime.block_on(start(arguments, ports, &programs, &folder));
+    let done = runtime.block_on(start(arguments, ports, &programs, &redis, &folder));
     if let Some(path) = &arguments.ready_file {
         let _ = ready::remove(path);
     }
     done
 }
 
-async fn start(arguments: &Arguments, ports: Ports, programs: &Programs, folder: &Folder) -> Result<(), Failure> {
+async fn start(
+    arguments: &Arguments,
+    ports: Ports,
+    programs: &Programs,
+    redis: &Path,
+    folder: &Folder,
+) -> Result<(), Failure> {
     let secrets = folder.secrets().map_err(Failure::failed)?;
     eprintln!("starting PostgreSQL in {} …", folder.path().display());
     let password = Password::new(secrets.postgres_password.as_str());
     let mut server =
         Server::start(programs, &folder.path().join("postgres"), password).await.map_err(Failure::failed)?;
-    let config = configure(folder, ports, &secrets, &server)?;
+    eprintln!("starting Redis …");
+    let mut redis = start_redis(redis, folder, &secrets).await?;
+    let config = configure(folder, ports, &secrets, &server, &redis)?;
     app::log_to_stderr(&config.log).map_err(Failure::usage)?;
     let catalog = place::catalog(&config).await?;
     let mut tenants = Vec::new();
@@ -103,6 +120,7 @@ async fn start(arguments: &Arguments, ports: Ports, programs: &Programs, folder:
         ports,
         admin_token: secrets.admin_token.clone(),
         postgres_url: server.url(),
+        redis_url: redis.url(),
         catalog: folder.path().join("catalog"),
         tenants,
     };
@@ -117,9 +135,30 @@ async fn start(arguments: &Arguments, ports: Ports, programs: &Programs, folder:
             "PostgreSQL ended by itself: {} says why",
             folder.path().join("postgres/postgres.log").display()
         ))),
+        () = redis_ended(&mut redis) => Err(Failure::failed(format_args!(
+            "Redis ended by itself: {} says why",
+            folder.path().join("redis/redis.log").display()
+        ))),
     };
-    eprintln!("stopping PostgreSQL …");
-    done.and(server.stop().map_err(Failure::failed))
+    eprintln!("stopping Redis and PostgreSQL …");
+    let stopped = redis.stop();
+    done.and(server.stop().map_err(Failure::failed)).and(stopped.map_err(Failure::failed))
+}
+
+/// Starts the Redis server; its password is derived like all others.
+async fn start_redis(program: &Path, folder: &Folder, secrets: &Secrets) -> Result<redis::Server, Failure> {
+    let root = RootSecret::new(secrets.root_secret.as_bytes()).ok_or_else(|| Failure::failed("a short root secret"))?;
+    let names = Names::new(root, NameStyle::Opaque);
+    let platform = OrgId::parse("platform").ok_or_else(|| Failure::failed("the platform's name"))?;
+    let password = names.password("redis platform", &platform, 1);
+    redis::Server::start(program, &folder.path().join("redis"), password, names).await.map_err(Failure::failed)
+}
+
+/// Waits until Redis has ended.
+async fn redis_ended(server: &mut redis::Server) {
+    while !server.ended() {
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 /// Waits until the server has ended.
@@ -130,21 +169,30 @@ async fn ended(server: &mut Server) {
 }
 
 /// Writes the configuration, anew on each start, and the tiers, on the first start only; reads both.
-fn configure(folder: &Folder, ports: Ports, secrets: &Secrets, server: &Server) -> Result<Config, Failure> {
+fn configure(
+    folder: &Folder,
+    ports: Ports,
+    secrets: &Secrets,
+    server: &Server,
+    redis: &redis::Server,
+) -> Result<Config, Failure> {
     let text = format!(
         "# Written by `dynabase dev` on each start; tiers.toml beside it is yours to change (SIGHUP reloads it).\n\
          tiers = \"tiers.toml\"\n\n\
-         [listen]\npostgres = \"127.0.0.1:{}\"\ndrain_timeout = \"5s\"\n\n\
+         [listen]\npostgres = \"127.0.0.1:{}\"\nredis = \"127.0.0.1:{}\"\ndrain_timeout = \"5s\"\n\n\
          [identity]\nissuer = \"https://dev.dynabase.invalid/auth/v1\"\nhs256_secret = {:?}\n\n\
          [catalog]\npath = \"catalog\"\n\n\
          [names]\nroot_secret = {:?}\n\n\
          [upstream.postgres]\nurl = {:?}\nmax_connections = 250\n\n\
+         [upstream.redis]\nurl = {:?}\n\n\
          [admin]\nlisten = \"127.0.0.1:{}\"\ntoken = {:?}\n\n\
          [log]\nfilter = \"warn,dynabase=info\"\n",
         ports.postgres,
+        ports.redis,
         secrets.hs256_secret,
         secrets.root_secret,
         server.local_url(),
+        redis.url(),
         ports.admin,
         secrets.admin_token,
     );

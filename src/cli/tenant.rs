@@ -151,7 +151,15 @@ async fn provision(config: &Config, tenant: &Tenant) -> Result<(), Failure> {
     };
     eprintln!("{}: postgres: {made}", tenant.org);
     report.warnings.iter().for_each(|warning| eprintln!("{}: postgres: warning: {warning}", tenant.org));
+    if let Some(redis) = config.redis().map_err(Failure::usage)? {
+        redis.provision(&tenant.org, tenant.generation).await.map_err(redis_failure)?;
+        eprintln!("{}: redis: user and database are there", tenant.org);
+    }
     Ok(())
+}
+
+fn redis_failure(error: crate::upstream::redis::DialError) -> Failure {
+    Failure::failed(format_args!("redis: {error}\nMend that and run the command again: it goes on."))
 }
 
 fn provisioner(config: &Config) -> Result<Provisioner, Failure> {
@@ -270,6 +278,10 @@ async fn delete(which: &Which) -> Result<(), Failure> {
     provisioner(&config)?.drop(&tenant, &names).await.map_err(|error| {
         Failure::failed(format_args!("postgres: {error}\nMend that and run the command again: it goes on."))
     })?;
+    if let Some(redis) = config.redis().map_err(Failure::usage)? {
+        eprintln!("{}: redis: removing keys and user …", which.org);
+        redis.remove(&which.org, true).await.map_err(redis_failure)?;
+    }
     for record in key::of(&catalog, &which.org).await? {
         match catalog.revoke_key(&record.key.hash).await {
             Ok(()) | Err(Fault::Unknown) => {}

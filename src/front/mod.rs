@@ -2,3 +2,4 @@
 //! doors (accept, TLS, admission, pools, meters), never the conversation.
 
 pub mod postgres;
+pub mod redis;

@@ -118,6 +118,7 @@ impl Slot {
         let max = policy.limits.client_sockets(protocol);
         let place: fn(&Slot) -> &Place = match protocol {
             Protocol::Postgres => |slot| &slot.lanes[Protocol::Postgres as usize].clients,
+            Protocol::Redis => |slot| &slot.lanes[Protocol::Redis as usize].clients,
         };
         Permit::take(self, place, max).ok_or_else(|| Over {
             limit: Limit::ClientSockets,
@@ -133,6 +134,7 @@ impl Slot {
         let max = self.policy.load().limits.connections(protocol);
         let place: fn(&Slot) -> &Place = match protocol {
             Protocol::Postgres => |slot| &slot.lanes[Protocol::Postgres as usize].connections,
+            Protocol::Redis => |slot| &slot.lanes[Protocol::Redis as usize].connections,
         };
         Permit::take(self, place, max)
     }

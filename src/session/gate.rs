@@ -91,6 +91,40 @@ impl Gate {
         }
         Ok(session)
     }
+
+    /// Takes a new credential for a session in its place, so that a token can be renewed at the cap of sockets.
+    /// Gives false, and changes nothing, when it speaks for another organisation.
+    ///
+    /// # Errors
+    /// The first check that says no; the session stays as it was.
+    ///
+    /// # Cancel safety
+    /// Dropping it before the end changes nothing.
+    pub async fn renew(&self, session: &mut Session, credential: &[u8]) -> Result<bool, Refusal> {
+        let identity = self.verifier.verify(credential).await?;
+        if identity.org != session.identity.org {
+            return Ok(false);
+        }
+        let policy = session.slot.policy();
+        if policy.tenant.status != Status::Active {
+            return Err(Refusal::Suspended);
+        }
+        let expires_ms = match policy.limits.expiry {
+            Expiry::Strict => expiry_ms(&identity),
+            Expiry::ConnectOnly => u64::MAX,
+        };
+        drop(policy);
+        let (service_key, signing_key) = match &identity.proof {
+            Proof::Token(kid) => (None, kid.clone()),
+            Proof::ServiceKey(hash) => (Some(*hash), None),
+        };
+        let live = Arc::new(Live::new(self.table.next_id(), clock::now_ms(), expires_ms, service_key, signing_key));
+        session.slot.enter(Arc::clone(&live));
+        session.slot.leave(session.live.id);
+        session.live = live;
+        session.identity = identity;
+        Ok(true)
+    }
 }
 
 /// The end of a credential on the coarse clock.

@@ -82,16 +82,19 @@ pub fn is_uuid(text: &str) -> bool {
 pub enum Protocol {
     /// PostgreSQL frontend/backend protocol 3.
     Postgres,
+    /// Redis, RESP2 and RESP3.
+    Redis,
 }
 
 impl Protocol {
     /// Every protocol, in the order of its discriminant.
-    pub const ALL: [Protocol; 1] = [Protocol::Postgres];
+    pub const ALL: [Protocol; 2] = [Protocol::Postgres, Protocol::Redis];
 
     /// The word used in metrics, logs and configuration.
     pub fn label(self) -> &'static str {
         match self {
             Protocol::Postgres => "postgres",
+            Protocol::Redis => "redis",
         }
     }
 }

@@ -93,7 +93,57 @@ pub struct Namespace {
     pub database: String,
 }
 
+/// A tenant's place in a shared Redis: its ACL user and the prefix of its keys and channels.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct RedisNamespace {
+    /// The ACL user, this tenant's alone.
+    pub user: String,
+    /// `org:<name>`: letters, digits, `_` and `-` only, so that it is literal inside a glob.
+    stem: String,
+}
+
+impl RedisNamespace {
+    /// What stands before every key of one logical database: `org:<name>:`, or `org:<name>@n:`.
+    pub fn prefix(&self, database: u32) -> Vec<u8> {
+        match database {
+            0 => format!("{}:", self.stem),
+            n => format!("{}@{n}:", self.stem),
+        }
+        .into_bytes()
+    }
+
+    /// What stands before every channel; channels are common to all logical databases.
+    pub fn channel_prefix(&self) -> Vec<u8> {
+        self.prefix(0)
+    }
+
+    /// The key patterns of an ACL that cover all logical databases and nothing else.
+    pub fn key_patterns(&self) -> [String; 2] {
+        [format!("~{}:*", self.stem), format!("~{}@*", self.stem)]
+    }
+
+    /// The channel pattern of an ACL.
+    pub fn channel_pattern(&self) -> String {
+        format!("&{}:*", self.stem)
+    }
+
+    /// The key under which the platform keeps the tenant's logical databases. Outside every tenant's prefix.
+    pub fn registry(&self) -> String {
+        format!("dynabase:databases:{}", self.stem)
+    }
+}
+
 impl Names {
+    /// ACL user and prefix of a tenant.
+    pub fn redis(&self, org: &OrgId) -> RedisNamespace {
+        let user = self.base(org);
+        let stem = match self.style {
+            NameStyle::Plain => format!("org:{org}"),
+            NameStyle::Opaque => format!("org:{user}"),
+        };
+        RedisNamespace { user, stem }
+    }
+
     /// Derives from `root` in the given style.
     pub fn new(root: RootSecret, style: NameStyle) -> Self {
         Self { root, style }
@@ -185,6 +235,21 @@ mod tests {
         assert_ne!(one, names.password("redis", &org("a"), 1));
         assert_ne!(one, names.password("postgres", &org("b"), 1));
         assert_eq!(format!("{one:?}"), "Password");
+    }
+
+    #[test]
+    fn no_redis_prefix_begins_another() {
+        for style in [NameStyle::Opaque, NameStyle::Plain] {
+            let names = names(style);
+            let prefixes: Vec<Vec<u8>> = ["a", "ab", "a-b", "a_b", "a0"]
+                .into_iter()
+                .flat_map(|text| [0, 1, 11].map(|n| names.redis(&org(text)).prefix(n)))
+                .collect();
+            for (i, one) in prefixes.iter().enumerate() {
+                assert!(prefixes.iter().skip(i + 1).all(|other| !other.starts_with(one) && !one.starts_with(other)));
+                assert!(one.iter().all(|b| b.is_ascii_alphanumeric() || b"_-:@".contains(b)));
+            }
+        }
     }
 
     #[test]

@@ -123,6 +123,26 @@ pub struct PostgresLimits {
     pub rate: RateLimit,
 }
 
+/// The Redis column of a tier.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RedisLimits {
+    /// Bytes that the tenant's keys and values may take in the server's memory.
+    #[serde(deserialize_with = "unit::size")]
+    pub memory: u64,
+    /// Keys, over all logical databases of the tenant.
+    pub keys: u64,
+    /// Longest life of a key; `None` is for ever. A key without one gets this.
+    #[serde(deserialize_with = "unit::duration_or_never")]
+    pub max_ttl: Option<Duration>,
+    /// Client sockets.
+    pub client_sockets: u32,
+    /// Upstream connections of clients that block, watch or subscribe; all others share a few.
+    pub connections: u32,
+    /// Commands per second.
+    pub rate: RateLimit,
+}
+
 /// One tier's numbers, for every database.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -131,6 +151,8 @@ pub struct Limits {
     pub expiry: Expiry,
     /// Postgres.
     pub postgres: PostgresLimits,
+    /// Redis.
+    pub redis: RedisLimits,
 }
 
 impl Limits {
@@ -138,6 +160,7 @@ impl Limits {
     pub fn rate(&self, protocol: Protocol) -> &RateLimit {
         match protocol {
             Protocol::Postgres => &self.postgres.rate,
+            Protocol::Redis => &self.redis.rate,
         }
     }
 
@@ -145,6 +168,7 @@ impl Limits {
     pub fn client_sockets(&self, protocol: Protocol) -> u32 {
         match protocol {
             Protocol::Postgres => self.postgres.client_sockets,
+            Protocol::Redis => self.redis.client_sockets,
         }
     }
 
@@ -152,6 +176,7 @@ impl Limits {
     pub fn connections(&self, protocol: Protocol) -> u32 {
         match protocol {
             Protocol::Postgres => self.postgres.connections,
+            Protocol::Redis => self.redis.connections,
         }
     }
 
@@ -168,6 +193,16 @@ impl Limits {
         need(pg.rate.per_second >= 1 && pg.rate.burst >= 1, "postgres.rate needs per_second and burst of at least 1");
         need(!pg.statement_timeout.is_zero(), "postgres.statement_timeout must be above zero");
         need(!pg.queue_timeout.is_zero(), "postgres.queue_timeout must be above zero");
+        let redis = &self.redis;
+        need(redis.keys >= 1, "redis.keys must be at least 1");
+        need(redis.memory >= 1, "redis.memory must be above zero");
+        need(redis.max_ttl.is_none_or(|ttl| ttl.as_secs() >= 1), "redis.max_ttl must be at least 1s, or \"never\"");
+        need(redis.client_sockets >= 1, "redis.client_sockets must be at least 1");
+        need(redis.connections >= 1, "redis.connections must be at least 1");
+        need(
+            redis.rate.per_second >= 1 && redis.rate.burst >= 1,
+            "redis.rate needs per_second and burst of at least 1",
+        );
         faults
     }
 }
@@ -232,6 +267,20 @@ mod tests {
         assert_eq!(row(Tier::Starter), (10, 100, 1024, 30, (200, 400)));
         assert_eq!(row(Tier::Pro), (50, 500, 4096, 60, (2_000, 4_000)));
         assert_eq!(row(Tier::Enterprise), (100, 1000, 8192, 120, (20_000, 40_000)));
+    }
+
+    #[test]
+    fn the_shipped_file_carries_the_decided_redis_numbers() {
+        let tiers = Tiers::parse(include_str!("../../config/tiers.toml")).expect("the shipped file parses");
+        let row = |tier| {
+            let redis = &tiers.limits(tier).redis;
+            let rate = (redis.rate.per_second, redis.rate.burst);
+            (redis.memory >> 20, redis.keys, redis.max_ttl.map(|ttl| ttl.as_secs()), redis.client_sockets, rate)
+        };
+        assert_eq!(row(Tier::Free), (50, 1_000, Some(3_600), 50, (500, 1_000)));
+        assert_eq!(row(Tier::Starter), (128, 10_000, Some(86_400), 200, (2_000, 4_000)));
+        assert_eq!(row(Tier::Pro), (512, 100_000, Some(604_800), 2_000, (20_000, 40_000)));
+        assert_eq!(row(Tier::Enterprise), (2048, 1_000_000, None, 10_000, (200_000, 400_000)));
     }
 
     #[test]

@@ -1,3 +1,4 @@
 //! The way out to real databases.
 
 pub mod postgres;
+pub mod redis;

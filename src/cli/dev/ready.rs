@@ -30,6 +30,8 @@ pub struct Ready {
     pub admin_token: String,
     /// The administrator's URL, past the proxy.
     pub postgres_url: String,
+    /// The same for Redis.
+    pub redis_url: String,
     /// The catalog's folder.
     pub catalog: PathBuf,
     /// The demo tenants.
@@ -42,18 +44,20 @@ impl Ready {
         let mut text = String::from("\ndynabase is ready. Paste one of these; the tokens hold for 24 hours.\n");
         for demo in &self.tenants {
             text.push_str(&format!(
-                "\n  {} ({})\n    psql '{}'\n    service key  {}\n",
+                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n    service key  {}\n",
                 demo.org,
                 demo.tier,
                 self.postgres(demo),
+                self.redis(demo),
                 demo.service_key
             ));
         }
         text.push_str(&format!(
-            "\n  admin        {}  (Authorization: Bearer {})\n  PostgreSQL   {}\n  catalog      {}\n\nCtrl-C ends everything.",
+            "\n  admin        {}  (Authorization: Bearer {})\n  PostgreSQL   {}\n  Redis        {}\n  catalog      {}\n\nCtrl-C ends everything.",
             self.admin_url(),
             self.admin_token,
             self.postgres_url,
+            self.redis_url,
             self.catalog.display(),
         ));
         text
@@ -74,15 +78,15 @@ impl Ready {
                     "tier": demo.tier,
                     "token": demo.token,
                     "service_key": demo.service_key,
-                    "urls": {"postgres": self.postgres(demo)},
+                    "urls": {"postgres": self.postgres(demo), "redis": self.redis(demo)},
                 })
             })
             .collect();
         json!({
             "pid": std::process::id(),
-            "ports": {"postgres": self.ports.postgres, "admin": self.ports.admin},
+            "ports": {"postgres": self.ports.postgres, "redis": self.ports.redis, "admin": self.ports.admin},
             "admin": {"url": self.admin_url(), "token": self.admin_token},
-            "upstreams": {"postgres": self.postgres_url},
+            "upstreams": {"postgres": self.postgres_url, "redis": self.redis_url},
             "catalog": {"kind": "file", "path": self.catalog},
             "tenants": tenants,
         })
@@ -90,6 +94,10 @@ impl Ready {
 
     fn postgres(&self, demo: &Demo) -> String {
         format!("postgres://app:{}@127.0.0.1:{}/app", demo.token, self.ports.postgres)
+    }
+
+    fn redis(&self, demo: &Demo) -> String {
+        format!("redis://app:{}@127.0.0.1:{}/0", demo.token, self.ports.redis)
     }
 
     fn admin_url(&self) -> String {

@@ -113,7 +113,8 @@ fn over_limit(severity: Severity, over: &Over) -> Report {
             format!("limit=rate tier={tier} max_per_second={max} retry_after_ms={}", wait_ms.unwrap_or(1)),
             format!("Try again in {} ms, or move to a larger tier.", wait_ms.unwrap_or(1)),
         ),
-        Limit::Storage => {
+        // Keys and memory are Redis' limits; the nearest thing here is storage.
+        Limit::Storage | Limit::Keys | Limit::Memory => {
             let (message, detail) = storage_text(over);
             ("53100", message, detail, STORAGE_HINT.into())
         }

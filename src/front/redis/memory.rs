@@ -1,0 +1,187 @@
+//! How much memory a tenant's keys take.
+//!
+//! Redis keeps no sum per database, so it is measured: `MEMORY USAGE` of every key while there are at most
+//! [`SAMPLE_MAX`], of that many random ones otherwise, times their number. Between two measurements everything that
+//! is written counts on top, so that the estimate is too high rather than too low; the cap refuses only after a
+//! measurement that was made because of it. The error of a sample of 2 000 keys is below 5 % in 95 of 100 cases
+//! while the sizes' standard deviation is at most their mean.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use super::{
+    client::Client,
+    commands::{Keys, Made, Row},
+    keys::number,
+};
+use crate::{
+    quota::clock,
+    upstream::redis::{
+        Place,
+        dial::{self, DialError},
+    },
+    wire::resp::{self, Arg, put_request},
+};
+
+/// Keys looked at in one measurement of one database.
+const SAMPLE_MAX: usize = 2000;
+
+/// Keys asked for at once: short slices, so that other tenants' commands go between.
+const SLICE: usize = 200;
+
+/// Pause between two measurements that nobody waits for, in milliseconds.
+const PAUSE_MS: u64 = 1000;
+
+/// The share of the cap that may be written before it is measured again.
+const SHARE: u64 = 16;
+
+/// Pause between two measurements that refused commands ask for, in milliseconds.
+const PAUSE_REFUSED_MS: u64 = 50;
+
+/// Bytes that a command may make beyond those that it carries.
+pub fn amplified(row: &Row, args: &[Arg], bytes: &[u8]) -> u64 {
+    let offset =
+        |at: usize| args.get(at).and_then(|arg| number(arg.of(bytes))).and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
+    match row.name {
+        "setrange" => offset(2),
+        "setbit" => offset(2) / 8,
+        "bitfield" => {
+            let places = args.iter().skip(2).map(|arg| arg.of(bytes));
+            let place = |text: &[u8]| match text.strip_prefix(b"#") {
+                Some(index) => number(index).and_then(|n| u64::try_from(n).ok()).unwrap_or(0).saturating_mul(64),
+                None => number(text).and_then(|n| u64::try_from(n).ok()).unwrap_or(0),
+            };
+            // An offset is at most 2^32 - 1 bits; larger numbers are values.
+            places.map(place).filter(|bits| *bits <= u64::from(u32::MAX)).max().unwrap_or(0) / 8
+        }
+        // The dense form of a counter of distinct values.
+        "pfadd" | "pfmerge" => 12 << 10,
+        _ => 0,
+    }
+}
+
+/// Whether a command makes a value out of others, so that its request says nothing about its size.
+pub fn is_derived(row: &Row) -> bool {
+    row.made != Made::None && row.keys != Keys::At1 && row.keys != Keys::Every2
+}
+
+/// Measures a tenant, at the earliest `pause_ms` after the last time; once for all who ask meanwhile.
+///
+/// # Errors
+/// The server can't be asked; the last measurement stays.
+///
+/// # Cancel safety
+/// May be dropped.
+async fn measure(place: &Place, pause_ms: u64) -> Result<(), DialError> {
+    let begun = clock::now_ms();
+    let mut last = place.measuring.lock().await;
+    if *last > begun {
+        return Ok(());
+    }
+    // Who is over the cap waits rather than makes the server measure again and again.
+    let early = last.saturating_add(pause_ms).saturating_sub(begun);
+    tokio::time::sleep(Duration::from_millis(early.min(pause_ms))).await;
+    let mut total = 0;
+    let mut counted = Vec::new();
+    for database in place.all() {
+        // What is written while we measure counts twice rather than not at all.
+        let before = database.ledger.written.load(Ordering::Relaxed);
+        database.ledger.grown.store(false, Ordering::Relaxed);
+        total += usage(place, database.index).await?;
+        counted.push((database, before));
+    }
+    place.set_memory(total);
+    for (database, before) in counted {
+        database.ledger.written.fetch_sub(before, Ordering::Relaxed);
+    }
+    *last = clock::now_ms();
+    Ok(())
+}
+
+async fn usage(place: &Place, index: u32) -> Result<u64, DialError> {
+    let index = index.to_string();
+    let mut cursor = b"0".to_vec();
+    let (mut seen, mut bytes) = (0u64, 0u64);
+    loop {
+        let mut ask = Vec::new();
+        put_request(&mut ask, &[b"SELECT", index.as_bytes()]);
+        put_request(&mut ask, &[b"DBSIZE"]);
+        put_request(&mut ask, &[b"SCAN", &cursor, b"COUNT", SLICE.to_string().as_bytes()]);
+        put_request(&mut ask, &[b"SELECT", b"0"]);
+        let answers = place.ask(&ask, 4).await?;
+        let keys = dial::integer(&answers[1]).and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
+        let mut items = resp::Cursor { rest: &answers[2] };
+        let mut names: Vec<&[u8]> = Vec::new();
+        items.item();
+        let Some(resp::Item::Bulk(next)) = items.item() else { return Ok(bytes) };
+        cursor = next.to_vec();
+        while let Some(item) = items.item() {
+            if let resp::Item::Bulk(name) = item {
+                names.push(name);
+            }
+        }
+        let mut ask = Vec::new();
+        put_request(&mut ask, &[b"SELECT", index.as_bytes()]);
+        names.iter().for_each(|name| put_request(&mut ask, &[b"MEMORY", b"USAGE", name]));
+        put_request(&mut ask, &[b"SELECT", b"0"]);
+        for answer in place.ask(&ask, names.len() + 2).await?.iter().skip(1) {
+            if let Some(size) = dial::integer(answer) {
+                seen += 1;
+                bytes += u64::try_from(size).unwrap_or(0);
+            }
+        }
+        if cursor == b"0" {
+            return Ok(bytes);
+        }
+        if seen >= SAMPLE_MAX as u64 {
+            return Ok(u64::try_from(u128::from(bytes) * u128::from(keys) / u128::from(seen)).unwrap_or(u64::MAX));
+        }
+    }
+}
+
+impl Client {
+    /// Measures before a command over the cap is refused.
+    pub(super) async fn measure(&mut self) {
+        if let Some(tenancy) = &self.tenancy {
+            if let Err(error) = measure(&tenancy.place, PAUSE_REFUSED_MS).await {
+                tracing::warn!(%error, "a tenant's memory could not be measured");
+            }
+            let slot = tenancy.session.slot();
+            slot.set_stored(crate::tenant::Protocol::Redis, tenancy.place.memory());
+        }
+        self.measured = true;
+    }
+
+    /// Counts the keys of all the tenant's logical databases.
+    pub(super) async fn count(&mut self) {
+        if let Some(tenancy) = &self.tenancy
+            && let Err(error) = tenancy.place.count().await
+        {
+            tracing::warn!(%error, "a tenant's keys could not be counted");
+        }
+        self.counted = true;
+    }
+
+    /// Starts a measurement that nobody waits for, when enough was written. At most one runs per tenant; it ends by
+    /// itself after a bounded number of slices.
+    pub(super) fn measure_soon(&self, cap: u64) {
+        let Some(tenancy) = &self.tenancy else { return };
+        let ledger = &tenancy.database.ledger;
+        if ledger.written.load(Ordering::Relaxed) < cap / SHARE && !ledger.grown.load(Ordering::Relaxed) {
+            return;
+        }
+        match tenancy.place.measuring.try_lock() {
+            Ok(last) if clock::now_ms() >= last.saturating_add(PAUSE_MS) => {}
+            _ => return,
+        }
+        let place = Arc::clone(&tenancy.place);
+        let slot = Arc::clone(tenancy.session.slot());
+        tokio::spawn(async move {
+            if measure(&place, PAUSE_MS).await.is_ok() {
+                slot.set_stored(crate::tenant::Protocol::Redis, place.memory());
+            }
+        });
+    }
+}

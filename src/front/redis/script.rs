@@ -1,0 +1,184 @@
+//! Scripts inside a tenant's namespace.
+//!
+//! A script builds key names itself, so putting the prefix before `KEYS` is not enough. Each script is wrapped in a
+//! prelude (`prelude.lua`) that takes the prefix off `KEYS`, gives the script a `redis` whose `call` and `pcall` put
+//! it on every key, and applies the tier's limits to every key that is created. That is a convenience and a limit;
+//! the wall is the tenant's ACL user, as which every script runs.
+
+use std::sync::{Arc, OnceLock};
+
+use aws_lc_rs::digest;
+
+use super::{
+    commands::{self, Keys, Made, Policy, TTL},
+    refuse,
+};
+use crate::upstream::redis::{Database, Script};
+
+/// Scripts of one logical database that are known at once; the server keeps every script that it was ever sent.
+const SCRIPTS_MAX: usize = 4096;
+
+/// Longest script in bytes.
+pub const SCRIPT_MAX_BYTES: usize = 1 << 20;
+
+const PRELUDE: &str = include_str!("prelude.lua");
+const GUARD: &str = include_str!("guard.lua");
+
+/// The text of the OOM error that scripts raise; they do not know the tier.
+fn oom() -> String {
+    refuse::oom("all keys of the tier").replace('\'', "\\'")
+}
+
+/// SHA-1 as Redis names scripts.
+pub fn sha1(text: &[u8]) -> [u8; 20] {
+    let mut sha = [0; 20];
+    sha.copy_from_slice(digest::digest(&digest::SHA1_FOR_LEGACY_USE_ONLY, text).as_ref());
+    sha
+}
+
+/// 20 bytes from 40 hexadecimal digits of any case.
+pub fn parse_sha(text: &[u8]) -> Option<[u8; 20]> {
+    let bytes = data_encoding::HEXLOWER_PERMISSIVE.decode(text).ok()?;
+    bytes.try_into().ok()
+}
+
+/// 40 lower-case hexadecimal digits.
+pub fn hex(sha: &[u8; 20]) -> [u8; 40] {
+    let mut text = [0; 40];
+    data_encoding::HEXLOWER.encode_mut(sha, &mut text);
+    text
+}
+
+/// What the prelude knows of commands: ` NAME:xy` for every command that is not simply "one key, creates none";
+/// `x` says where the keys stand, `y` which of them it may create. Built once from the table.
+fn classes() -> &'static str {
+    static CLASSES: OnceLock<String> = OnceLock::new();
+    CLASSES.get_or_init(|| {
+        let mut text = String::from(" ");
+        for row in commands::ROWS {
+            let (name, sub) = row.name.split_once('|').map_or((row.name, None), |(name, sub)| (name, Some(sub)));
+            let keys = match (row.policy, row.name) {
+                (_, "keys") => 'g',
+                (_, "scan") => 'h',
+                (_, "randomkey") => 'y',
+                (Policy::Publish, _) => 'p',
+                _ => match row.keys {
+                    Keys::Nowhere => '0',
+                    Keys::At1 => 'k',
+                    Keys::At2 => 'c',
+                    Keys::First2 => 'b',
+                    Keys::All => 'a',
+                    Keys::Every2 => 'e',
+                    Keys::AllButLast => 'l',
+                    Keys::From2 => 'f',
+                    Keys::Num1 => 'n',
+                    Keys::Num2 => 'm',
+                    Keys::DestNum2 => 'd',
+                    Keys::Streams => 's',
+                    Keys::Radius => 'r',
+                    Keys::Sort => 't',
+                },
+            };
+            let made = match row.made {
+                Made::First => 'F',
+                Made::Last => 'L',
+                Made::All => 'E',
+                Made::Store => 'S',
+                Made::None if row.flags & TTL != 0 => 'T',
+                Made::None => '-',
+            };
+            // The prelude sees a container's name only; all its subcommands with a key have it at 2.
+            match sub {
+                Some("create") if name == "xgroup" => text.push_str("XGROUP:cF "),
+                Some("encoding" | "usage" | "stream") => text.push_str(&format!("{}:c- ", name.to_uppercase())),
+                Some(_) => {}
+                None if row.policy == Policy::Container || (keys == 'k' && made == '-') => {}
+                None => text.push_str(&format!("{}:{keys}{made} ", name.to_uppercase())),
+            }
+        }
+        text
+    })
+}
+
+/// Wraps a script for one logical database.
+fn wrap(database: &Database, body: &[u8]) -> Box<[u8]> {
+    let prelude = PRELUDE
+        .replace('\n', " ")
+        .replace("@P@", &String::from_utf8_lossy(&database.prefix))
+        .replace("@C@", &String::from_utf8_lossy(&database.channels))
+        .replace("@S@", classes())
+        .replace("@OOM@", &oom());
+    // A shebang line has to stay the first; the prelude adds no line, so that line numbers in errors stay right.
+    let (head, rest) = match body.strip_prefix(b"#!").and_then(|_| body.iter().position(|b| *b == b'\n')) {
+        Some(at) => body.split_at(at + 1),
+        None => (&[][..], body),
+    };
+    [head, prelude.as_bytes(), rest].concat().into()
+}
+
+/// The script that applies the limits to one command, exactly, in the server.
+pub fn guard() -> &'static Script {
+    static SCRIPT: OnceLock<Script> = OnceLock::new();
+    SCRIPT.get_or_init(|| {
+        let text = GUARD.replace('\n', " ").replace("@OOM@", &oom());
+        Script { sha: hex(&sha1(text.as_bytes())), text: text.into_bytes().into() }
+    })
+}
+
+/// Remembers a script of a tenant's client and gives it as the server shall know it; `None` when there are too many.
+pub fn remember(database: &Database, body: &[u8]) -> Option<([u8; 20], Arc<Script>)> {
+    let sha = sha1(body);
+    if let Some(script) = find(database, &sha) {
+        return Some((sha, script));
+    }
+    let text = wrap(database, body);
+    let script = Arc::new(Script { sha: hex(&sha1(&text)), text });
+    let mut scripts = database.scripts.lock();
+    if scripts.len() >= SCRIPTS_MAX {
+        return None;
+    }
+    Some((sha, Arc::clone(scripts.entry(sha).or_insert(script))))
+}
+
+/// The script that a tenant's clients know by this SHA-1.
+pub fn find(database: &Database, sha: &[u8; 20]) -> Option<Arc<Script>> {
+    database.scripts.lock().get(sha).cloned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_prelude_knows_every_command_that_is_not_plain() {
+        let classes = classes();
+        for expected in [
+            " SET:kF ",
+            " MSET:eE ",
+            " DEL:a- ",
+            " LMOVE:bL ",
+            " ZUNIONSTORE:dF ",
+            " BITOP:fF ",
+            " XREAD:s- ",
+            " PUBLISH:p- ",
+            " SCAN:h- ",
+            " KEYS:g- ",
+            " EXPIRE:kT ",
+            " SORT:tS ",
+            " OBJECT:c- ",
+            " XGROUP:cF ",
+            " XINFO:c- ",
+            " ZMPOP:n- ",
+            " RANDOMKEY:y- ",
+            " PING:0- ",
+            " DBSIZE:0- ",
+            " BZMPOP:m- ",
+            " GEORADIUS:rS ",
+            " MEMORY:c- ",
+        ] {
+            assert!(classes.contains(expected), "{expected} in {classes}");
+        }
+        assert!(!classes.contains(" GET:"));
+        assert!(PRELUDE.lines().all(|line| !line.contains("--")), "a comment would swallow the rest of the line");
+    }
+}

@@ -1,0 +1,201 @@
+//! Commands that an ACL can't confine to a tenant, run by the platform's user with every name inside the prefix:
+//! PUBSUB, SORT that follows patterns, COPY, MOVE, FLUSHALL.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use super::{
+    client::{Client, Held},
+    keys, refuse,
+    rewrite::put_rewritten,
+};
+use crate::{
+    refusal::{Limit, Over, Refusal},
+    upstream::redis::{
+        DATABASES, Version,
+        reply::{Shape, strip},
+    },
+    wire::resp::{Arg, put_array, put_bulk, put_bulk_joined, put_head, put_request, put_status},
+};
+
+impl Client {
+    /// PUBSUB, and SORT that follows patterns: every name inside the prefix, run by the platform's user, whom no key
+    /// pattern confines.
+    pub(super) async fn by_platform(&mut self, held: &Held) {
+        let Some(tenancy) = &self.tenancy else { return };
+        let database = Arc::clone(&tenancy.database);
+        let mut request = Vec::new();
+        let mut prefix: &[u8] = &database.channels;
+        match held.row.name {
+            "pubsub|channels" | "pubsub|shardchannels" if held.args.len() == 2 => {
+                let sub = held.args[1].of(&held.bytes);
+                put_array(&mut request, 3);
+                put_bulk(&mut request, b"PUBSUB");
+                put_bulk(&mut request, sub);
+                put_bulk_joined(&mut request, prefix, b"*");
+            }
+            "sort" | "sort_ro" => {
+                prefix = &database.prefix;
+                keys::find(held.row, &held.args, &held.bytes, &mut self.found);
+                if self.found.store.is_some() {
+                    return self.fail("NOPERM SORT can't both follow patterns and store");
+                }
+                put_rewritten(&mut request, &held.bytes, &held.args, &self.found.keys, prefix);
+            }
+            _ => {
+                let names: Vec<usize> = (2..held.args.len()).collect();
+                put_rewritten(&mut request, &held.bytes, &held.args, &names, prefix);
+            }
+        }
+        self.relay(database.index, &request, held.row.reply, prefix).await;
+    }
+
+    async fn relay(&mut self, index: u32, request: &[u8], shape: Shape, prefix: &[u8]) {
+        let Some(tenancy) = &self.tenancy else { return };
+        match tenancy.place.as_platform(index, request).await {
+            Ok(reply) => {
+                let mut out = Vec::new();
+                strip(shape, &reply, prefix, &mut out);
+                if self.version == Version::Three {
+                    out = to_three(&out);
+                }
+                self.say(&out);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a command by the platform's user failed");
+                self.fail(crate::upstream::redis::link::LOST);
+            }
+        }
+    }
+
+    /// COPY, inside one logical database or between two of the tenant's.
+    pub(super) async fn copy(&mut self, held: &Held) {
+        let word = |i: usize| held.args.get(i).map(|arg: &Arg| arg.of(&held.bytes));
+        let mut target = None;
+        let mut replace = false;
+        let mut at = 3;
+        while let Some(option) = word(at) {
+            if option.eq_ignore_ascii_case(b"REPLACE") {
+                replace = true;
+                at += 1;
+            } else if option.eq_ignore_ascii_case(b"DB") && at + 1 < held.args.len() {
+                target = match word(at + 1).and_then(keys::number) {
+                    None => return self.fail("ERR value is not an integer or out of range"),
+                    Some(number) => Some(number),
+                };
+                at += 2;
+            } else {
+                return self.fail("ERR syntax error");
+            }
+        }
+        let (from, to) = (held.args[1].of(&held.bytes), held.args[2].of(&held.bytes));
+        self.transfer(from, to, target, replace, false).await;
+    }
+
+    pub(super) async fn move_key(&mut self, held: &Held) {
+        let Some(number) = keys::number(held.args[2].of(&held.bytes)) else {
+            return self.fail("ERR value is not an integer or out of range");
+        };
+        let key = held.args[1].of(&held.bytes);
+        if let Some(tenancy) = &self.tenancy
+            && i64::from(tenancy.database.number) == number
+        {
+            return self.fail("ERR source and destination objects are the same");
+        }
+        self.transfer(key, key, Some(number), false, true).await;
+    }
+
+    /// Copies or moves a key, atomically, within the cap on keys.
+    async fn transfer(&mut self, from: &[u8], to: &[u8], target: Option<i64>, replace: bool, moves: bool) {
+        let Some(tenancy) = &self.tenancy else { return };
+        let source = Arc::clone(&tenancy.database);
+        let target = match target.map(u32::try_from) {
+            None => Arc::clone(&source),
+            Some(Ok(number)) if number < DATABASES => match tenancy.place.open(number).await {
+                Ok(database) => database,
+                Err(_) => return self.refuse(&Refusal::UpstreamDown),
+            },
+            Some(_) => return self.fail("ERR DB index is out of range"),
+        };
+        if source.index == target.index && from == to {
+            return self.fail("ERR source and destination objects are the same");
+        }
+        let policy = tenancy.session.slot().policy();
+        let (tier, limits) = (policy.tenant.tier, policy.limits.redis.clone());
+        drop(policy);
+        if tenancy.place.memory() > limits.memory && !moves {
+            let in_use = tenancy.place.memory();
+            let over = Over { limit: Limit::Memory, tier, max: limits.memory, in_use, retry_after: None };
+            return self.refuse(&Refusal::OverLimit(over));
+        }
+        source.ledger.grown.store(true, Ordering::Relaxed);
+        target.ledger.reserve(1);
+        // A copy carries its life with it; one that has none predates the tier.
+        let elsewhere = tenancy.place.elsewhere(target.number);
+        let cap = if moves { u64::MAX >> 12 } else { limits.keys.saturating_sub(elsewhere) };
+        let script = "redis.call('SELECT',ARGV[2]) \
+             local new=redis.call('EXISTS',KEYS[2])==0 \
+             if new and redis.call('DBSIZE')>=tonumber(ARGV[3]) then return redis.error_reply(ARGV[6]) end \
+             redis.call('SELECT',ARGV[1]) \
+             local r \
+             if ARGV[4]=='1' then r=redis.call('COPY',KEYS[1],KEYS[2],'DB',ARGV[2],'REPLACE') \
+             else r=redis.call('COPY',KEYS[1],KEYS[2],'DB',ARGV[2]) end \
+             if r==1 and ARGV[5]=='1' then redis.call('UNLINK',KEYS[1]) end \
+             return r";
+        let words: Vec<Vec<u8>> = vec![
+            b"EVAL".to_vec(),
+            script.into(),
+            b"2".to_vec(),
+            [&source.prefix, from].concat(),
+            [&target.prefix, to].concat(),
+            source.index.to_string().into(),
+            target.index.to_string().into(),
+            cap.to_string().into(),
+            if replace { b"1".to_vec() } else { b"0".to_vec() },
+            if moves { b"1".to_vec() } else { b"0".to_vec() },
+            refuse::oom(&format!("{} of {} keys of tier {tier}", limits.keys, limits.keys)).into(),
+        ];
+        let mut request = Vec::new();
+        put_request(&mut request, &words.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        self.relay(source.index, &request, Shape::Raw, &source.prefix.clone()).await;
+        target.ledger.done(1);
+    }
+
+    /// Empties all of the tenant's logical databases, and nothing else.
+    pub(super) async fn flush_all(&mut self, held: &Held) {
+        let mode = match held.args.get(1).map(|arg| arg.of(&held.bytes).to_ascii_uppercase()) {
+            None => "SYNC",
+            Some(word) if word == b"ASYNC" && held.args.len() == 2 => "ASYNC",
+            Some(word) if word == b"SYNC" && held.args.len() == 2 => "SYNC",
+            Some(_) => return self.fail("ERR syntax error"),
+        };
+        let Some(tenancy) = &self.tenancy else { return };
+        for database in tenancy.place.all() {
+            let mut request = Vec::new();
+            put_request(&mut request, &[b"FLUSHDB", mode.as_bytes()]);
+            if let Err(error) = tenancy.place.as_platform(database.index, &request).await {
+                tracing::warn!(%error, "FLUSHALL failed");
+                return self.fail(crate::upstream::redis::link::LOST);
+            }
+        }
+        let mut reply = Vec::new();
+        put_status(&mut reply, "OK");
+        self.say(&reply);
+    }
+}
+
+/// Nulls of the platform's RESP2 connection as RESP3 writes them. None of the commands that run there has a reply
+/// with any other difference.
+fn to_three(reply: &[u8]) -> Vec<u8> {
+    use crate::wire::resp::{Cursor, Item};
+    let mut out = Vec::with_capacity(reply.len());
+    let mut cursor = Cursor { rest: reply };
+    while let Some(item) = cursor.item() {
+        match item {
+            Item::Bulk(bytes) => put_bulk(&mut out, bytes),
+            Item::Many(mark, count) => put_head(&mut out, mark, count),
+            Item::Other(b"$-1\r\n" | b"*-1\r\n") => out.extend_from_slice(b"_\r\n"),
+            Item::Other(bytes) => out.extend_from_slice(bytes),
+        }
+    }
+    out
+}

@@ -1,0 +1,596 @@
+//! One connection to the server, fed by many clients or by one.
+//!
+//! Clients append requests under a short lock ([`Link::lock`]) and say in the same breath what becomes of the
+//! replies ([`Pending`]); the link's task writes them in one piece, walks the replies once and hands each span to
+//! its client's [`Outbox`]. While replies are outstanding, new requests gather and leave with the next wake-up:
+//! the server works on one command at a time anyway, so nothing is delayed, and one write serves many clients.
+
+use std::{
+    cell::RefCell,
+    collections::{HashSet, VecDeque},
+    future::poll_fn,
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use atomic_waker::AtomicWaker;
+use parking_lot::{Mutex, MutexGuard};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::{
+    ledger::Ledger,
+    outbox::Outbox,
+    reply::{Shape, Transaction, strip},
+};
+use crate::{
+    net::Stream,
+    wire::resp::{self, put_error},
+};
+
+/// Bytes read at once: large enough that one read serves many clients.
+const READ_BYTES: usize = 64 << 10;
+
+/// Unsent request bytes over which clients wait before they add more.
+pub const OUT_HIGH_BYTES: usize = 1 << 20;
+
+/// Unsent request bytes that leave at once although replies are outstanding.
+const OUT_EAGER_BYTES: usize = 16 << 10;
+
+/// Longest reply that we have to see whole because names stand in it. Redis' own replies of a million keys fit.
+const WHOLE_MAX_BYTES: usize = 512 << 20;
+
+/// Reads of one wake-up before other tasks get their turn.
+const READS_PER_TURN: usize = 4;
+
+/// Write buffer kept between bursts.
+const KEPT_BYTES: usize = 64 << 10;
+
+/// How often an unused shared link is looked at; unused for two looks, it is closed.
+const IDLE_LOOK: Duration = Duration::from_secs(30);
+
+/// The text that commands get whose reply was lost with the connection. Nothing is sent again: it may have run.
+pub const LOST: &str = "ERR upstream connection lost; the command may or may not have been executed";
+
+thread_local! {
+    /// No connection owns a read buffer: each thread has one.
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
+}
+
+/// What becomes of replies.
+#[derive(Debug)]
+pub enum How {
+    /// They pass.
+    Raw,
+    /// They are swallowed.
+    Discard,
+    /// They lose their prefix.
+    Strip(Shape),
+    /// They are the frames of one transaction.
+    Transaction(Box<Transaction>),
+    /// Nothing comes from the server: these bytes are the reply, in its place among the others.
+    Local(Box<[u8]>),
+    /// The reply is the number of keys, asked when this many creations were done.
+    Count(u64),
+    /// A reply that is no error is replaced by these bytes.
+    Instead(Box<[u8]>),
+    /// Confirmations on a subscriber's link.
+    Confirm,
+}
+
+/// Replies outstanding for one client.
+#[derive(Debug)]
+pub struct Pending {
+    /// Whose.
+    pub to: Arc<Outbox>,
+    /// How many commands of the client they answer.
+    pub count: usize,
+    /// How many keys the commands may create, for the ledger.
+    pub creates: u64,
+    /// What becomes of them.
+    pub how: How,
+}
+
+/// What the link is for.
+#[derive(Clone, Debug)]
+pub enum Role {
+    /// Requests and replies of many clients.
+    Shared,
+    /// Requests and replies of one client, with pushes between them.
+    Dedicated(Arc<Outbox>),
+    /// Messages for one client.
+    Subscriber(Arc<Outbox>),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Link {
+    state: Mutex<State>,
+    waker: AtomicWaker,
+    role: Mutex<Role>,
+    prefix: Box<[u8]>,
+    ledger: Arc<Ledger>,
+    used: AtomicU64,
+}
+
+/// What clients append to.
+#[derive(Debug, Default)]
+pub struct State {
+    /// Request bytes not yet taken by the link's task.
+    pub out: Vec<u8>,
+    fresh: Vec<Pending>,
+    stalled: Vec<Arc<Outbox>>,
+    closed: bool,
+    /// Scripts loaded through this connection, and the ledger's `scripts_lost` when that was true.
+    loaded: (HashSet<[u8; 40]>, u64),
+}
+
+impl State {
+    /// Whether a script has to be loaded before it is called; says so once.
+    pub fn must_load(&mut self, sha: &[u8; 40], lost: u64) -> bool {
+        if self.loaded.1 != lost {
+            self.loaded.0.clear();
+            self.loaded.1 = lost;
+        }
+        self.loaded.0.insert(*sha)
+    }
+
+    /// Adds what becomes of the requests just appended; runs of the same kind become one entry.
+    #[inline]
+    pub fn expect(&mut self, to: &Arc<Outbox>, count: usize, creates: u64, how: How) {
+        if let (How::Raw, Some(last)) = (&how, self.fresh.last_mut())
+            && matches!(last.how, How::Raw)
+            && Arc::ptr_eq(&last.to, to)
+        {
+            last.count += count;
+            last.creates += creates;
+            return;
+        }
+        self.fresh.push(Pending { to: Arc::clone(to), count, creates, how });
+    }
+
+    /// Whether so much waits to be sent that the client should wait; if so it will be woken.
+    pub fn is_full(&mut self, client: &Arc<Outbox>) -> bool {
+        let full = self.out.len() > OUT_HIGH_BYTES;
+        if full && !self.stalled.iter().any(|other| Arc::ptr_eq(other, client)) {
+            self.stalled.push(Arc::clone(client));
+        }
+        full
+    }
+}
+
+impl Link {
+    /// A link whose task ([`Self::run`]) is to be spawned by the caller.
+    pub fn new(role: Role, prefix: &[u8], ledger: Arc<Ledger>) -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::default(),
+            waker: AtomicWaker::new(),
+            role: Mutex::new(role),
+            prefix: prefix.into(),
+            ledger,
+            used: AtomicU64::new(0),
+        })
+    }
+
+    /// The state to append to, or `None` once the connection is lost. Call [`Self::wake`] after dropping it.
+    pub fn lock(&self) -> Option<MutexGuard<'_, State>> {
+        let state = self.state.lock();
+        (!state.closed).then_some(state)
+    }
+
+    /// Tells the link's task that there is something new.
+    pub fn wake(&self) {
+        self.waker.wake();
+    }
+
+    /// Closes the connection; what is outstanding is lost.
+    pub fn close(&self) {
+        self.state.lock().closed = true;
+        self.waker.wake();
+    }
+
+    /// Closes a connection of one client without letting the client go with it.
+    pub fn part(&self) {
+        {
+            let mut role = self.role.lock();
+            if let Role::Dedicated(client) | Role::Subscriber(client) = &mut *role {
+                *client = Arc::default();
+            }
+        }
+        self.close();
+    }
+
+    /// Whether the connection is lost or closed.
+    pub fn is_closed(&self) -> bool {
+        self.state.lock().closed
+    }
+
+    /// Gives a dedicated link to another client.
+    pub fn hand_to(&self, client: Arc<Outbox>) {
+        *self.role.lock() = Role::Dedicated(client);
+    }
+
+    /// Relays until the connection ends.
+    pub async fn run(self: Arc<Self>, stream: Stream) {
+        let mut task = Task {
+            link: &self,
+            stream,
+            queue: VecDeque::new(),
+            writing: Vec::new(),
+            written: 0,
+            carry: Vec::new(),
+            scanned: 0,
+            reply: resp::Reply::default(),
+            scratch: Vec::new(),
+        };
+        let mut look = tokio::time::interval(IDLE_LOOK);
+        let mut seen = 0;
+        let reason = loop {
+            let turn = tokio::select! {
+                ended = poll_fn(|cx| task.poll(cx)) => Some(ended),
+                _ = look.tick() => None,
+            };
+            match turn {
+                Some(error) => break error,
+                None => {
+                    let used = self.used.load(Ordering::Relaxed);
+                    let shared = matches!(*self.role.lock(), Role::Shared);
+                    if shared && used == seen && task.queue.is_empty() {
+                        let mut state = self.state.lock();
+                        if state.fresh.is_empty() && state.out.is_empty() {
+                            state.closed = true;
+                            break None;
+                        }
+                    }
+                    seen = used;
+                }
+            }
+        };
+        if let Some(error) = reason {
+            tracing::debug!(%error, "a Redis upstream connection ended");
+        }
+        task.fail();
+    }
+}
+
+struct Task<'a> {
+    link: &'a Arc<Link>,
+    stream: Stream,
+    queue: VecDeque<Pending>,
+    writing: Vec<u8>,
+    written: usize,
+    /// The unfinished reply that the last read ended in.
+    carry: Vec<u8>,
+    /// Bytes of `carry` that `reply` has walked.
+    scanned: usize,
+    reply: resp::Reply,
+    scratch: Vec<u8>,
+}
+
+impl Task<'_> {
+    /// Ready with the reason when the connection is over; `None` when we closed it.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Error>> {
+        self.link.waker.register(cx.waker());
+        for _ in 0..READS_PER_TURN {
+            if self.gather() {
+                return Poll::Ready(None);
+            }
+            if let Err(error) = self.write(cx) {
+                return Poll::Ready(Some(error));
+            }
+            match self.read(cx) {
+                Ok(true) => {}
+                Ok(false) => return Poll::Pending,
+                Err(error) => return Poll::Ready(Some(error)),
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Takes what clients appended; gives whether the link is closed.
+    fn gather(&mut self) -> bool {
+        let outstanding = !self.queue.is_empty();
+        {
+            let mut state = self.link.state.lock();
+            if state.closed {
+                return true;
+            }
+            // Requests and what is expected of them are taken together: what is in the queue has been sent.
+            if self.writing.is_empty()
+                && !state.fresh.is_empty()
+                && (!outstanding
+                    || state.out.is_empty()
+                    || state.out.len() >= OUT_EAGER_BYTES
+                    || !self.queue_is_shared())
+            {
+                self.queue.extend(state.fresh.drain(..));
+                self.link.used.fetch_add(1, Ordering::Relaxed);
+                std::mem::swap(&mut self.writing, &mut state.out);
+                state.stalled.drain(..).for_each(|client| client.wake());
+            }
+        }
+        self.locals();
+        false
+    }
+
+    fn queue_is_shared(&self) -> bool {
+        matches!(*self.link.role.lock(), Role::Shared)
+    }
+
+    /// Delivers replies of our own that stand at the head.
+    fn locals(&mut self) {
+        while let Some(Pending { how: How::Local(_), .. }) = self.queue.front() {
+            if let Some(Pending { to, count, how: How::Local(bytes), .. }) = self.queue.pop_front() {
+                to.deliver(count, |out| out.extend_from_slice(&bytes));
+            }
+        }
+    }
+
+    fn write(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        while self.written < self.writing.len() {
+            match Pin::new(&mut self.stream).poll_write(cx, &self.writing[self.written..]) {
+                Poll::Ready(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
+                Poll::Ready(Ok(n)) => self.written += n,
+                Poll::Ready(Err(error)) => return Err(error),
+                Poll::Pending => return Ok(()),
+            }
+        }
+        if self.written > 0 {
+            self.written = 0;
+            self.writing.clear();
+            if self.writing.capacity() > KEPT_BYTES {
+                self.writing = Vec::new();
+            }
+            if let Poll::Ready(Err(error)) = Pin::new(&mut self.stream).poll_flush(cx) {
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads once and passes on what is complete; gives whether anything came.
+    fn read(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+        BUFFER.with_borrow_mut(|buffer| {
+            let mut target = ReadBuf::new(buffer);
+            match Pin::new(&mut self.stream).poll_read(cx, &mut target) {
+                Poll::Pending => return Ok(false),
+                Poll::Ready(result) => result?,
+            }
+            let bytes = target.filled();
+            if bytes.is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            // Requests may have been appended and answered since we last looked (a link is only written by its
+            // own task, so their entries are in the queue already).
+            if self.carry.is_empty() {
+                let used = self.walk(bytes)?;
+                self.carry.extend_from_slice(&bytes[used..]);
+            } else {
+                let mut carry = std::mem::take(&mut self.carry);
+                carry.extend_from_slice(bytes);
+                let used = self.walk(&carry)?;
+                carry.drain(..used);
+                if carry.len() > WHOLE_MAX_BYTES {
+                    return Err(io::Error::other("a reply over the cap"));
+                }
+                if carry.is_empty() && carry.capacity() > KEPT_BYTES {
+                    carry = Vec::new();
+                }
+                self.carry = carry;
+            }
+            Ok(true)
+        })
+    }
+
+    /// Walks replies; gives how many bytes are done with. The rest belongs to an unfinished reply.
+    fn walk(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let fault = |fault: resp::Fault| io::Error::other(fault.0);
+        let mut at = 0;
+        loop {
+            self.locals();
+            if at >= bytes.len() {
+                return Ok(at);
+            }
+            let mid_reply = self.reply.is_begun() && self.scanned == 0;
+            let subscriber = match (&*self.link.role.lock(), bytes[at]) {
+                (Role::Subscriber(client), _) => Some((Arc::clone(client), true)),
+                (Role::Dedicated(client), b'>') if !mid_reply => Some((Arc::clone(client), false)),
+                (Role::Shared, b'>') if !mid_reply => {
+                    return Err(io::Error::other("a push on a shared connection"));
+                }
+                _ => None,
+            };
+            if let Some((client, confirms)) = subscriber {
+                let Some(frame) = self.frame(&bytes[at..]).map_err(fault)? else { return Ok(at) };
+                let frame = &bytes[at..at + frame];
+                at += frame.len();
+                self.message(&client, confirms, frame);
+                continue;
+            }
+            let Some(head) = self.queue.front_mut() else {
+                return Err(io::Error::other("a reply that nobody asked for"));
+            };
+            if let How::Raw = head.how {
+                // Spans of whole and partial replies go out in one piece, up to an error, whose text is looked at.
+                let start = at;
+                let mut answered = 0;
+                let mut stuck = false;
+                while answered < head.count && at < bytes.len() {
+                    if !self.reply.is_begun() && matches!(bytes[at], b'-' | b'!' | b'>') {
+                        break;
+                    }
+                    let (used, done) = self.reply.advance(&bytes[at..]).map_err(fault)?;
+                    at += used;
+                    if !done {
+                        stuck = true;
+                        break;
+                    }
+                    self.reply = resp::Reply::default();
+                    answered += 1;
+                }
+                if at > start {
+                    let span = &bytes[start..at];
+                    head.to.deliver(answered, |out| out.extend_from_slice(span));
+                }
+                head.count -= answered;
+                if head.count == 0 {
+                    self.retire();
+                    continue;
+                }
+                if stuck || at >= bytes.len() {
+                    return Ok(at);
+                }
+                if bytes[at] == b'>' {
+                    continue;
+                }
+                let Some(len) = self.frame(&bytes[at..]).map_err(fault)? else { return Ok(at) };
+                let frame = &bytes[at..at + len];
+                at += len;
+                let Some(head) = self.queue.front_mut() else { return Ok(at) };
+                head.to.deliver(1, |out| strip(Shape::Raw, frame, &self.link.prefix, out));
+                if frame.starts_with(b"-NOSCRIPT") || frame.starts_with(b"-ERR Error compiling script") {
+                    self.link.ledger.scripts_lost.fetch_add(1, Ordering::Relaxed);
+                }
+                head.count -= 1;
+                if head.count == 0 {
+                    self.retire();
+                }
+                continue;
+            }
+            let Some(len) = self.frame(&bytes[at..]).map_err(fault)? else { return Ok(at) };
+            let frame = &bytes[at..at + len];
+            at += len;
+            self.whole(frame);
+        }
+    }
+
+    /// The length of the whole reply at the start of `bytes`, or `None` until more came.
+    fn frame(&mut self, bytes: &[u8]) -> Result<Option<usize>, resp::Fault> {
+        let (used, done) = self.reply.advance(&bytes[self.scanned..])?;
+        self.scanned += used;
+        if !done {
+            return Ok(None);
+        }
+        let len = self.scanned;
+        self.scanned = 0;
+        self.reply = resp::Reply::default();
+        Ok(Some(len))
+    }
+
+    /// Passes on one whole reply that is not simply passed.
+    fn whole(&mut self, frame: &[u8]) {
+        let Some(head) = self.queue.front_mut() else { return };
+        let prefix = &self.link.prefix;
+        match &mut head.how {
+            How::Transaction(transaction) => {
+                self.scratch.clear();
+                if !transaction.frame(frame, prefix, &mut self.scratch) {
+                    return;
+                }
+                let scratch = &self.scratch;
+                head.to.deliver(head.count, |out| out.extend_from_slice(scratch));
+                head.count = 1;
+                if self.scratch.capacity() > KEPT_BYTES {
+                    self.scratch = Vec::new();
+                }
+            }
+            How::Strip(shape) => {
+                let shape = *shape;
+                head.to.deliver(1, |out| strip(shape, frame, prefix, out));
+            }
+            How::Instead(bytes) => head.to.deliver(1, |out| match frame.first() {
+                Some(b'-') => strip(Shape::Raw, frame, prefix, out),
+                _ => out.extend_from_slice(bytes),
+            }),
+            How::Count(done) => {
+                let text = frame.strip_prefix(b":").and_then(|rest| rest.strip_suffix(b"\r\n"));
+                if let Some(keys) = text.and_then(|t| std::str::from_utf8(t).ok()).and_then(|t| t.parse().ok()) {
+                    self.link.ledger.counted(keys, *done);
+                } else {
+                    self.link.ledger.not_counted();
+                }
+            }
+            // `Raw`, `Local` and `Confirm` never come here; a reply is swallowed rather than given to the wrong one.
+            How::Discard | How::Raw | How::Local(_) | How::Confirm => head.to.deliver(1, |_| {}),
+        }
+        head.count -= 1;
+        if head.count == 0 {
+            self.retire();
+        }
+    }
+
+    /// Passes on one frame of a subscriber's connection.
+    fn message(&mut self, client: &Arc<Outbox>, confirms: bool, frame: &[u8]) {
+        let mut cursor = resp::Cursor { rest: frame };
+        let kind = match (cursor.item(), cursor.item()) {
+            (Some(resp::Item::Many(..)), Some(resp::Item::Bulk(kind))) => kind,
+            _ => &[],
+        };
+        let pushed = !confirms || matches!(kind, b"message" | b"pmessage" | b"smessage" | b"invalidate");
+        let prefix = &self.link.prefix;
+        if pushed {
+            return client.deliver(0, |out| strip(Shape::Message, frame, prefix, out));
+        }
+        let is_error = frame.first() == Some(&b'-');
+        let mut answered = 1;
+        if let Some(head) = self.queue.front_mut() {
+            // One error stands for all confirmations of its command.
+            answered = if is_error { head.count } else { 1 };
+            head.count -= answered;
+            if head.count == 0 {
+                self.retire();
+            }
+        }
+        client.deliver(answered, |out| strip(Shape::Message, frame, prefix, out));
+    }
+
+    fn retire(&mut self) {
+        if let Some(done) = self.queue.pop_front()
+            && done.creates > 0
+        {
+            self.link.ledger.done(done.creates);
+        }
+    }
+
+    /// Tells everybody who waits that the connection is lost.
+    fn fail(&mut self) {
+        let stalled = {
+            let mut state = self.link.state.lock();
+            state.closed = true;
+            state.out = Vec::new();
+            self.queue.extend(state.fresh.drain(..));
+            std::mem::take(&mut state.stalled)
+        };
+        let shared = matches!(*self.link.role.lock(), Role::Shared);
+        let mut torn = self.reply.is_begun();
+        let mut creates = 0;
+        for Pending { to, count, how, creates: created } in self.queue.drain(..) {
+            creates += created;
+            match how {
+                How::Local(bytes) => to.deliver(count, |out| out.extend_from_slice(&bytes)),
+                How::Discard => to.deliver(count, |_| {}),
+                How::Count(_) => self.link.ledger.not_counted(),
+                // Half a reply has gone out: nothing that follows could be understood.
+                How::Raw if torn => to.lose(),
+                _ if !shared => to.lose(),
+                How::Transaction(_) => to.deliver(count, |out| put_error(out, LOST)),
+                _ => to.deliver(count, |out| (0..count).for_each(|_| put_error(out, LOST))),
+            }
+            torn = false;
+        }
+        if creates > 0 {
+            self.link.ledger.done(creates);
+        }
+        match &*self.link.role.lock() {
+            Role::Shared => {}
+            Role::Dedicated(client) | Role::Subscriber(client) => client.lose(),
+        }
+        stalled.iter().for_each(|client| client.wake());
+    }
+}

@@ -1,0 +1,189 @@
+"""redis-py before the proxy: sync, asyncio, RESP2 and RESP3, its exception classes; Celery's and RQ's basic flow.
+"""
+
+import asyncio
+import threading
+
+import redis
+import redis.asyncio
+
+from harness import case, main, tenant
+
+BIG = tenant("umbrella")["urls"]["redis"]
+FREE = tenant("acme")["urls"]["redis"]
+
+
+def sync(url, protocol):
+    r = redis.Redis.from_url(url, protocol=protocol, decode_responses=True)
+    r.flushall()
+    assert r.ping()
+    r.set("k", "v", ex=100)
+    assert r.get("k") == "v" and 0 < r.ttl("k") <= 100
+    assert r.keys("*") == ["k"] and list(r.scan_iter("k*")) == ["k"]
+    r.hset("h", mapping={"a": 1, "b": 2})
+    assert r.hgetall("h") == {"a": "1", "b": "2"}
+    r.zadd("z", {"m": 1.5, "n": 2})
+    assert r.zrange("z", 0, -1, withscores=True)[0][0] == "m"
+    with r.pipeline(transaction=True) as pipe:
+        assert pipe.incr("n").incr("n").get("n").execute() == [1, 2, "2"]
+    with r.pipeline() as pipe:
+        pipe.watch("n")
+        value = int(pipe.get("n"))
+        pipe.multi()
+        pipe.set("n", value + 1)
+        assert pipe.execute() == [True]
+    with r.pipeline() as pipe:
+        pipe.watch("n")
+        r.set("n", 100)
+        pipe.multi()
+        pipe.set("n", 1)
+        try:
+            pipe.execute()
+            raise AssertionError("the watched key was changed")
+        except redis.WatchError:
+            pass
+    script = r.register_script("redis.call('SET', 'made:' .. ARGV[1], KEYS[1]) return redis.call('GET', 'made:' .. ARGV[1])")
+    assert script(keys=["a"], args=["b"]) == "a"
+    assert r.get("made:b") == "a"
+    r.xadd("s", {"f": "v"}, id="1-1")
+    r.xgroup_create("s", "g", id="0")
+    entries = r.xreadgroup("g", "c", {"s": ">"})
+    first = entries[0] if isinstance(entries, list) else list(entries.items())[0]
+    assert first[0] == "s", entries
+    got = []
+    ps = r.pubsub(ignore_subscribe_messages=True)
+    ps.subscribe("c")
+    ps.psubscribe("p*")
+    while r.publish("c", "one") != 1:
+        pass
+    r.publish("px", "two")
+    while len(got) < 2:
+        message = ps.get_message(timeout=5)
+        if message:
+            got.append((message["type"], message["channel"], message["data"]))
+    assert ("message", "c", "one") in got and ("pmessage", "px", "two") in got, got
+    ps.close()
+    waiter = threading.Thread(target=lambda: got.append(redis.Redis.from_url(url, protocol=protocol).blpop("q", 5)))
+    waiter.start()
+    r.rpush("q", "x")
+    waiter.join()
+    assert got[-1][1] == b"x", got
+    for command, error in [
+        (("GET",), redis.ResponseError),
+        (("CONFIG", "SET", "a", "b"), redis.exceptions.NoPermissionError),
+        (("LPUSH", "k", "x"), redis.ResponseError),
+        (("EVALSHA", "0" * 40, 0), redis.exceptions.NoScriptError),
+    ]:
+        try:
+            r.execute_command(*command)
+            raise AssertionError(command)
+        except error:
+            pass
+    try:
+        redis.Redis.from_url(url.split("@")[0][:-3] + "bad@" + url.split("@")[1], protocol=protocol).ping()
+        raise AssertionError("a bad token was let in")
+    except redis.AuthenticationError:
+        pass
+    assert r.info()["redis_version"] and r.client_list()[0]["id"]
+    lock = r.lock("lock", timeout=5)
+    assert lock.acquire() and lock.owned()
+    lock.release()
+
+
+async def aio(url, protocol):
+    r = redis.asyncio.Redis.from_url(url, protocol=protocol, decode_responses=True)
+    await asyncio.gather(*(r.set(f"a{i}", i) for i in range(50)))
+    assert await r.mget([f"a{i}" for i in range(50)]) == [str(i) for i in range(50)]
+    async with r.pubsub() as ps:
+        await ps.subscribe("c")
+        while await r.publish("c", "hello") != 1:
+            pass
+        async for message in ps.listen():
+            if message["type"] == "message":
+                assert message["data"] == "hello"
+                break
+    await r.aclose()
+
+
+def oom(url):
+    r = redis.Redis.from_url(url)
+    r.flushall()
+    pipe = r.pipeline(transaction=False)
+    for i in range(500):
+        pipe.set(f"k{i}", 1)
+    pipe.execute()
+    try:
+        r.setrange("big", 100_000_000, "x")
+        raise AssertionError("100 MB fit into FREE")
+    except redis.exceptions.OutOfMemoryError:
+        pass
+    assert 0 < r.ttl("k1") <= 3600
+    r.flushall()
+
+
+def celery(url):
+    from celery import Celery
+
+    app = Celery("suite", broker=url, backend=url)
+
+    @app.task(name="add")
+    def add(a, b):
+        return a + b
+
+    from celery.contrib.testing.worker import start_worker
+
+    with start_worker(app, perform_ping_check=False, pool="solo"):
+        assert add.delay(2, 3).get(timeout=20) == 5
+
+
+def rq(url):
+    from rq import Queue, SimpleWorker
+    from rq.timeouts import TimerDeathPenalty
+
+    connection = redis.Redis.from_url(url)
+    queue = Queue("suite", connection=connection)
+    job = queue.enqueue("math.sqrt", 9)
+
+    class Worker(SimpleWorker):
+        death_penalty_class = TimerDeathPenalty
+
+    Worker([queue], connection=connection).work(burst=True)
+    assert job.latest_result().return_value == 3.0
+
+
+@case
+def redis_py_resp2():
+    sync(BIG, 2)
+
+
+@case
+def redis_py_resp3():
+    sync(BIG, 3)
+
+
+@case
+def asyncio_resp2():
+    asyncio.run(aio(BIG, 2))
+
+
+@case
+def asyncio_resp3():
+    asyncio.run(aio(BIG, 3))
+
+
+@case
+def limits_of_free_as_exceptions():
+    oom(FREE)
+
+
+@case
+def celery_runs_a_task():
+    celery(BIG)
+
+
+@case
+def rq_runs_a_job():
+    rq(BIG)
+
+
+main()

@@ -1,0 +1,298 @@
+//! A real Redis server, a front before it, and clients that speak raw bytes. No assertions here.
+
+use std::{
+    collections::HashMap,
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use dynabase::{
+    front::redis::{Config, Server, commands},
+    identity::{self, Secret, Verifier, mint},
+    net::{ClientTls, Conn, Drain, Peer, Raw, Stream, TlsMode},
+    quota::Table,
+    session::Gate,
+    tenant::{
+        Names, OrgId, Status, Tenant, Tier, Tiers,
+        directory::{Absent, Ask, Directory},
+        namespace::{NameStyle, Password, RootSecret},
+    },
+    upstream::redis::{Target, Upstream},
+    usage::Meters,
+    wire::resp,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+
+const SECRET: &str = "a secret of at least thirty-two bytes, for tests";
+const PLATFORM: &str = "platform-password";
+
+pub struct Redis {
+    child: Child,
+    pub port: u16,
+    folder: tempfile::TempDir,
+}
+
+impl Redis {
+    /// Starts a server; `password` is asked of `default` if it is not empty.
+    pub async fn start(password: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+        let child = Self::spawn(port, folder.path(), password).await;
+        Self { child, port, folder }
+    }
+
+    /// Starts it once more, empty, after [`Self::kill`].
+    pub async fn start_again(&mut self) {
+        self.child = Self::spawn(self.port, self.folder.path(), PLATFORM).await;
+    }
+
+    async fn spawn(port: u16, folder: &std::path::Path, password: &str) -> Child {
+        let mut command = Command::new("redis-server");
+        command
+            .args(["--port", &port.to_string(), "--databases", "4096", "--save", "", "--appendonly", "no"])
+            .args(["--bind", "127.0.0.1", "--dir"])
+            .arg(folder)
+            .stdout(Stdio::null());
+        if !password.is_empty() {
+            command.args(["--requirepass", password]);
+        }
+        let child = command.spawn().expect("redis-server is installed");
+        while TcpStream::connect(("127.0.0.1", port)).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        child
+    }
+
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+pub struct House {
+    pub redis: Redis,
+    pub port: u16,
+    pub table: Arc<Table>,
+    tenants: HashMap<String, Arc<Tenant>>,
+    tiers: String,
+}
+
+pub fn tenant(org: &str, tier: Tier, epoch: u64) -> Tenant {
+    Tenant {
+        org: OrgId::parse(org).expect("an id"),
+        tier,
+        status: Status::Active,
+        epoch,
+        generation: 1,
+        databases: Vec::new(),
+        users: Vec::new(),
+    }
+}
+
+pub fn names() -> Names {
+    Names::new(RootSecret::new(&[7; 32]).expect("32 bytes"), NameStyle::Plain)
+}
+
+async fn front(redis: u16, tenants: &HashMap<String, Arc<Tenant>>, tiers: &str) -> (u16, Arc<Table>) {
+    let (directory, mut asks) = Directory::new();
+    let known = tenants.clone();
+    tokio::spawn(async move {
+        while let Some(ask) = asks.recv().await {
+            match ask {
+                Ask::Tenant(org, answer) => {
+                    let _ = answer.send(known.get(org.as_str()).cloned().ok_or(Absent::Unknown));
+                }
+                Ask::Key(_, answer) => {
+                    let _ = answer.send(Err(Absent::Unknown));
+                }
+            }
+        }
+    });
+    let mut config = identity::Config::new("https://test.supabase.co/auth/v1");
+    config.hs256_secret = Some(Secret::new(SECRET));
+    let verifier = Arc::new(Verifier::new(&config, directory.clone()).expect("a verifier"));
+    let table = Arc::new(Table::new(directory, Tiers::parse(tiers).expect("tiers"), 1000));
+    let ticking = Arc::clone(&table);
+    tokio::spawn(async move { ticking.run_ticker().await });
+    let gate = Arc::new(Gate::new(verifier, Arc::clone(&table), Arc::new(Meters::default()), false));
+    let target = Target {
+        address: format!("127.0.0.1:{}", redis),
+        tls: ClientTls::new(TlsMode::Disable, None).expect("no TLS"),
+        user: None,
+        password: Some(Password::new(PLATFORM)),
+    };
+    let upstream = Upstream::new(target, names(), commands::for_acl());
+    let server = Server::new(gate, upstream, None, Config::default(), Drain::new());
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("bound").port();
+    tokio::spawn(async move {
+        static IDS: AtomicU64 = AtomicU64::new(1);
+        while let Ok((tcp, peer)) = listener.accept().await {
+            let _ = tcp.set_nodelay(true);
+            let conn = Conn {
+                id: IDS.fetch_add(1, Ordering::Relaxed),
+                peer: Peer::Ip(peer),
+                local: true,
+                stream: Stream::Plain(Raw::Tcp(tcp)),
+                unauthenticated: None,
+            };
+            tokio::spawn(Arc::clone(&server).serve(conn));
+        }
+    });
+    (port, table)
+}
+
+impl House {
+    pub async fn start() -> Self {
+        Self::with_tiers(include_str!("../../config/tiers.toml")).await
+    }
+
+    pub async fn with_tiers(tiers: &str) -> Self {
+        let redis = Redis::start(PLATFORM).await;
+        let tenants: HashMap<String, Arc<Tenant>> = [
+            ("acme", Tier::Free),
+            ("globex", Tier::Starter),
+            ("initech", Tier::Pro),
+            ("umbrella", Tier::Enterprise),
+            ("hooli", Tier::Enterprise),
+        ]
+        .into_iter()
+        .map(|(org, tier)| (org.to_owned(), Arc::new(tenant(org, tier, 1))))
+        .collect();
+        let (port, table) = front(redis.port, &tenants, tiers).await;
+        Self { redis, port, table, tenants, tiers: tiers.to_owned() }
+    }
+
+    /// Another dynabase process before the same server: its port.
+    pub async fn second_front(&self) -> u16 {
+        front(self.redis.port, &self.tenants, &self.tiers).await.0
+    }
+
+    pub fn token(&self, org: &str) -> String {
+        let org = OrgId::parse(org).expect("an id");
+        mint::token(
+            &Secret::new(SECRET),
+            "https://test.supabase.co/auth/v1",
+            "authenticated",
+            &org,
+            &mint::subject(&org),
+            Duration::from_secs(3600),
+            SystemTime::now(),
+        )
+    }
+
+    pub fn set_tier(&self, org: &str, tier: Tier, epoch: u64) {
+        assert!(self.tenants.contains_key(org));
+        self.table.apply(Arc::new(tenant(org, tier, epoch))).expect("a newer epoch");
+    }
+
+    /// A logged-in client of a tenant.
+    pub async fn client(&self, org: &str) -> Client {
+        let mut client = Client::connect(self.port).await;
+        let token = self.token(org);
+        assert_eq!(client.run(&["AUTH", "app", &token]).await, "+OK");
+        client
+    }
+
+    /// The same in RESP3.
+    pub async fn client3(&self, org: &str) -> Client {
+        let mut client = self.client(org).await;
+        assert!(client.run(&["HELLO", "3"]).await.starts_with('%'));
+        client
+    }
+
+    /// The platform's own client, behind the front.
+    pub async fn admin(&self) -> Client {
+        let mut client = Client::connect(self.redis.port).await;
+        assert_eq!(client.run(&["AUTH", PLATFORM]).await, "+OK");
+        client
+    }
+}
+
+/// A client that shows replies as text: `+OK`, `"bulk"`, `[…]`, `(nil)` for both nulls of RESP2.
+pub struct Client {
+    pub stream: TcpStream,
+    buffer: Vec<u8>,
+}
+
+impl Client {
+    pub async fn connect(port: u16) -> Self {
+        let stream = TcpStream::connect(("127.0.0.1", port)).await.expect("it accepts");
+        stream.set_nodelay(true).expect("a socket");
+        Self { stream, buffer: Vec::new() }
+    }
+
+    pub async fn send(&mut self, words: &[&str]) {
+        self.send_raw(&words.iter().map(|word| word.as_bytes()).collect::<Vec<_>>()).await;
+    }
+
+    pub async fn send_raw(&mut self, words: &[&[u8]]) {
+        let mut out = Vec::new();
+        resp::put_request(&mut out, words);
+        self.stream.write_all(&out).await.expect("it reads");
+    }
+
+    /// The next frame's bytes; `None` at the end of the stream.
+    pub async fn frame(&mut self) -> Option<Vec<u8>> {
+        loop {
+            let (len, done) = resp::Reply::default().advance(&self.buffer).expect("a reply");
+            if done {
+                return Some(self.buffer.drain(..len).collect());
+            }
+            let read = tokio::time::timeout(Duration::from_secs(10), self.stream.read_buf(&mut self.buffer));
+            if read.await.expect("an answer in time").unwrap_or(0) == 0 {
+                return None;
+            }
+        }
+    }
+
+    pub async fn reply(&mut self) -> String {
+        match self.frame().await {
+            Some(frame) => show(&frame),
+            None => "(closed)".to_owned(),
+        }
+    }
+
+    pub async fn run(&mut self, words: &[&str]) -> String {
+        self.send(words).await;
+        self.reply().await
+    }
+
+    /// Words separated by blanks.
+    pub async fn line(&mut self, line: &str) -> String {
+        self.run(&line.split(' ').collect::<Vec<_>>()).await
+    }
+}
+
+pub fn show(frame: &[u8]) -> String {
+    let mut cursor = resp::Cursor { rest: frame };
+    value(&mut cursor)
+}
+
+fn value(cursor: &mut resp::Cursor<'_>) -> String {
+    match cursor.item() {
+        Some(resp::Item::Bulk(bytes)) => format!("\"{}\"", bytes.escape_ascii()),
+        Some(resp::Item::Many(mark, count)) => {
+            let inner: Vec<String> = (0..count).map(|_| value(cursor)).collect();
+            let sign = if mark == b'*' { String::new() } else { char::from(mark).to_string() };
+            format!("{sign}[{}]", inner.join(" "))
+        }
+        Some(resp::Item::Other(b"$-1\r\n")) => "(nil)".to_owned(),
+        Some(resp::Item::Other(b"*-1\r\n")) => "(nil*)".to_owned(),
+        Some(resp::Item::Other(bytes)) => String::from_utf8_lossy(bytes).trim_end().to_owned(),
+        None => "(nothing)".to_owned(),
+    }
+}
