@@ -110,7 +110,9 @@ impl Setup {
                 "[{name}]\nexpiry = \"{expiry}\"\n[{name}.postgres]\nconnections = {connections}\n\
                  client_sockets = {client_sockets}\nstorage = \"{storage}\"\n\
                  statement_timeout = \"{statement_timeout}\"\nidle_in_transaction_timeout = \"{idle_in_transaction}\"\n\
-                 queue_timeout = \"{queue_timeout}\"\npool_mode = \"transaction\"\nrate = {rate}\n"
+                 queue_timeout = \"{queue_timeout}\"\npool_mode = \"transaction\"\nrate = {rate}\n\
+                 [{name}.redis]\nmemory = \"50MB\"\nkeys = 1000\nmax_ttl = \"1h\"\nclient_sockets = 50\n\
+                 connections = 25\nrate = {rate}\n"
             )
             .expect("a string takes it");
         }
