@@ -140,7 +140,7 @@ impl Server {
             Err(handshake::Early::Refused(report, reason)) => {
                 metrics::counter!("dynabase_refusals_total", "protocol" => "postgres", "reason" => reason).increment(1);
                 if let Some(stream) = &mut stream {
-                    farewell(stream, &[], &report).await;
+                    Box::pin(farewell(stream, &[], &report)).await;
                 }
                 reason
             }

@@ -209,7 +209,7 @@ pub(super) async fn run(server: Arc<Server>, id: u64, peer: Peer, stream: Stream
             (reason, relay.bytes_in, relay.bytes_out, relay.transactions)
         }
         Err((report, reason)) => {
-            farewell(&mut stream, &[], &report).await;
+            Box::pin(farewell(&mut stream, &[], &report)).await;
             (reason, 0, 0, 0)
         }
     };
@@ -229,18 +229,19 @@ impl Relay {
         };
         loop {
             let event = std::future::poll_fn(|cx| self.poll(cx)).await;
+            // Boxed: a sleeping client must not keep the space that these need.
             let end = match event {
-                Event::Link(taken) => self.wait_for_link(taken).await,
-                Event::OverRate(over) => self.over_rate(over).await,
+                Event::Link(taken) => Box::pin(self.wait_for_link(taken)).await,
+                Event::OverRate(over) => Box::pin(self.over_rate(over)).await,
                 Event::Cancel => {
                     self.cancel();
                     Ok(())
                 }
-                Event::Due => self.due().await,
-                Event::Stop(stop) => Err(self.stop(stop).await),
+                Event::Due => Box::pin(self.due()).await,
+                Event::Stop(stop) => Err(Box::pin(self.stop(stop)).await),
                 Event::ClientGone => Err("client_gone"),
-                Event::ServerGone(told) => Err(self.server_gone(told).await),
-                Event::Fault(fault) => Err(self.fault(fault).await),
+                Event::ServerGone(told) => Err(Box::pin(self.server_gone(told)).await),
+                Event::Fault(fault) => Err(Box::pin(self.fault(fault)).await),
             };
             if let Err(reason) = end {
                 self.leave();
