@@ -23,7 +23,7 @@ lint:
 	$(CARGO) clippy --all-targets -- -D warnings
 
 doc:
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" $(CARGO) doc --no-deps --document-private-items
 
 # Each step says how long it took. The binary is the drivers'.
 step = @began=$$(date +%s); $(2) || exit 1; echo "== $(1): $$(($$(date +%s) - began)) s"

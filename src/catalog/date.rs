@@ -22,7 +22,7 @@ pub(crate) fn format(at: SystemTime) -> String {
     format!("{year:04}-{month:02}-{:02}T{hour:02}:{minute:02}:{second:02}Z", days + 1)
 }
 
-/// Parses what [`format`] writes; a fraction of a second is allowed and dropped. Years 1970 to 9999.
+/// Parses what [`format()`] writes; a fraction of a second is allowed and dropped. Years 1970 to 9999.
 pub(super) fn parse(text: &str) -> Option<SystemTime> {
     let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
     let time = match time.split_once('.') {

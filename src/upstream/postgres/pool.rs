@@ -255,7 +255,7 @@ pub enum TakeError {
 pub enum Taken {
     /// A connection.
     Lease(Lease),
-    /// Places, to connect with: [`Pool::connect`].
+    /// Places, to connect with: `Pool::connect`.
     Places(Places),
     /// A turn in the queue.
     Turn(Turn),

@@ -1,7 +1,7 @@
 //! Redis servers: one ACL user, one prefix and (per logical database in use) one physical database for each tenant.
 //!
-//! [`Upstream::place`] gives a tenant's [`Place`]; [`Place::open`] one of its logical databases; [`Database::shared`]
-//! the connection that all its clients share, [`Database::dedicated`] and [`Database::subscriber`] those of one
+//! [`Upstream::place`] gives a tenant's [`Place`]; [`Place::open`] one of its logical databases; `Database::shared`
+//! the connection that all its clients share, `Database::dedicated` and `Database::subscriber` those of one
 //! client. Every connection that carries a tenant's commands is logged in as the tenant's ACL user and stands in
 //! the tenant's database, which that user can't leave.
 
