@@ -204,6 +204,8 @@ async fn prepare(connection: &mut Connection, script: &str, deadline: Instant) -
     if script.is_empty() {
         return Ok(());
     }
+    // The Query destroys the server's unnamed statement.
+    connection.remote.unnamed = None;
     let run = async {
         let mut out = Vec::with_capacity(script.len() + 6);
         frontend::put_query(&mut out, script);
