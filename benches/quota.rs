@@ -33,6 +33,7 @@ fn record(epoch: u64) -> Arc<Tenant> {
         generation: 1,
         databases: Vec::new(),
         users: Vec::new(),
+        routes: Default::default(),
     })
 }
 
@@ -72,12 +73,14 @@ fn together(threads: usize, times: u64, run: impl Fn() + Sync) -> Duration {
 fn single(c: &mut Criterion) {
     let (_table, slot) = resident();
     let rate = Rate::default();
-    let pace = Pace::new(1_000_000_000, u32::MAX);
+    let pace = Pace::new(1, u32::MAX);
     let now_ns = clock::now_ns();
     c.bench_function("rate admit", |b| b.iter(|| black_box(&rate).admit(black_box(now_ns), 1, pace)));
     let empty = Rate::default();
-    empty.charge(now_ns, 1, Pace::new(1, 1));
-    c.bench_function("rate refuse", |b| b.iter(|| black_box(&empty).admit(black_box(now_ns), 1, Pace::new(1, 1))));
+    empty.charge(now_ns, 1, Pace::new(1_000_000_000, 1));
+    c.bench_function("rate refuse", |b| {
+        b.iter(|| black_box(&empty).admit(black_box(now_ns), 1, Pace::new(1_000_000_000, 1)))
+    });
 
     let place = Place::default();
     c.bench_function("place take and give", |b| {

@@ -43,6 +43,13 @@ const KEYS_WAIT: Duration = Duration::from_secs(5);
 /// How often metrics and meters are tidied, and how often a part that is not yet ready is looked at.
 const TIDY_EVERY: Duration = Duration::from_secs(5);
 
+/// Who serves the connections of a listener.
+#[derive(Clone)]
+enum Front {
+    Postgres(Arc<front::postgres::Server>),
+    Redis(Arc<front::redis::Server>),
+}
+
 /// Everything, built and bound; nothing is accepted yet.
 pub struct App {
     config: Config,
@@ -54,10 +61,7 @@ pub struct App {
     meters: Arc<Meters>,
     recorder: PrometheusHandle,
     postgres: Arc<upstream::postgres::Upstream>,
-    postgres_front: Arc<front::postgres::Server>,
-    redis_front: Option<Arc<front::redis::Server>>,
-    listeners: Vec<Listener>,
-    redis_listeners: Vec<Listener>,
+    doors: Vec<(Front, Listener)>,
     tls: Option<Arc<ServerTls>>,
     drain: Drain,
 }
@@ -134,30 +138,19 @@ impl App {
             };
             Listener::bind(&settings).map_err(|error| error.to_string())
         };
-        let listeners = config.listen.postgres.iter().map(bind).collect::<Result<Vec<_>, _>>()?;
-        let (mut redis_front, mut redis_listeners) = (None, Vec::new());
+        let mut fronts = vec![(Front::Postgres(postgres_front), &config.listen.postgres)];
         if let Some(redis) = config.redis()? {
             let settings = front::redis::Config { login_timeout: config.listen.handshake_timeout };
-            redis_front = Some(front::redis::Server::new(gate, redis, tls.clone(), settings, drain.clone()));
-            redis_listeners = config.listen.redis.iter().map(bind).collect::<Result<Vec<_>, _>>()?;
+            let server = front::redis::Server::new(gate, redis, tls.clone(), settings, drain.clone());
+            fronts.push((Front::Redis(server), &config.listen.redis));
         }
-        Ok(Self {
-            config,
-            path,
-            catalog,
-            asks,
-            verifier,
-            table,
-            meters,
-            recorder,
-            postgres,
-            postgres_front,
-            redis_front,
-            listeners,
-            redis_listeners,
-            tls,
-            drain,
-        })
+        let mut doors = Vec::new();
+        for (front, addresses) in fronts {
+            for address in addresses {
+                doors.push((front.clone(), bind(address)?));
+            }
+        }
+        Ok(Self { config, path, catalog, asks, verifier, table, meters, recorder, postgres, doors, tls, drain })
     }
 
     /// Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain. `ready` is called once every
@@ -221,17 +214,20 @@ impl App {
         });
 
         let mut accepting = JoinSet::new();
-        for listener in self.listeners {
-            tracing::info!(address = %listener.local_addr(), "listening for PostgreSQL clients");
-            let server = Arc::clone(&self.postgres_front);
-            let serve = move |conn| Arc::clone(&server).serve(conn);
-            accepting.spawn(listen::run(listener, Arc::clone(&limits), self.drain.clone(), serve));
-        }
-        for listener in self.redis_listeners {
-            let Some(server) = self.redis_front.clone() else { break };
-            tracing::info!(address = %listener.local_addr(), "listening for Redis clients");
-            let serve = move |conn| Arc::clone(&server).serve(conn);
-            accepting.spawn(listen::run(listener, Arc::clone(&limits), self.drain.clone(), serve));
+        for (front, listener) in self.doors {
+            let (address, limits, drain) = (listener.local_addr(), Arc::clone(&limits), self.drain.clone());
+            match front {
+                Front::Postgres(server) => {
+                    tracing::info!(%address, "listening for PostgreSQL clients");
+                    let serve = move |conn| Arc::clone(&server).serve(conn);
+                    accepting.spawn(listen::run(listener, limits, drain, serve));
+                }
+                Front::Redis(server) => {
+                    tracing::info!(%address, "listening for Redis clients");
+                    let serve = move |conn| Arc::clone(&server).serve(conn);
+                    accepting.spawn(listen::run(listener, limits, drain, serve));
+                }
+            }
         }
         state.readiness.listeners_up.store(true, Ordering::Release);
         let mut result = ready();

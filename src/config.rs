@@ -89,6 +89,12 @@ pub struct Listen {
     /// Addresses for Redis clients; used when there is an `upstream.redis.url`.
     #[serde(deserialize_with = "one_or_many")]
     pub redis: Vec<net::Address>,
+    /// Addresses for MongoDB clients; used when there is an `upstream.mongodb.url`.
+    #[serde(deserialize_with = "one_or_many")]
+    pub mongodb: Vec<net::Address>,
+    /// Addresses for Convex and Neon clients over HTTP, where TLS is spoken if there are certificates.
+    #[serde(deserialize_with = "one_or_many")]
+    pub http: Vec<net::Address>,
     /// Networks of load balancers that send a PROXY protocol v2 header; from these it is required.
     #[serde(deserialize_with = "one_or_many")]
     pub proxy_from: Vec<IpNet>,
@@ -110,6 +116,8 @@ impl Default for Listen {
         Self {
             postgres: vec![net::Address::Tcp(SocketAddr::from(([127, 0, 0, 1], 6432)))],
             redis: vec![net::Address::Tcp(SocketAddr::from(([127, 0, 0, 1], 6380)))],
+            mongodb: vec![net::Address::Tcp(SocketAddr::from(([127, 0, 0, 1], 27018)))],
+            http: vec![net::Address::Tcp(SocketAddr::from(([127, 0, 0, 1], 8080)))],
             proxy_from: Vec::new(),
             max_connections: 10_000,
             unadmitted_per_network: 256,

@@ -82,6 +82,14 @@ pub enum Limit {
     Keys,
     /// Bytes of memory used.
     Memory,
+    /// Open cursors.
+    Cursors,
+    /// Subscribed queries.
+    Subscriptions,
+    /// Writes under way.
+    InFlight,
+    /// Branches of a database.
+    Branches,
 }
 
 impl Limit {
@@ -96,6 +104,10 @@ impl Limit {
             Limit::IdleInTransaction => "idle_in_transaction_timeout",
             Limit::Keys => "keys",
             Limit::Memory => "memory",
+            Limit::Cursors => "cursors",
+            Limit::Subscriptions => "subscriptions",
+            Limit::InFlight => "in_flight",
+            Limit::Branches => "branches",
         }
     }
 }

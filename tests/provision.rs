@@ -27,6 +27,7 @@ fn tenant(org: &str) -> Tenant {
         generation: 1,
         databases: vec!["reports".into()],
         users: Vec::new(),
+        routes: Default::default(),
     }
 }
 

@@ -25,7 +25,16 @@ fn org(text: &str) -> OrgId {
 
 fn tenant(name: &str, tier: Tier, epoch: u64) -> Arc<Tenant> {
     let (databases, users) = (Vec::new(), Vec::new());
-    Arc::new(Tenant { org: org(name), tier, status: Status::Active, epoch, generation: 1, databases, users })
+    Arc::new(Tenant {
+        org: org(name),
+        tier,
+        status: Status::Active,
+        epoch,
+        generation: 1,
+        databases,
+        users,
+        routes: Default::default(),
+    })
 }
 
 /// A table whose catalog knows every organisation that does not start with `x`, and can't be asked about `down`.

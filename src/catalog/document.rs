@@ -8,7 +8,7 @@ use serde_json::{Map, Value, error::Category};
 
 use super::date;
 use crate::tenant::{
-    OrgId, Status, Tenant, Tier,
+    OrgId, Routes, Status, Tenant, Tier,
     directory::{KeyHash, ServiceKey},
 };
 
@@ -53,6 +53,8 @@ struct OrgFields {
     databases: Vec<String>,
     #[serde(default)]
     users: Vec<String>,
+    #[serde(default, skip_serializing_if = "Routes::is_empty")]
+    routes: Routes,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     created_at: String,
     #[serde(flatten)]
@@ -91,12 +93,13 @@ impl Record {
         if fields.org != *org {
             return Err("its _id is not the name it is kept under".to_owned());
         }
-        let OrgFields { org, tier, status, epoch, generation, databases, users, created_at, more } = fields;
+        let OrgFields { org, tier, status, epoch, generation, databases, users, routes, created_at, more } = fields;
         let names = [&databases, &users];
         if names.iter().any(|names| names.len() > NAMES_MAX || !names.iter().all(|name| is_name(name))) {
             return Err("databases and users hold names of 1 to 63 bytes, at most 256 each".to_owned());
         }
-        Ok(Self { tenant: Tenant { org, tier, status, epoch, generation, databases, users }, created_at, more })
+        let tenant = Tenant { org, tier, status, epoch, generation, databases, users, routes };
+        Ok(Self { tenant, created_at, more })
     }
 
     /// Gives the document as text, one field a line.
@@ -110,6 +113,7 @@ impl Record {
             generation: tenant.generation,
             databases: tenant.databases,
             users: tenant.users,
+            routes: tenant.routes,
             created_at: self.created_at.clone(),
             more: self.more.clone(),
         })

@@ -26,6 +26,7 @@ fn tenant(id: &str) -> Tenant {
         generation: 1,
         databases: vec!["reports".into()],
         users: vec![],
+        routes: Default::default(),
     }
 }
 

@@ -104,10 +104,9 @@ async fn start(
     let secrets = folder.secrets().map_err(Failure::failed)?;
     eprintln!("starting PostgreSQL in {} …", folder.path().display());
     let password = Password::new(secrets.postgres_password.as_str());
-    let mut server =
-        Server::start(programs, &folder.path().join("postgres"), password).await.map_err(Failure::failed)?;
+    let server = Server::start(programs, &folder.path().join("postgres"), password).await.map_err(Failure::failed)?;
     eprintln!("starting Redis …");
-    let mut redis = start_redis(redis, folder, &secrets).await?;
+    let redis = start_redis(redis, folder, &secrets).await?;
     let config = configure(folder, ports, &secrets, &server, &redis)?;
     app::log_to_stderr(&config.log).map_err(Failure::usage)?;
     let catalog = place::catalog(&config).await?;
@@ -124,6 +123,9 @@ async fn start(
         catalog: folder.path().join("catalog"),
         tenants,
     };
+    let log = |name: &str| folder.path().join(name).join(format!("{name}.log"));
+    let mut children: Vec<(&str, PathBuf, Box<dyn Child>)> =
+        vec![("PostgreSQL", log("postgres"), Box::new(server)), ("Redis", log("redis"), Box::new(redis))];
     let app = App::build(config, Some(folder.config())).await.map_err(Failure::failed)?;
     let serving = app.run(|| {
         super::print(ready.table());
@@ -131,18 +133,54 @@ async fn start(
     });
     let done = tokio::select! {
         done = serving => done.map_err(Failure::failed),
-        () = ended(&mut server) => Err(Failure::failed(format_args!(
-            "PostgreSQL ended by itself: {} says why",
-            folder.path().join("postgres/postgres.log").display()
-        ))),
-        () = redis_ended(&mut redis) => Err(Failure::failed(format_args!(
-            "Redis ended by itself: {} says why",
-            folder.path().join("redis/redis.log").display()
-        ))),
+        (name, log) = first_ended(&mut children) => {
+            Err(Failure::failed(format_args!("{name} ended by itself: {} says why", log.display())))
+        }
     };
-    eprintln!("stopping Redis and PostgreSQL …");
-    let stopped = redis.stop();
-    done.and(server.stop().map_err(Failure::failed)).and(stopped.map_err(Failure::failed))
+    // In the reverse order of their start; one that can't be stopped does not keep the others.
+    children.into_iter().rev().fold(done, |done, (name, _, mut child)| {
+        eprintln!("stopping {name} …");
+        done.and(child.stop().map_err(Failure::failed))
+    })
+}
+
+/// A server that lives as long as we do.
+trait Child {
+    /// Whether it has ended by itself.
+    fn ended(&mut self) -> bool;
+
+    /// Ends it and waits for that.
+    fn stop(&mut self) -> Result<(), String>;
+}
+
+impl Child for Server {
+    fn ended(&mut self) -> bool {
+        Server::ended(self)
+    }
+
+    fn stop(&mut self) -> Result<(), String> {
+        Server::stop(self)
+    }
+}
+
+impl Child for redis::Server {
+    fn ended(&mut self) -> bool {
+        redis::Server::ended(self)
+    }
+
+    fn stop(&mut self) -> Result<(), String> {
+        redis::Server::stop(self)
+    }
+}
+
+/// Waits until one of them has ended; gives its name and its log.
+async fn first_ended<'a>(children: &mut [(&'a str, PathBuf, Box<dyn Child>)]) -> (&'a str, PathBuf) {
+    loop {
+        if let Some((name, log, _)) = children.iter_mut().find_map(|it| it.2.ended().then_some(it)) {
+            return (name, log.clone());
+        }
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 /// Starts the Redis server; its password is derived like all others.
@@ -152,20 +190,6 @@ async fn start_redis(program: &Path, folder: &Folder, secrets: &Secrets) -> Resu
     let platform = OrgId::parse("platform").ok_or_else(|| Failure::failed("the platform's name"))?;
     let password = names.password("redis platform", &platform, 1);
     redis::Server::start(program, &folder.path().join("redis"), password, names).await.map_err(Failure::failed)
-}
-
-/// Waits until Redis has ended.
-async fn redis_ended(server: &mut redis::Server) {
-    while !server.ended() {
-        tokio::time::sleep(LOOK).await;
-    }
-}
-
-/// Waits until the server has ended.
-async fn ended(server: &mut Server) {
-    while !server.ended() {
-        tokio::time::sleep(LOOK).await;
-    }
 }
 
 /// Writes the configuration, anew on each start, and the tiers, on the first start only; reads both.

@@ -124,6 +124,7 @@ pub async fn create(config: &Config, catalog: &Catalog, org: &OrgId, tier: Tier)
         generation: 1,
         databases: Vec::new(),
         users: Vec::new(),
+        routes: Default::default(),
     };
     provision(config, &tenant).await?;
     match catalog.put(Record::new(tenant), Expect::Absent).await {

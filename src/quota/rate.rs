@@ -12,6 +12,9 @@ pub const UNITS_MAX: u64 = 1 << 20;
 pub const DEBT_MAX: Duration = Duration::from_nanos(DEBT_MAX_NS);
 const DEBT_MAX_NS: u64 = 60 * 1_000_000_000;
 
+/// Longest interval between two units, some four seconds (15 a minute): it shares one word with the burst.
+const INTERVAL_MAX_NS: u64 = u32::MAX as u64;
+
 /// A rate as the limiter needs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pace {
@@ -22,9 +25,9 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// `per_second` sustained, `burst` at once; both at least 1.
-    pub fn new(per_second: u32, burst: u32) -> Self {
-        let interval_ns = (1_000_000_000 / u64::from(per_second.max(1))).max(1);
+    /// One unit every `interval_ns` sustained, `burst` at once; both at least 1.
+    pub fn new(interval_ns: u64, burst: u32) -> Self {
+        let interval_ns = interval_ns.clamp(1, INTERVAL_MAX_NS);
         Self { interval_ns, tolerance_ns: interval_ns * u64::from(burst.max(1)) }
     }
 }
@@ -35,14 +38,14 @@ impl Pace {
 pub struct Present(AtomicU64);
 
 impl Present {
-    /// Starts with `per_second` and `burst`, as [`Pace::new`].
-    pub fn new(per_second: u32, burst: u32) -> Self {
-        Self(AtomicU64::new(Self::pack(per_second, burst)))
+    /// Starts with a pace, as [`Pace::new`].
+    pub fn new(interval_ns: u64, burst: u32) -> Self {
+        Self(AtomicU64::new(Self::pack(interval_ns, burst)))
     }
 
     /// Replaces the pace.
-    pub fn set(&self, per_second: u32, burst: u32) {
-        self.0.store(Self::pack(per_second, burst), Ordering::Relaxed);
+    pub fn set(&self, interval_ns: u64, burst: u32) {
+        self.0.store(Self::pack(interval_ns, burst), Ordering::Relaxed);
     }
 
     /// The pace. `Relaxed`: it orders nothing but itself.
@@ -52,9 +55,9 @@ impl Present {
         Pace { interval_ns, tolerance_ns: interval_ns * (word & u64::from(u32::MAX)) }
     }
 
-    /// The interval, at most a second and so within 30 bits, above the burst.
-    fn pack(per_second: u32, burst: u32) -> u64 {
-        Pace::new(per_second, burst).interval_ns << 32 | u64::from(burst.max(1))
+    /// The interval, within 32 bits, above the burst.
+    fn pack(interval_ns: u64, burst: u32) -> u64 {
+        Pace::new(interval_ns, burst).interval_ns << 32 | u64::from(burst.max(1))
     }
 }
 

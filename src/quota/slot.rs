@@ -50,7 +50,7 @@ impl Lane {
     fn new(rate: &RateLimit) -> Self {
         Self {
             rate: Rate::default(),
-            pace: Present::new(rate.per_second, rate.burst),
+            pace: Present::new(rate.interval_ns(), rate.burst),
             clients: Place::default(),
             connections: Place::default(),
         }
@@ -99,8 +99,8 @@ impl Slot {
             Over {
                 limit: Limit::Rate,
                 tier: policy.tenant.tier,
-                max: rate.per_second.into(),
-                in_use: u64::from(rate.per_second) + 1,
+                max: rate.units().into(),
+                in_use: u64::from(rate.units()) + 1,
                 retry_after: Some(wait),
             }
         })
@@ -119,6 +119,9 @@ impl Slot {
         let place: fn(&Slot) -> &Place = match protocol {
             Protocol::Postgres => |slot| &slot.lanes[Protocol::Postgres as usize].clients,
             Protocol::Redis => |slot| &slot.lanes[Protocol::Redis as usize].clients,
+            Protocol::Mongodb => |slot| &slot.lanes[Protocol::Mongodb as usize].clients,
+            Protocol::Convex => |slot| &slot.lanes[Protocol::Convex as usize].clients,
+            Protocol::Neon => |slot| &slot.lanes[Protocol::Neon as usize].clients,
         };
         Permit::take(self, place, max).ok_or_else(|| Over {
             limit: Limit::ClientSockets,
@@ -135,6 +138,9 @@ impl Slot {
         let place: fn(&Slot) -> &Place = match protocol {
             Protocol::Postgres => |slot| &slot.lanes[Protocol::Postgres as usize].connections,
             Protocol::Redis => |slot| &slot.lanes[Protocol::Redis as usize].connections,
+            Protocol::Mongodb => |slot| &slot.lanes[Protocol::Mongodb as usize].connections,
+            Protocol::Convex => |slot| &slot.lanes[Protocol::Convex as usize].connections,
+            Protocol::Neon => |slot| &slot.lanes[Protocol::Neon as usize].connections,
         };
         Permit::take(self, place, max)
     }
@@ -218,7 +224,7 @@ impl Slot {
         for (lane, protocol) in self.lanes.iter().zip(Protocol::ALL) {
             let rate = limits.rate(protocol);
             let before = lane.pace.pace();
-            lane.pace.set(rate.per_second, rate.burst);
+            lane.pace.set(rate.interval_ns(), rate.burst);
             if lane.pace.pace().interval_ns < before.interval_ns {
                 lane.rate.forgive(clock::now_ns(), lane.pace.pace());
             }

@@ -4,6 +4,7 @@
 
 pub mod directory;
 pub mod namespace;
+pub mod route;
 pub mod tier;
 pub mod unit;
 
@@ -12,6 +13,7 @@ use std::{fmt, sync::Arc};
 use serde::{Deserialize, Serialize};
 
 pub use namespace::{Names, Namespace};
+pub use route::{Home, Isolation, Routes};
 pub use tier::{Expiry, Limits, OverRate, PoolMode, Tier, Tiers};
 
 /// Longest organisation id in bytes; also keeps every derived name under Postgres' 63 bytes.
@@ -84,17 +86,27 @@ pub enum Protocol {
     Postgres,
     /// Redis, RESP2 and RESP3.
     Redis,
+    /// MongoDB's OP_MSG.
+    Mongodb,
+    /// Convex over HTTP and its sync WebSocket.
+    Convex,
+    /// Neon: SQL over HTTP, Postgres over WebSocket.
+    Neon,
 }
 
 impl Protocol {
     /// Every protocol, in the order of its discriminant.
-    pub const ALL: [Protocol; 2] = [Protocol::Postgres, Protocol::Redis];
+    pub const ALL: [Protocol; 5] =
+        [Protocol::Postgres, Protocol::Redis, Protocol::Mongodb, Protocol::Convex, Protocol::Neon];
 
     /// The word used in metrics, logs and configuration.
     pub fn label(self) -> &'static str {
         match self {
             Protocol::Postgres => "postgres",
             Protocol::Redis => "redis",
+            Protocol::Mongodb => "mongodb",
+            Protocol::Convex => "convex",
+            Protocol::Neon => "neon",
         }
     }
 }
@@ -128,12 +140,28 @@ pub struct Tenant {
     pub databases: Vec<String>,
     /// Logical users beyond the default `app`.
     pub users: Vec<String>,
+    /// Where its databases are, as far as that differs from what its tier says.
+    pub routes: Routes,
 }
 
 /// The logical user and database that every tenant has.
 pub const DEFAULT_NAME: &str = "app";
 
 impl Tenant {
+    /// A new organisation: served, nothing special about it.
+    pub fn new(org: OrgId, tier: Tier) -> Self {
+        Self {
+            org,
+            tier,
+            status: Status::Active,
+            epoch: 1,
+            generation: 1,
+            databases: Vec::new(),
+            users: Vec::new(),
+            routes: Routes::default(),
+        }
+    }
+
     /// Whether `user` is one of the tenant's logical users (exact bytes, as Postgres compares).
     pub fn has_user(&self, user: &str) -> bool {
         user == DEFAULT_NAME || self.users.iter().any(|u| u == user)

@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Protocol, unit};
+use super::{Home, Isolation, Protocol, unit};
 
 /// A plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -82,12 +82,16 @@ pub enum PoolMode {
     Session,
 }
 
-/// A request rate: `per_second` sustained, `burst` at once.
+/// A request rate: so many per second or per minute sustained, `burst` at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimit {
-    /// Requests per second, sustained.
+    /// Requests per second, sustained; 0 where `per_minute` says it.
+    #[serde(default)]
     pub per_second: u32,
+    /// Requests per minute, sustained; 0 where `per_second` says it.
+    #[serde(default)]
+    pub per_minute: u32,
     /// Requests that may come at once after a pause.
     pub burst: u32,
     /// Refuse or delay what is over.
@@ -95,6 +99,26 @@ pub struct RateLimit {
     /// Longest delay of one request under `over = "delay"`.
     #[serde(deserialize_with = "unit::duration")]
     pub max_delay: Duration,
+}
+
+impl RateLimit {
+    /// The pause between two requests at the sustained rate, in nanoseconds.
+    pub fn interval_ns(&self) -> u64 {
+        let (units, within) = match self.per_second {
+            0 => (self.per_minute, 60_000_000_000),
+            units => (units, 1_000_000_000),
+        };
+        (within / u64::from(units.max(1))).max(1)
+    }
+
+    /// The number that the tier's owner reads, in its own unit.
+    pub fn units(&self) -> u32 {
+        self.per_second.max(self.per_minute)
+    }
+
+    fn is_good(&self) -> bool {
+        (self.per_second == 0) != (self.per_minute == 0) && self.burst >= 1
+    }
 }
 
 /// The Postgres column of a tier.
@@ -119,6 +143,8 @@ pub struct PostgresLimits {
     pub queue_timeout: Duration,
     /// Pool mode for clients that do not ask for one.
     pub pool_mode: PoolMode,
+    /// Where the database is, unless the tenant's own record says otherwise.
+    pub home: Home,
     /// Statements (transactions count each statement) per second.
     pub rate: RateLimit,
 }
@@ -143,6 +169,83 @@ pub struct RedisLimits {
     pub rate: RateLimit,
 }
 
+/// The MongoDB column of a tier.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MongodbLimits {
+    /// How documents are kept apart, unless the tenant's own record says otherwise.
+    pub isolation: Isolation,
+    /// Operations at the server at a time: running requests, open transactions, awaiting cursors.
+    pub connections: u32,
+    /// Client sockets.
+    pub client_sockets: u32,
+    /// Longest operation.
+    #[serde(deserialize_with = "unit::duration")]
+    pub timeout: Duration,
+    /// Longest wait for one of `connections`.
+    #[serde(deserialize_with = "unit::duration")]
+    pub queue_timeout: Duration,
+    /// Open cursors.
+    pub cursors: u32,
+    /// Requests per second.
+    pub rate: RateLimit,
+}
+
+/// The Convex column of a tier.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConvexLimits {
+    /// Client sockets.
+    pub client_sockets: u32,
+    /// Subscribed queries over all sockets.
+    pub subscriptions: u32,
+    /// Subscribed queries of one socket.
+    pub subscriptions_per_socket: u32,
+    /// Function calls.
+    pub rate: RateLimit,
+    /// Mutations and actions running at a time.
+    pub in_flight_writes: u32,
+    /// Bytes of one request or message.
+    #[serde(deserialize_with = "unit::size")]
+    pub payload: u64,
+    /// Bytes of one uploaded file.
+    #[serde(deserialize_with = "unit::size")]
+    pub upload: u64,
+}
+
+/// The Neon column of a tier.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NeonLimits {
+    /// Upstream connections over WebSocket, HTTP and routed Postgres sessions.
+    pub connections: u32,
+    /// Client sockets.
+    pub client_sockets: u32,
+    /// Database size in bytes.
+    #[serde(deserialize_with = "unit::size")]
+    pub storage: u64,
+    /// Longest statement.
+    #[serde(deserialize_with = "unit::duration")]
+    pub statement_timeout: Duration,
+    /// Longest wait for an upstream connection.
+    #[serde(deserialize_with = "unit::duration")]
+    pub queue_timeout: Duration,
+    /// Bytes of one HTTP response.
+    #[serde(deserialize_with = "unit::size")]
+    pub response: u64,
+    /// Smallest compute, in hundredths of a compute unit.
+    pub min_cu_hundredths: u32,
+    /// Largest compute, in hundredths of a compute unit.
+    pub max_cu_hundredths: u32,
+    /// Idle time after which the compute sleeps; `None` is never.
+    #[serde(deserialize_with = "unit::duration_or_never")]
+    pub suspend_after: Option<Duration>,
+    /// Branches.
+    pub branches: u32,
+    /// Requests per second.
+    pub rate: RateLimit,
+}
+
 /// One tier's numbers, for every database.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -153,6 +256,12 @@ pub struct Limits {
     pub postgres: PostgresLimits,
     /// Redis.
     pub redis: RedisLimits,
+    /// MongoDB.
+    pub mongodb: MongodbLimits,
+    /// Convex.
+    pub convex: ConvexLimits,
+    /// Neon.
+    pub neon: NeonLimits,
 }
 
 impl Limits {
@@ -161,6 +270,9 @@ impl Limits {
         match protocol {
             Protocol::Postgres => &self.postgres.rate,
             Protocol::Redis => &self.redis.rate,
+            Protocol::Mongodb => &self.mongodb.rate,
+            Protocol::Convex => &self.convex.rate,
+            Protocol::Neon => &self.neon.rate,
         }
     }
 
@@ -169,14 +281,20 @@ impl Limits {
         match protocol {
             Protocol::Postgres => self.postgres.client_sockets,
             Protocol::Redis => self.redis.client_sockets,
+            Protocol::Mongodb => self.mongodb.client_sockets,
+            Protocol::Convex => self.convex.client_sockets,
+            Protocol::Neon => self.neon.client_sockets,
         }
     }
 
-    /// The cap on one protocol's upstream connections.
+    /// The cap on one protocol's upstream connections; for Convex, where calls share sockets, on writes under way.
     pub fn connections(&self, protocol: Protocol) -> u32 {
         match protocol {
             Protocol::Postgres => self.postgres.connections,
             Protocol::Redis => self.redis.connections,
+            Protocol::Mongodb => self.mongodb.connections,
+            Protocol::Convex => self.convex.in_flight_writes,
+            Protocol::Neon => self.neon.connections,
         }
     }
 
@@ -188,21 +306,34 @@ impl Limits {
                 faults.push(format!("{tier}: {what}"));
             }
         };
-        need(pg.connections >= 1, "postgres.connections must be at least 1");
         need(pg.client_sockets >= pg.connections, "postgres.client_sockets must not be below postgres.connections");
-        need(pg.rate.per_second >= 1 && pg.rate.burst >= 1, "postgres.rate needs per_second and burst of at least 1");
         need(!pg.statement_timeout.is_zero(), "postgres.statement_timeout must be above zero");
         need(!pg.queue_timeout.is_zero(), "postgres.queue_timeout must be above zero");
         let redis = &self.redis;
         need(redis.keys >= 1, "redis.keys must be at least 1");
         need(redis.memory >= 1, "redis.memory must be above zero");
         need(redis.max_ttl.is_none_or(|ttl| ttl.as_secs() >= 1), "redis.max_ttl must be at least 1s, or \"never\"");
-        need(redis.client_sockets >= 1, "redis.client_sockets must be at least 1");
-        need(redis.connections >= 1, "redis.connections must be at least 1");
+        for protocol in Protocol::ALL {
+            let (label, rate) = (protocol.label(), self.rate(protocol));
+            need(rate.is_good(), &format!("{label}.rate needs per_second or per_minute, and burst, of at least 1"));
+            need(self.client_sockets(protocol) >= 1, &format!("{label}.client_sockets must be at least 1"));
+            need(self.connections(protocol) >= 1, &format!("{label}: no connection or write would ever be let in"));
+        }
+        let mongodb = &self.mongodb;
+        need(!mongodb.timeout.is_zero(), "mongodb.timeout must be above zero");
+        need(!mongodb.queue_timeout.is_zero(), "mongodb.queue_timeout must be above zero");
+        need(mongodb.cursors >= 1, "mongodb.cursors must be at least 1");
+        let convex = &self.convex;
+        need(convex.subscriptions >= 1, "convex.subscriptions must be at least 1");
+        need(convex.subscriptions_per_socket >= 1, "convex.subscriptions_per_socket must be at least 1");
+        let neon = &self.neon;
+        need(!neon.statement_timeout.is_zero(), "neon.statement_timeout must be above zero");
+        need(!neon.queue_timeout.is_zero(), "neon.queue_timeout must be above zero");
         need(
-            redis.rate.per_second >= 1 && redis.rate.burst >= 1,
-            "redis.rate needs per_second and burst of at least 1",
+            (25..=neon.max_cu_hundredths).contains(&neon.min_cu_hundredths),
+            "neon.min_cu_hundredths must be 25 to neon.max_cu_hundredths",
         );
+        need(neon.branches >= 1, "neon.branches must be at least 1");
         faults
     }
 }
@@ -281,6 +412,60 @@ mod tests {
         assert_eq!(row(Tier::Starter), (128, 10_000, Some(86_400), 200, (2_000, 4_000)));
         assert_eq!(row(Tier::Pro), (512, 100_000, Some(604_800), 2_000, (20_000, 40_000)));
         assert_eq!(row(Tier::Enterprise), (2048, 1_000_000, None, 10_000, (200_000, 400_000)));
+    }
+
+    #[test]
+    fn the_shipped_file_carries_the_decided_mongodb_convex_and_neon_numbers() {
+        let tiers = Tiers::parse(include_str!("../../config/tiers.toml")).expect("the shipped file parses");
+        let row = |tier| {
+            let Limits { mongodb, convex, neon, .. } = &**tiers.limits(tier);
+            let (rate, calls) = (mongodb.rate, convex.rate);
+            assert_eq!((neon.rate.per_second, neon.rate.burst), (rate.per_second, rate.burst));
+            (
+                (mongodb.connections, mongodb.timeout.as_secs(), mongodb.client_sockets, rate.per_second, rate.burst),
+                (convex.client_sockets, convex.subscriptions, convex.subscriptions_per_socket),
+                (calls.per_minute, calls.burst, convex.in_flight_writes, convex.payload >> 20, convex.upload >> 20),
+                (neon.connections, neon.storage >> 20, neon.min_cu_hundredths, neon.max_cu_hundredths),
+                (neon.suspend_after.map(|after| after.as_secs()), neon.branches),
+            )
+        };
+        assert_eq!(
+            row(Tier::Free),
+            ((2, 5, 50, 50, 100), (25, 100, 50), (300, 100, 8, 1, 10), (5, 512, 25, 25), (Some(300), 1))
+        );
+        assert_eq!(
+            row(Tier::Starter),
+            ((5, 15, 100, 200, 400), (200, 1_000, 100), (1_500, 500, 16, 4, 100), (10, 1024, 25, 100), (Some(300), 3))
+        );
+        assert_eq!(
+            row(Tier::Pro),
+            (
+                (20, 30, 500, 2_000, 4_000),
+                (2_000, 20_000, 500),
+                (10_000, 3_000, 128, 16, 1024),
+                (50, 4096, 50, 200),
+                (Some(1_800), 10)
+            )
+        );
+        assert_eq!(
+            row(Tier::Enterprise),
+            (
+                (50, 60, 1_000, 20_000, 40_000),
+                (20_000, 250_000, 1_000),
+                (60_000, 20_000, 512, 16, 5120),
+                (100, 8192, 100, 800),
+                (None, 25)
+            )
+        );
+    }
+
+    #[test]
+    fn a_rate_has_one_unit() {
+        let text = include_str!("../../config/tiers.toml");
+        for bad in ["{ burst = 100, ", "{ per_second = 1, per_minute = 1, burst = 100, "] {
+            let text = text.replacen("{ per_second = 50, burst = 100, ", bad, 1);
+            assert!(Tiers::parse(&text).is_err_and(|faults| faults[0].contains("postgres.rate")));
+        }
     }
 
     #[test]

@@ -99,6 +99,7 @@ pub fn tenant(org: &str, tier: Tier, epoch: u64) -> Tenant {
         generation: 1,
         databases: Vec::new(),
         users: Vec::new(),
+        routes: Default::default(),
     }
 }
 

@@ -110,9 +110,16 @@ impl Setup {
                 "[{name}]\nexpiry = \"{expiry}\"\n[{name}.postgres]\nconnections = {connections}\n\
                  client_sockets = {client_sockets}\nstorage = \"{storage}\"\n\
                  statement_timeout = \"{statement_timeout}\"\nidle_in_transaction_timeout = \"{idle_in_transaction}\"\n\
-                 queue_timeout = \"{queue_timeout}\"\npool_mode = \"transaction\"\nrate = {rate}\n\
+                 queue_timeout = \"{queue_timeout}\"\npool_mode = \"transaction\"\nhome = \"main\"\nrate = {rate}\n\
                  [{name}.redis]\nmemory = \"50MB\"\nkeys = 1000\nmax_ttl = \"1h\"\nclient_sockets = 50\n\
-                 connections = 25\nrate = {rate}\n"
+                 connections = 25\nrate = {rate}\n\
+                 [{name}.mongodb]\nisolation = \"filter\"\nconnections = 25\nclient_sockets = 50\ntimeout = \"30s\"\n\
+                 queue_timeout = \"5s\"\ncursors = 100\nrate = {rate}\n\
+                 [{name}.convex]\nclient_sockets = 50\nsubscriptions = 100\nsubscriptions_per_socket = 50\n\
+                 in_flight_writes = 8\npayload = \"1MiB\"\nupload = \"10MiB\"\nrate = {rate}\n\
+                 [{name}.neon]\nconnections = 25\nclient_sockets = 50\nstorage = \"4GB\"\nstatement_timeout = \"30s\"\n\
+                 queue_timeout = \"5s\"\nresponse = \"10MiB\"\nmin_cu_hundredths = 25\nmax_cu_hundredths = 25\n\
+                 suspend_after = \"300s\"\nbranches = 3\nrate = {rate}\n"
             )
             .expect("a string takes it");
         }
@@ -218,6 +225,7 @@ impl Proxy {
             generation: 1,
             databases: Vec::new(),
             users: Vec::new(),
+            routes: Default::default(),
         };
         block_on(async {
             let tiers = self.config.load_tiers().expect("our own");

@@ -131,6 +131,13 @@ fn over_limit(severity: Severity, over: &Over) -> Report {
             format!("limit=idle_in_transaction_timeout tier={tier} max_ms={max}"),
             String::new(),
         ),
+        // Limits of other databases; nothing here meets them.
+        Limit::Cursors | Limit::Subscriptions | Limit::InFlight | Limit::Branches => (
+            "53400",
+            format!("too many {}: {in_use} of {max} of tier {tier}", limit.label()),
+            counted,
+            "Move to a larger tier.".into(),
+        ),
     };
     Report { severity, code, message, detail, hint }
 }

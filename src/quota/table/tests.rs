@@ -25,6 +25,7 @@ fn tenant(name: &str, tier: Tier, epoch: u64) -> Tenant {
         generation: 1,
         databases: Vec::new(),
         users: Vec::new(),
+        routes: Default::default(),
     }
 }
 
