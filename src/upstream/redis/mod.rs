@@ -12,6 +12,7 @@ pub mod link;
 pub mod outbox;
 mod place;
 pub mod reply;
+mod standing;
 
 use std::{
     collections::HashSet,
@@ -28,6 +29,7 @@ pub use config::Config;
 pub use dial::{DialError, Target};
 pub use outbox::Outbox;
 pub use place::{Database, Place, Script};
+pub use standing::{Standing, Usage};
 
 use crate::{
     net::Stream,
