@@ -154,7 +154,7 @@ struct Pending {
     bytes: Vec<u8>,
     /// Of `bytes`, which are a few reads' worth at most.
     at: u32,
-    /// TLS may hold bytes of its own.
+    /// The stream may hold bytes of its own.
     flush: bool,
 }
 
@@ -170,7 +170,7 @@ impl Pending {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 n => self.at += u32::try_from(n).unwrap_or(u32::MAX),
             }
-            self.flush = stream.is_tls();
+            self.flush = stream.is_buffered();
         }
         if !self.bytes.is_empty() {
             *self = Self { flush: self.flush, ..Self::default() };
@@ -192,7 +192,7 @@ impl Pending {
             return Ok(());
         }
         out.write(stream, cx, input, &mut self.bytes)?;
-        self.flush = stream.is_tls();
+        self.flush = stream.is_buffered();
         if self.bytes.is_empty()
             && self.flush
             && let Poll::Ready(flushed) = Pin::new(stream).poll_flush(cx)
