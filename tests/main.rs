@@ -6,3 +6,4 @@ mod postgres;
 mod provision;
 mod redis;
 mod support;
+mod transition;

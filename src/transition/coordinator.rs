@@ -380,7 +380,7 @@ impl Coordinator {
             failures: [0; SEATS],
             writes_failed: 0,
             deadline: Some(Instant::now() + left),
-            order: None,
+            terms: None,
         };
         let done = work.run().await;
         match &done {
@@ -419,6 +419,13 @@ enum Came {
     Pause(usize),
 }
 
+/// Who moves between which limits.
+struct Terms {
+    tenant: Tenant,
+    from: Arc<Limits>,
+    to: Arc<Limits>,
+}
+
 /// One transition being worked on.
 struct Work {
     inner: Arc<Inner>,
@@ -431,7 +438,7 @@ struct Work {
     writes_failed: u32,
     /// When preparing is given up; `None` once it was.
     deadline: Option<Instant>,
-    order: Option<Arc<(Tenant, Arc<Limits>, Arc<Limits>)>>,
+    terms: Option<Terms>,
 }
 
 impl Work {
@@ -440,7 +447,7 @@ impl Work {
         // As it was when the transition began; what else changes of it meanwhile is nobody's business here.
         let tenant = Tenant { tier: self.entry.from, epoch: self.entry.from_epoch, ..record.tenant };
         let (from, to) = (self.coordinator.limits(self.entry.from), self.coordinator.limits(self.entry.to));
-        self.order = Some(Arc::new((tenant, from, to)));
+        self.terms = Some(Terms { tenant, from, to });
         let mut renew = tokio::time::interval_at(Instant::now() + RENEW_EVERY, RENEW_EVERY);
         renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
         if self.entry.cancel {
@@ -541,8 +548,8 @@ impl Work {
     }
 
     fn call(&mut self, seat: usize, call: Call) {
-        let (Some(participant), Some(order)) = (self.inner.participants.0[seat].clone(), &self.order) else { return };
-        let (tenant, from, to) = &**order;
+        let (Some(participant), Some(terms)) = (self.inner.participants.0[seat].clone(), &self.terms) else { return };
+        let Terms { tenant, from, to } = terms;
         let part = &mut self.entry.participants[seat];
         part.calls += 1;
         let order = Order {

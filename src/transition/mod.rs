@@ -12,3 +12,6 @@ pub mod state;
 pub use coordinator::{Coordinator, Refused, Request, Verified, described, word};
 pub use participant::Participants;
 pub use recover::STUCK_AFTER;
+
+#[cfg(test)]
+mod tests;
