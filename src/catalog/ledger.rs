@@ -20,7 +20,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::{Catalog, Fault};
-use crate::tenant::{OrgId, Protocol, Tier};
+use crate::tenant::{OrgId, Protocol, Routes, Tier};
 
 pub mod failpoint;
 mod file;
@@ -186,6 +186,9 @@ pub struct Entry {
     /// What the tenant has more of than the new tier allows.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub over: Vec<Over>,
+    /// Where the data stays although the new tier would have it elsewhere: written into the record with the commit.
+    #[serde(default, skip_serializing_if = "Routes::is_empty")]
+    pub pins: Routes,
     /// Who asked for it.
     #[serde(default)]
     pub by: String,

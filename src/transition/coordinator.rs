@@ -3,20 +3,17 @@
 //!
 //! A transition's work is a task of its own, never part of a client's or an operator's request: who asked may go.
 
-use std::{collections::VecDeque, fmt, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
-use tokio::{
-    sync::{broadcast, mpsc, oneshot},
-    task::JoinSet,
-    time::{Instant, MissedTickBehavior},
-};
+use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::{
-    participant::{Order, Participants, ReadBack, Reply, Trouble},
-    state::{Action, Event, SEATS, State},
+    participant::{Look, Participant, Participants, ReadBack, Trouble},
+    state::{SEATS, State},
+    work::Work,
 };
 use crate::{
     catalog::{
@@ -24,27 +21,17 @@ use crate::{
         ledger::{failpoint::reach, lease, this_process},
         now_ms,
     },
-    tenant::{Limits, OrgId, Protocol, Status, Tenant, Tier, Tiers},
+    tenant::{Limits, OrgId, Protocol, Routes, Status, Tenant, Tier, Tiers},
 };
 
-/// Longest time for preparing, all participants together.
-const PREPARE_WITHIN: Duration = Duration::from_secs(60);
+/// Longest time for preparing, all participants together. These are shorter in tests, which wait for them.
+const PREPARE_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 1_500 } else { 60_000 });
 
 /// Longest look at one participant before anything begins.
-const LOOK_WITHIN: Duration = Duration::from_secs(20);
-
-/// Longest wait for one call of a participant; Neon's operations take tens of seconds.
-const CALL_WITHIN: Duration = Duration::from_secs(45);
+const LOOK_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 20_000 });
 
 /// How long a transition is left to its coordinator after the last sign of it.
-const LEASE: Duration = Duration::from_secs(15);
-
-/// How often it gives one; also how soon it sees that it was called off.
-const RENEW_EVERY: Duration = Duration::from_secs(2);
-
-/// The pause after a failed call, doubled with every further one.
-const PAUSE_MIN: Duration = Duration::from_millis(100);
-const PAUSE_MAX: Duration = Duration::from_secs(10);
+pub(super) const LEASE: Duration = Duration::from_secs(15);
 
 /// News kept for who listens slowly; older ones are lost to it.
 const NEWS: usize = 256;
@@ -209,6 +196,11 @@ impl Coordinator {
         self.0.asked.lock().take()
     }
 
+    /// One database, if it is there.
+    pub(super) fn participant(&self, seat: usize) -> Option<Arc<dyn Participant>> {
+        self.0.participants.0[seat].clone()
+    }
+
     /// Whether this process works on it.
     pub(super) fn is_mine(&self, entry: &Entry) -> bool {
         entry.owner == self.0.owner
@@ -220,7 +212,8 @@ impl Coordinator {
         let _ = self.0.news.send(Arc::new(entry.clone()));
     }
 
-    fn limits(&self, tier: Tier) -> Arc<Limits> {
+    /// The numbers of a tier.
+    pub(super) fn limits(&self, tier: Tier) -> Arc<Limits> {
         Arc::clone(self.0.tiers.load().limits(tier))
     }
 
@@ -270,6 +263,7 @@ impl Coordinator {
             participants,
             reason: None,
             over,
+            pins: pins(&tenant, &self.limits(tenant.tier), &to),
             by: request.by.to_owned(),
             owner: self.0.owner.clone(),
             fence: 0,
@@ -287,7 +281,7 @@ impl Coordinator {
         Ok(entry)
     }
 
-    async fn look(&self, tenant: &Tenant, to: &Limits) -> Result<[Option<super::participant::Look>; SEATS], Refused> {
+    async fn look(&self, tenant: &Tenant, to: &Limits) -> Result<[Option<Look>; SEATS], Refused> {
         let looks = self.0.participants.0.each_ref().map(|participant| async move {
             let Some(participant) = participant else { return Ok(None) };
             let database = participant.database();
@@ -301,7 +295,7 @@ impl Coordinator {
             }
         });
         let mut answers = futures_util::future::join_all(looks).await.into_iter();
-        let mut found: [Option<super::participant::Look>; SEATS] = Default::default();
+        let mut found: [Option<Look>; SEATS] = Default::default();
         for place in &mut found {
             *place = answers.next().transpose()?.flatten();
         }
@@ -368,20 +362,7 @@ impl Coordinator {
     }
 
     async fn work(&self, entry: Entry, state: State) -> Result<Entry, LedgerFault> {
-        let begun = Event::Begun(entry.phase.decision());
-        let left = Duration::from_millis(entry.deadline_ms.saturating_sub(now_ms()));
-        let mut work = Work {
-            inner: Arc::clone(&self.0),
-            coordinator: self.clone(),
-            entry,
-            state,
-            calls: JoinSet::new(),
-            events: VecDeque::from([begun]),
-            failures: [0; SEATS],
-            writes_failed: 0,
-            deadline: Some(Instant::now() + left),
-            terms: None,
-        };
+        let mut work = Work::new(self.clone(), entry, state);
         let done = work.run().await;
         match &done {
             Ok(()) => {
@@ -396,6 +377,16 @@ impl Coordinator {
     }
 }
 
+/// Data stays where it is: what the old tier said about its place is said by the record from the commit on, where the new
+/// tier would say otherwise. Another place takes a move of its own.
+fn pins(tenant: &Tenant, from: &Limits, to: &Limits) -> Routes {
+    let (home, isolation) = (from.postgres.home, from.mongodb.isolation);
+    Routes {
+        postgres: (tenant.routes.postgres.is_none() && home != to.postgres.home).then_some(home),
+        mongodb: (tenant.routes.mongodb.is_none() && isolation != to.mongodb.isolation).then_some(isolation),
+    }
+}
+
 /// `<org>.<epoch after>.<random>`.
 fn new_id(tenant: &Tenant) -> String {
     let mut bytes = [0; ID_BYTES];
@@ -403,284 +394,6 @@ fn new_id(tenant: &Tenant) -> String {
     let _ = aws_lc_rs::rand::fill(&mut bytes);
     let random = data_encoding::BASE32_NOPAD.encode(&bytes).to_lowercase();
     format!("{}.{}.{random}", tenant.org, tenant.epoch + 1)
-}
-
-/// What a call is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Call {
-    Prepare,
-    Finish,
-    Restore,
-}
-
-/// What came back: of a call, or of the pause after one.
-enum Came {
-    Answer(usize, Call, Result<(), Trouble>),
-    Pause(usize),
-}
-
-/// Who moves between which limits.
-struct Terms {
-    tenant: Tenant,
-    from: Arc<Limits>,
-    to: Arc<Limits>,
-}
-
-/// One transition being worked on.
-struct Work {
-    inner: Arc<Inner>,
-    coordinator: Coordinator,
-    entry: Entry,
-    state: State,
-    calls: JoinSet<Came>,
-    events: VecDeque<Event>,
-    failures: [u32; SEATS],
-    writes_failed: u32,
-    /// When preparing is given up; `None` once it was.
-    deadline: Option<Instant>,
-    terms: Option<Terms>,
-}
-
-impl Work {
-    async fn run(&mut self) -> Result<(), LedgerFault> {
-        let record = self.inner.catalog.get(&self.entry.org).await?;
-        // As it was when the transition began; what else changes of it meanwhile is nobody's business here.
-        let tenant = Tenant { tier: self.entry.from, epoch: self.entry.from_epoch, ..record.tenant };
-        let (from, to) = (self.coordinator.limits(self.entry.from), self.coordinator.limits(self.entry.to));
-        self.terms = Some(Terms { tenant, from, to });
-        let mut renew = tokio::time::interval_at(Instant::now() + RENEW_EVERY, RENEW_EVERY);
-        renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        if self.entry.cancel {
-            self.give_up("called off");
-        }
-        loop {
-            while let Some(event) = self.events.pop_front() {
-                if self.take(event).await? {
-                    return Ok(());
-                }
-            }
-            let deadline = self.deadline.filter(|_| self.state.phase == Phase::Preparing);
-            tokio::select! {
-                Some(came) = self.calls.join_next() => match came {
-                    Ok(came) => self.came(came)?,
-                    // Cut off when the decision fell.
-                    Err(error) if error.is_cancelled() => {}
-                    Err(error) => {
-                        tracing::error!(id = self.entry.id, %error, "a participant's call panicked");
-                        return Err(Fault::Unavailable("a participant's call panicked".into()).into());
-                    }
-                },
-                () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
-                    self.deadline = None;
-                    self.give_up("not every database had answered in time");
-                }
-                _ = renew.tick() => {
-                    if self.save().await? && self.deadline.is_some() {
-                        self.deadline = None;
-                        self.give_up("called off");
-                    }
-                }
-            }
-        }
-    }
-
-    fn give_up(&mut self, why: &str) {
-        if self.state.phase == Phase::Preparing && self.state.wish.is_none() {
-            let waiting: Vec<&str> = Protocol::ALL
-                .into_iter()
-                .filter(|it| matches!(self.state.steps[*it as usize], Step::Untouched | Step::Asked | Step::Doubt))
-                .map(Protocol::label)
-                .collect();
-            self.entry.reason.get_or_insert_with(|| match waiting.is_empty() {
-                true => why.to_owned(),
-                false => format!("{why}; not ready: {}", waiting.join(", ")),
-            });
-        }
-        self.events.push_back(Event::GivenUp);
-    }
-
-    /// Takes one event and does what follows. Says whether the transition is over.
-    async fn take(&mut self, event: Event) -> Result<bool, LedgerFault> {
-        let before = self.state;
-        let (state, actions) = self.state.on(event);
-        self.state = state;
-        self.entry.phase = state.phase;
-        self.entry.participants.iter_mut().zip(state.steps).for_each(|(part, step)| {
-            // One that is no longer configured keeps its last word.
-            if step != Step::Absent || part.note.is_empty() {
-                part.step = step;
-            }
-        });
-        if event == Event::Closed {
-            self.coordinator.tell(&self.entry);
-            return Ok(true);
-        }
-        if before != state {
-            self.coordinator.tell(&self.entry);
-        }
-        if before.phase != state.phase {
-            // Calls and pauses of the time before the decision: whatever they do yet is older than what follows.
-            self.calls.abort_all();
-            self.failures = [0; SEATS];
-            tracing::info!(org = %self.entry.org, id = self.entry.id, phase = state.phase.word(), "tier transition");
-        }
-        // Only what is settled need not be done again: the rest of the journal is for people.
-        if before.phase != state.phase || matches!(event, Event::Settled(_)) {
-            self.save().await?;
-        }
-        for action in actions {
-            match action {
-                Action::Prepare(seat) => self.call(seat, Call::Prepare),
-                Action::Finish(seat) => self.call(seat, Call::Finish),
-                Action::Restore(seat) => self.call(seat, Call::Restore),
-                Action::Pause(seat) => {
-                    let pause = pause(self.failures[seat]);
-                    self.calls.spawn(async move {
-                        tokio::time::sleep(pause).await;
-                        Came::Pause(seat)
-                    });
-                }
-                Action::Decide(decision) => self.decide(decision).await?,
-                Action::Close => self.close().await?,
-            }
-        }
-        Ok(false)
-    }
-
-    fn call(&mut self, seat: usize, call: Call) {
-        let (Some(participant), Some(terms)) = (self.inner.participants.0[seat].clone(), &self.terms) else { return };
-        let Terms { tenant, from, to } = terms;
-        let part = &mut self.entry.participants[seat];
-        part.calls += 1;
-        let order = Order {
-            tenant: tenant.clone(),
-            from: Arc::clone(from),
-            to_tier: self.entry.to,
-            to: Arc::clone(to),
-            force: self.entry.force,
-            prior: part.prior.clone(),
-            fence: self.entry.fence,
-        };
-        self.calls.spawn(async move {
-            reach("before a call");
-            let asked: Reply<'_, ()> = match call {
-                Call::Prepare => participant.prepare(&order),
-                Call::Finish => participant.finish(&order),
-                Call::Restore => participant.restore(&order),
-            };
-            let late = || Err(Trouble::Unknown(format!("no answer in {CALL_WITHIN:?}")));
-            let answer = tokio::time::timeout(CALL_WITHIN, asked).await.unwrap_or_else(|_| late());
-            reach("after a call");
-            Came::Answer(seat, call, answer)
-        });
-    }
-
-    fn came(&mut self, came: Came) -> Result<(), LedgerFault> {
-        let (seat, call, answer) = match came {
-            Came::Pause(seat) => {
-                self.events.push_back(Event::Retry(seat));
-                return Ok(());
-            }
-            Came::Answer(seat, call, answer) => (seat, call, answer),
-        };
-        let part = &mut self.entry.participants[seat];
-        let event = match answer {
-            Ok(()) => {
-                self.failures[seat] = 0;
-                part.note.clear();
-                if call == Call::Prepare { Event::Prepared(seat) } else { Event::Settled(seat) }
-            }
-            Err(Trouble::Overtaken) => return Err(LedgerFault::Overtaken),
-            Err(trouble) => {
-                self.failures[seat] += 1;
-                part.set_note(&trouble.to_string());
-                tracing::warn!(org = %self.entry.org, id = self.entry.id, database = part.database, ?call, %trouble, "a participant failed");
-                match (trouble, call) {
-                    (Trouble::No(why), Call::Prepare) => {
-                        let reason = format!("{} said no: {why}", part.database);
-                        self.entry.reason.get_or_insert(reason);
-                        Event::Refused(seat)
-                    }
-                    (Trouble::Failed(_), _) => Event::Failed(seat),
-                    // After the decision there is no "no" any more: it is tried until it works.
-                    _ => Event::Unknown(seat),
-                }
-            }
-        };
-        self.events.push_back(event);
-        Ok(())
-    }
-
-    async fn decide(&mut self, decision: Decision) -> Result<(), LedgerFault> {
-        // The journal first, so that a reason is not lost with the process.
-        self.save().await?;
-        reach("before the decision");
-        let decided = self.inner.catalog.decide(&self.entry, decision).await;
-        reach("after the decision");
-        let event = match decided {
-            Ok(decided) => Event::Decided(decided),
-            Err(LedgerFault::Outdated) => {
-                self.entry.reason.get_or_insert_with(|| "the tenant's record was changed meanwhile".to_owned());
-                Event::Outdated
-            }
-            Err(fault) => {
-                self.write_failed(fault).await?;
-                Event::Undecided
-            }
-        };
-        self.events.push_back(event);
-        Ok(())
-    }
-
-    async fn close(&mut self) -> Result<(), LedgerFault> {
-        reach("before the end");
-        let closed = self.inner.catalog.close(self.entry.clone()).await;
-        reach("after the end");
-        let event = match closed {
-            Ok(()) => Event::Closed,
-            Err(fault) => {
-                self.write_failed(fault).await?;
-                Event::Unclosed
-            }
-        };
-        self.events.push_back(event);
-        Ok(())
-    }
-
-    /// Keeps the journal and the lease. Says whether somebody called the transition off.
-    async fn save(&mut self) -> Result<bool, LedgerFault> {
-        self.entry.lease_until_ms = lease(LEASE);
-        match self.inner.catalog.save(self.entry.clone()).await {
-            Ok(cancel) => {
-                self.entry.cancel = cancel;
-                Ok(cancel)
-            }
-            // The journal may be behind; the record decides.
-            Err(LedgerFault::Catalog(Fault::Unavailable(what))) => {
-                tracing::warn!(id = self.entry.id, what, "the journal could not be written");
-                Ok(self.entry.cancel)
-            }
-            Err(fault) => Err(fault),
-        }
-    }
-
-    /// Waits before a write is tried again; gives up only what can't succeed.
-    async fn write_failed(&mut self, fault: LedgerFault) -> Result<(), LedgerFault> {
-        match fault {
-            LedgerFault::Catalog(Fault::Unavailable(what)) => {
-                tracing::warn!(id = self.entry.id, what, "the catalog could not be written");
-                let pause = pause(self.writes_failed);
-                self.writes_failed += 1;
-                tokio::time::sleep(pause).await;
-                Ok(())
-            }
-            fault => Err(fault),
-        }
-    }
-}
-
-fn pause(failures: u32) -> Duration {
-    PAUSE_MIN.saturating_mul(1 << failures.min(10)).min(PAUSE_MAX)
 }
 
 /// A transition as operators see it.

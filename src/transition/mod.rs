@@ -8,6 +8,7 @@ mod coordinator;
 pub mod participant;
 mod recover;
 pub mod state;
+mod work;
 
 pub use coordinator::{Coordinator, Refused, Request, Verified, described, word};
 pub use participant::Participants;

@@ -189,6 +189,9 @@ impl FileCatalog {
                     }
                     record.tenant.tier = entry.to;
                     record.tenant.epoch += 1;
+                    let routes = &mut record.tenant.routes;
+                    routes.postgres = routes.postgres.or(entry.pins.postgres);
+                    routes.mongodb = routes.mongodb.or(entry.pins.mongodb);
                     Phase::Committed
                 }
             };

@@ -22,6 +22,7 @@ fn entry(id: &str, from: Tier, to: Tier, epoch: u64) -> Entry {
             .into(),
         reason: None,
         over: Vec::new(),
+        pins: crate::tenant::Routes { mongodb: Some(crate::tenant::Isolation::Filter), ..Default::default() },
         by: "test".into(),
         owner: "one".into(),
         fence: 0,
@@ -53,6 +54,7 @@ pub async fn a_commit_changes_tier_and_epoch_in_one_write(catalog: Catalog) {
     assert_eq!(catalog.decide(&open, Decision::Commit).await, Ok(Decision::Commit));
     let record = catalog.get(&org("acme")).await.expect("there");
     assert_eq!((record.tenant.tier, record.tenant.epoch), (Tier::Pro, 2));
+    assert_eq!(record.tenant.routes, open.pins, "data stays where it is");
     // It can't be taken back, and asking again changes nothing.
     assert_eq!(catalog.decide(&open, Decision::Abort).await, Ok(Decision::Commit));
     assert_eq!(catalog.decide(&open, Decision::Commit).await, Ok(Decision::Commit));

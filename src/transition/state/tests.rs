@@ -320,20 +320,17 @@ impl Model for Trouble {
             }
         }
         for who in 0..2 {
-            match world.live[who] {
-                Some(live) => {
-                    if live.decides.is_some() {
-                        acts.extend([true, false].map(|heard| Act::Decide(who, heard)));
-                    }
-                    if live.closes {
-                        acts.extend([true, false].map(|heard| Act::Close(who, heard)));
-                    }
-                    if live.phase == Phase::Preparing {
-                        acts.push(Act::GiveUp(who));
-                    }
-                    acts.push(Act::Save(who));
+            if let Some(live) = world.live[who] {
+                if live.decides.is_some() {
+                    acts.extend([true, false].map(|heard| Act::Decide(who, heard)));
                 }
-                None => {}
+                if live.closes {
+                    acts.extend([true, false].map(|heard| Act::Close(who, heard)));
+                }
+                if live.phase == Phase::Preparing {
+                    acts.push(Act::GiveUp(who));
+                }
+                acts.push(Act::Save(who));
             }
             if world.stamp.0 < self.fences && !world.stamp.1.is_closed() {
                 acts.push(Act::TakeOver(who));
