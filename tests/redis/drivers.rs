@@ -126,7 +126,7 @@ async fn redis_rs_gives_each_refusal_its_kind() {
 
     let bad = format!("redis://app:nonsense@127.0.0.1:{}/0", house.port);
     let client = redis::Client::open(bad).expect("a good URL");
-    let error = client.get_multiplexed_async_connection().await.err().expect("refused");
+    let Err(error) = client.get_multiplexed_async_connection().await else { panic!("refused") };
     assert_eq!(error.kind(), ErrorKind::AuthenticationFailed, "{error:?}");
     let without = redis::Client::open(format!("redis://127.0.0.1:{}/0", house.port)).expect("a good URL");
     let mut client = without.get_multiplexed_async_connection().await.expect("it connects");
