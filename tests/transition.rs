@@ -160,7 +160,7 @@ fn who_has_more_than_the_new_tier_allows_is_told_what_and_goes_there_only_by_for
     assert!(out.contains("postgres") && out.contains("storage bytes") && err.contains("--force"), "{out}{err}");
     let (status, refused) = proxy.admin_put("/v1/tenants/acme/tier", "{\"tier\":\"FREE\"}");
     assert_eq!((status, refused["error"]["code"].as_str()), (409, Some("over_limits")));
-    assert_eq!(refused["error"]["over"][0]["max"], 1_000_000);
+    assert_eq!(refused["error"]["over"][0]["max"], 1 << 20);
     assert_eq!(verified(&org), "PRO");
     assert_eq!(proxy.command(&["tier", "set", "acme", "FREE", "--force"], &[]).0, Some(0));
     assert_eq!(verified(&org), "FREE");
