@@ -7,7 +7,7 @@ use serde_json::json;
 use super::*;
 
 /// Enforcement has to be well below a second; in practice it takes some 15 ms.
-const ENFORCED_WITHIN: Duration = Duration::from_millis(500);
+pub const ENFORCED_WITHIN: Duration = Duration::from_millis(500);
 
 pub async fn documents_come_back_as_they_went(catalog: Catalog) {
     let mut record = Record::new(tenant("acme"));
