@@ -29,7 +29,10 @@ use crate::{
     net::{AcceptLimits, Drain, ListenConfig, Listener, ServerTls, listen},
     quota::{Stop, Table, clock},
     session::Gate,
-    tenant::directory::{Ask, Directory},
+    tenant::{
+        Tiers,
+        directory::{Ask, Directory},
+    },
     transition::Coordinator,
     upstream,
     usage::Meters,
@@ -110,10 +113,10 @@ impl App {
         let identity = config.identity.as_ref().ok_or("identity.issuer is required")?;
         let source = config.catalog.as_ref().ok_or("catalog.path is required")?;
         let catalog = Catalog::open(source).await.map_err(|error| format!("catalog: {error}"))?;
-        let coordinator = config.coordinator(catalog.clone())?;
+        let coordinator = config.coordinator(catalog.clone(), tiers(&config, &catalog)?)?;
         let (directory, asks) = Directory::new();
         let verifier = Arc::new(Verifier::new(identity, directory.clone())?);
-        let table = Arc::new(Table::new(directory, config.load_tiers()?, RESIDENT_MAX));
+        let table = Arc::new(Table::new(directory, tiers(&config, &catalog)?, RESIDENT_MAX));
         let meters = Arc::new(Meters::default());
         let gate =
             Arc::new(Gate::new(Arc::clone(&verifier), Arc::clone(&table), Arc::clone(&meters), config.allow_plaintext));
@@ -211,7 +214,12 @@ impl App {
             feeder.feed(table, move |key| verifier.forget_key(key), asks).await;
             "the catalog's feeder"
         });
-        state.readiness.catalog_loaded.store(true, Ordering::Release);
+        let (reached, readiness) = (self.catalog.clone(), Arc::clone(&state));
+        parts.spawn(async move {
+            reached.reached().await;
+            readiness.readiness.catalog_loaded.store(true, Ordering::Release);
+            std::future::pending::<&'static str>().await
+        });
         let table = Arc::clone(&self.table);
         parts.spawn(async move {
             table.run_ticker().await;
@@ -282,7 +290,7 @@ impl App {
                 asked = signals.next() => match asked {
                     Asked::Reload => {
                         let tls = [self.tls.as_deref(), self.http_tls.as_deref()];
-                        reload(&self.config, &self.table, &self.coordinator, &self.verifier, tls);
+                        reload(&self.config, &self.catalog, &self.table, &self.coordinator, &self.verifier, tls);
                     }
                     Asked::End => break,
                 },
@@ -311,15 +319,23 @@ impl App {
     }
 }
 
+/// The tiers' file, under what the catalog is known to say about tiers.
+fn tiers(config: &Config, catalog: &Catalog) -> Result<Tiers, String> {
+    // Once by itself, for its words about faults.
+    config.load_tiers()?;
+    catalog.tiers(&config.tiers_text()?)
+}
+
 /// Reads again what may change while running. Each part that can't be read leaves the present one in force.
 fn reload(
     config: &Config,
+    catalog: &Catalog,
     table: &Table,
     coordinator: &Coordinator,
     verifier: &Arc<Verifier>,
     tls: [Option<&ServerTls>; 2],
 ) {
-    match config.load_tiers() {
+    match tiers(config, catalog) {
         Ok(tiers) => {
             coordinator.set_tiers(tiers.clone());
             table.set_tiers(tiers);

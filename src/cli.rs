@@ -3,6 +3,7 @@
 //! Exit codes: 0 done; 1 it failed (the reason is on standard error); 2 the command line or the configuration is
 //! wrong. Results go to standard output, all else to standard error.
 
+mod catalog;
 mod check;
 pub mod dev;
 mod key;
@@ -64,6 +65,9 @@ enum Command {
     /// Tiers: move a tenant from one to another in all of its databases, or in none
     #[command(subcommand, after_help = "Example: dynabase tier set acme PRO --config dynabase.toml")]
     Tier(tier::Command),
+    /// The catalog on MongoDB: make its collections, copy documents from and to a folder
+    #[command(subcommand, after_help = "Example: dynabase catalog init --config dynabase.toml")]
+    Catalog(catalog::Command),
     /// Print a shell's completion script
     #[command(after_help = "Example: dynabase completions bash > /etc/bash_completion.d/dynabase")]
     Completions {
@@ -108,6 +112,7 @@ pub fn run() -> ExitCode {
         Command::Key(command) => key::run(command),
         Command::Tenant(command) => tenant::run(command),
         Command::Tier(command) => tier::run(command),
+        Command::Catalog(command) => catalog::run(command),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "dynabase", &mut std::io::stdout());
             Ok(())
@@ -185,6 +190,9 @@ mod tests {
             "tier verify acme --json --dev d",
             "tier retry acme --dev d",
             "tier abort acme --dev d",
+            "catalog init --config f",
+            "catalog import --folder d --dev d",
+            "catalog export --folder d --config f",
             "completions zsh",
         ] {
             let words = std::iter::once("dynabase").chain(line.split(' '));

@@ -24,6 +24,7 @@ use crate::tenant::{OrgId, Protocol, Routes, Tier};
 
 pub mod failpoint;
 mod file;
+mod mongo;
 mod owner;
 
 use owner::is_dead;
@@ -292,6 +293,7 @@ impl Catalog {
     pub async fn begin(&self, entry: Entry) -> Result<Entry, LedgerFault> {
         match self {
             Catalog::File(files) => files.begin(entry).await,
+            Catalog::Mongo(mongo) => mongo.begin(entry).await,
         }
     }
 
@@ -303,6 +305,7 @@ impl Catalog {
     pub async fn claim(&self, org: &OrgId, owner: &str, length: Duration) -> Result<Entry, LedgerFault> {
         match self {
             Catalog::File(files) => files.claim(org, owner, length).await,
+            Catalog::Mongo(mongo) => mongo.claim(org, owner, length).await,
         }
     }
 
@@ -313,6 +316,7 @@ impl Catalog {
     pub async fn save(&self, entry: Entry) -> Result<bool, LedgerFault> {
         match self {
             Catalog::File(files) => files.save(entry).await,
+            Catalog::Mongo(mongo) => mongo.save(entry).await,
         }
     }
 
@@ -325,6 +329,7 @@ impl Catalog {
     pub async fn decide(&self, entry: &Entry, decision: Decision) -> Result<Decision, LedgerFault> {
         match self {
             Catalog::File(files) => files.decide(entry.clone(), decision).await,
+            Catalog::Mongo(mongo) => mongo.decide(entry.clone(), decision).await,
         }
     }
 
@@ -335,6 +340,7 @@ impl Catalog {
     pub async fn close(&self, entry: Entry) -> Result<(), LedgerFault> {
         match self {
             Catalog::File(files) => files.close(entry).await,
+            Catalog::Mongo(mongo) => mongo.close(entry).await,
         }
     }
 
@@ -345,6 +351,7 @@ impl Catalog {
     pub async fn cancel(&self, org: &OrgId) -> Result<(), LedgerFault> {
         match self {
             Catalog::File(files) => files.cancel(org).await,
+            Catalog::Mongo(mongo) => mongo.cancel(org).await,
         }
     }
 
@@ -355,6 +362,7 @@ impl Catalog {
     pub async fn transition(&self, id: &str) -> Result<Entry, Fault> {
         match self {
             Catalog::File(files) => files.transition(id).await,
+            Catalog::Mongo(mongo) => mongo.transition(id).await,
         }
     }
 
@@ -365,6 +373,7 @@ impl Catalog {
     pub async fn open_transition(&self, org: &OrgId) -> Result<Entry, Fault> {
         match self {
             Catalog::File(files) => files.open_transition(org).await,
+            Catalog::Mongo(mongo) => mongo.open_transition(org).await,
         }
     }
 
@@ -372,6 +381,7 @@ impl Catalog {
     pub fn open_transitions(&self) -> mpsc::Receiver<Result<Entry, Fault>> {
         match self {
             Catalog::File(files) => files.open_transitions(),
+            Catalog::Mongo(mongo) => mongo.open_transitions(),
         }
     }
 
@@ -379,6 +389,7 @@ impl Catalog {
     pub fn transitions(&self, org: &OrgId) -> mpsc::Receiver<Result<Entry, Fault>> {
         match self {
             Catalog::File(files) => files.transitions(org.clone()),
+            Catalog::Mongo(mongo) => mongo.transitions(org.clone()),
         }
     }
 }

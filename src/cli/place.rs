@@ -8,7 +8,7 @@ use super::Failure;
 use crate::{
     catalog::Catalog,
     config::Config,
-    tenant::{OrgId, Tier, is_uuid, unit},
+    tenant::{OrgId, Tier, Tiers, is_uuid, unit},
     transition::Coordinator,
 };
 
@@ -47,7 +47,16 @@ pub async fn catalog(config: &Config) -> Result<Catalog, Failure> {
 
 /// What moves tenants between tiers, over the databases of a configuration.
 pub async fn coordinator(config: &Config) -> Result<Coordinator, Failure> {
-    config.coordinator(catalog(config).await?).map_err(Failure::usage)
+    let catalog = catalog(config).await?;
+    let tiers = tiers(config, &catalog).await?;
+    config.coordinator(catalog, tiers).map_err(Failure::usage)
+}
+
+/// The limits of each tier, as the tiers' file and the catalog give them together.
+pub async fn tiers(config: &Config, catalog: &Catalog) -> Result<Tiers, Failure> {
+    config.load_tiers().map_err(Failure::usage)?;
+    catalog.read_tiers().await.map_err(Failure::failed)?;
+    catalog.tiers(&config.tiers_text().map_err(Failure::usage)?).map_err(Failure::usage)
 }
 
 /// Runs a command's work to its end, on this thread.

@@ -13,7 +13,8 @@ use tokio::sync::mpsc;
 use super::{
     super::{
         Fault, FileCatalog, Record,
-        file::{Folder, Found, known, named, read, unavailable, write},
+        file::{Folder, known, named, read, unavailable, write},
+        source::Found,
     },
     Decision, Entry, LedgerFault, Phase, STAMP, Stamp, failpoint, is_dead, lease, now_ms,
 };
