@@ -219,10 +219,8 @@ impl MongoCatalog {
         set.remove("cancel");
         let filter = doc! {"_id": &entry.id, "open": true, "fence": {"$lte": long(entry.fence)}};
         failpoint::reach("before an entry");
-        let after = self
-            .documents(TRANSITIONS)
-            .find_one_and_update(filter, doc! {"$set": set})
-            .return_document(ReturnDocument::After);
+        let entries = self.documents(TRANSITIONS);
+        let after = entries.find_one_and_update(filter, doc! {"$set": set}).return_document(ReturnDocument::After);
         let after = within(after).await?;
         failpoint::reach("after an entry");
         after.map_or(Err(LedgerFault::Overtaken), |after| Ok(after.get_bool("cancel").unwrap_or(false)))

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Written by the server with each of our writes, for people to see; not a part of the record.
-pub(super) const UPDATED_AT: &str = "updated_at";
+pub(in crate::catalog) const UPDATED_AT: &str = "updated_at";
 
 /// Fields that are dates here and text in a record.
 const DATES: [&str; 2] = ["created_at", "expires_at"];
