@@ -236,7 +236,8 @@ fn further_databases(forward: &Forward<'_>, sent: &[u8], way: &Way) -> Vec<Strin
             found.push(logical.to_owned());
         }
     };
-    for (_, mut documents) in message.sections().iter().filter(|(name, _)| *name == "nsInfo") {
+    for (_, documents) in message.sections().iter().filter(|(name, _)| *name == "nsInfo") {
+        let mut documents = *documents;
         while let Ok((document, rest)) = Document::split(documents) {
             note(document);
             documents = rest;

@@ -178,7 +178,7 @@ impl Client {
         if let Some(session) = &mut self.session {
             let before = session.identity().clone();
             if !server.gate.renew(session, token).await? || !is_same(&before, session) {
-                return Err(Refusal::BadToken(TokenFault::UnknownOrg));
+                return Err(Refusal::UnknownOrg);
             }
             self.expired = None;
             return Ok(());
