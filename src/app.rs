@@ -48,6 +48,7 @@ const TIDY_EVERY: Duration = Duration::from_secs(5);
 enum Front {
     Postgres(Arc<front::postgres::Server>),
     Redis(Arc<front::redis::Server>),
+    Mongodb(Arc<front::mongo::Server>),
     Http(Arc<front::http::Server>),
 }
 
@@ -62,6 +63,7 @@ pub struct App {
     meters: Arc<Meters>,
     recorder: PrometheusHandle,
     postgres: Arc<upstream::postgres::Upstream>,
+    mongodb: Option<(Arc<upstream::mongo::Upstream>, Arc<front::mongo::Server>)>,
     doors: Vec<(Front, Listener)>,
     tls: Option<Arc<ServerTls>>,
     /// The same certificates, with HTTP's protocols.
@@ -144,8 +146,17 @@ impl App {
         let mut fronts = vec![(Front::Postgres(postgres_front), &config.listen.postgres)];
         if let Some(redis) = config.redis()? {
             let settings = front::redis::Config { login_timeout: config.listen.handshake_timeout };
-            let server = front::redis::Server::new(gate, redis, tls.clone(), settings, drain.clone());
+            let server = front::redis::Server::new(Arc::clone(&gate), redis, tls.clone(), settings, drain.clone());
             fronts.push((Front::Redis(server), &config.listen.redis));
+        }
+        let mut mongodb = None;
+        if let Some(upstream) = config.mongodb()? {
+            let issuer = identity.issuer.clone();
+            let settings = front::mongo::Config { login_timeout: config.listen.handshake_timeout, issuer };
+            let upstream_parts = Arc::clone(&upstream);
+            let server = front::mongo::Server::new(gate, upstream, tls.clone(), settings, drain.clone())?;
+            mongodb = Some((upstream_parts, Arc::clone(&server)));
+            fronts.push((Front::Mongodb(server), &config.listen.mongodb));
         }
         let behind = front::http::Fronts::default();
         let mut http_tls = None;
@@ -174,6 +185,7 @@ impl App {
             meters,
             recorder,
             postgres,
+            mongodb,
             doors,
             tls,
             http_tls,
@@ -217,6 +229,12 @@ impl App {
             postgres.run_maintenance().await;
             "the upstream's maintenance"
         });
+        if let Some((upstream, server)) = self.mongodb {
+            parts.spawn(async move {
+                tokio::join!(upstream.run_maintenance(), server.run_maintenance());
+                "MongoDB's maintenance"
+            });
+        }
         let (table, verifier) = (Arc::clone(&self.table), Arc::clone(&self.verifier));
         let _ = tokio::time::timeout(KEYS_WAIT, self.verifier.reload()).await;
         parts.spawn(async move {
@@ -247,6 +265,11 @@ impl App {
             match front {
                 Front::Postgres(server) => {
                     tracing::info!(%address, "listening for PostgreSQL clients");
+                    let serve = move |conn| Arc::clone(&server).serve(conn);
+                    accepting.spawn(listen::run(listener, limits, drain, serve));
+                }
+                Front::Mongodb(server) => {
+                    tracing::info!(%address, "listening for MongoDB clients");
                     let serve = move |conn| Arc::clone(&server).serve(conn);
                     accepting.spawn(listen::run(listener, limits, drain, serve));
                 }

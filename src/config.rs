@@ -389,6 +389,15 @@ impl Config {
         Ok(target.map(|target| upstream::redis::Upstream::new(target, names, crate::front::redis::commands::for_acl())))
     }
 
+    /// The way to MongoDB, if it is configured.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration: not after [`Self::load`].
+    pub fn mongodb(&self) -> Result<Option<std::sync::Arc<upstream::mongo::Upstream>>, String> {
+        let names = self.names()?;
+        Ok(self.upstream.mongodb.target()?.map(|target| upstream::mongo::Upstream::new(target, names)))
+    }
+
     /// Reads the tiers' file.
     ///
     /// # Errors

@@ -49,7 +49,7 @@ pub(super) struct Arguments {
     /// Where everything lives; made on the first start, used again on the next
     #[arg(long, value_name = "DIR", default_value = "dynabase-dev")]
     data_dir: PathBuf,
-    /// Added to every port (PostgreSQL 6432, Redis 6380, admin 9900)
+    /// Added to every port (PostgreSQL 6432, Redis 6380, MongoDB 27018, admin 9900)
     #[arg(long, value_name = "N", default_value_t = 0)]
     port_offset: u16,
     /// Written, as JSON, once every listener accepts
@@ -65,6 +65,7 @@ pub(super) struct Arguments {
 struct Ports {
     postgres: u16,
     redis: u16,
+    mongodb: u16,
     admin: u16,
 }
 
@@ -74,7 +75,7 @@ impl Ports {
             base.checked_add(offset)
                 .ok_or_else(|| Failure::usage(format_args!("--port-offset {offset} leads beyond port 65535")))
         };
-        Ok(Self { postgres: port(6432)?, redis: port(6380)?, admin: port(9900)? })
+        Ok(Self { postgres: port(6432)?, redis: port(6380)?, mongodb: port(27018)?, admin: port(9900)? })
     }
 }
 
@@ -235,7 +236,7 @@ fn configure(
     let text = format!(
         "# Written by `dynabase dev` on each start; tiers.toml beside it is yours to change (SIGHUP reloads it).\n\
          tiers = \"tiers.toml\"\n\n\
-         [listen]\npostgres = \"127.0.0.1:{}\"\nredis = \"127.0.0.1:{}\"\ndrain_timeout = \"5s\"\n\n\
+         [listen]\npostgres = \"127.0.0.1:{}\"\nredis = \"127.0.0.1:{}\"\nmongodb = \"127.0.0.1:{}\"\ndrain_timeout = \"5s\"\n\n\
          [identity]\nissuer = \"https://dev.dynabase.invalid/auth/v1\"\nhs256_secret = {:?}\n\n\
          [catalog]\npath = \"catalog\"\n\n\
          [names]\nroot_secret = {:?}\n\n\
@@ -246,6 +247,7 @@ fn configure(
          [log]\nfilter = \"warn,dynabase=info\"\n",
         ports.postgres,
         ports.redis,
+        ports.mongodb,
         secrets.hs256_secret,
         secrets.root_secret,
         server.local_url(),

@@ -156,7 +156,15 @@ async fn provision(config: &Config, tenant: &Tenant) -> Result<(), Failure> {
         redis.provision(&tenant.org, tenant.generation).await.map_err(redis_failure)?;
         eprintln!("{}: redis: user and database are there", tenant.org);
     }
+    if let Some(mongodb) = config.mongodb().map_err(Failure::usage)? {
+        mongodb.provision(&tenant.org, tenant.generation).await.map_err(mongodb_failure)?;
+        eprintln!("{}: mongodb: user and rights are there", tenant.org);
+    }
     Ok(())
+}
+
+fn mongodb_failure(error: crate::upstream::mongo::Error) -> Failure {
+    Failure::failed(format_args!("mongodb: {error}\nMend that and run the command again: it goes on."))
 }
 
 fn redis_failure(error: crate::upstream::redis::DialError) -> Failure {
@@ -282,6 +290,10 @@ async fn delete(which: &Which) -> Result<(), Failure> {
     if let Some(redis) = config.redis().map_err(Failure::usage)? {
         eprintln!("{}: redis: removing keys and user …", which.org);
         redis.remove(&which.org, true).await.map_err(redis_failure)?;
+    }
+    if let Some(mongodb) = config.mongodb().map_err(Failure::usage)? {
+        eprintln!("{}: mongodb: removing databases, documents and user …", which.org);
+        mongodb.remove(&which.org, true).await.map_err(mongodb_failure)?;
     }
     for record in key::of(&catalog, &which.org).await? {
         match catalog.revoke_key(&record.key.hash).await {

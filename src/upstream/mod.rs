@@ -3,3 +3,4 @@
 pub mod mongo;
 pub mod postgres;
 pub mod redis;
+mod scram;

@@ -46,11 +46,12 @@ impl Ready {
         let mut text = String::from("\ndynabase is ready. Paste one of these; the tokens hold for 24 hours.\n");
         for demo in &self.tenants {
             text.push_str(&format!(
-                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n    service key  {}\n",
+                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n    mongosh '{}'\n    service key  {}\n",
                 demo.org,
                 demo.tier,
                 self.postgres(demo),
                 self.redis(demo),
+                self.mongodb(demo),
                 demo.service_key
             ));
         }
@@ -81,13 +82,13 @@ impl Ready {
                     "tier": demo.tier,
                     "token": demo.token,
                     "service_key": demo.service_key,
-                    "urls": {"postgres": self.postgres(demo), "redis": self.redis(demo)},
+                    "urls": {"postgres": self.postgres(demo), "redis": self.redis(demo), "mongodb": self.mongodb(demo)},
                 })
             })
             .collect();
         json!({
             "pid": std::process::id(),
-            "ports": {"postgres": self.ports.postgres, "redis": self.ports.redis, "admin": self.ports.admin},
+            "ports": {"postgres": self.ports.postgres, "redis": self.ports.redis, "mongodb": self.ports.mongodb, "admin": self.ports.admin},
             "admin": {"url": self.admin_url(), "token": self.admin_token},
             "upstreams": {"postgres": self.postgres_url, "redis": self.redis_url, "mongodb": self.mongodb_url},
             "catalog": {"kind": "file", "path": self.catalog},
@@ -101,6 +102,11 @@ impl Ready {
 
     fn redis(&self, demo: &Demo) -> String {
         format!("redis://app:{}@127.0.0.1:{}/0", demo.token, self.ports.redis)
+    }
+
+    fn mongodb(&self, demo: &Demo) -> String {
+        let (token, port) = (&demo.token, self.ports.mongodb);
+        format!("mongodb://app:{token}@127.0.0.1:{port}/app?authMechanism=PLAIN&directConnection=true")
     }
 
     fn admin_url(&self) -> String {

@@ -10,11 +10,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::{
     connection::{Connection, Parameters},
     dial::{DialError, Target},
-    scram::{self, Binding, Exchange, Keys},
 };
 use crate::{
     net::{Stream, stream::Raw},
     tenant::{Namespace, namespace::Password},
+    upstream::scram::{self, Binding, Exchange, Keys},
     wire::postgres::{self as wire, HEAD, backend},
 };
 
@@ -201,7 +201,7 @@ impl Conversation {
             None => Binding::None,
         };
         let mechanism = binding.mechanism();
-        let (mut exchange, first) = Exchange::new(binding).map_err(ConnectError::Scram)?;
+        let (mut exchange, first) = Exchange::new(binding, "").map_err(ConnectError::Scram)?;
         let mut out = Vec::new();
         wire::put(&mut out, b'p', |out| {
             wire::put_cstr(out, mechanism.as_bytes());

@@ -9,7 +9,6 @@ mod dial;
 mod login;
 mod pool;
 mod provision;
-mod scram;
 mod size;
 
 use std::{sync::Arc, time::Duration};

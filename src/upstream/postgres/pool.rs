@@ -31,11 +31,11 @@ use super::{
     connection::Connection,
     dial::Target,
     login::{self, ConnectError},
-    scram::Keys,
 };
 use crate::{
     quota::{Permit, Place, Slot, clock},
     tenant::{Limits, Namespace, Protocol, namespace::Password},
+    upstream::scram::Keys,
     wire::postgres::{self as wire, HEAD, backend, frontend::TERMINATE},
 };
 
