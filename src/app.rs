@@ -29,7 +29,10 @@ use crate::{
     net::{AcceptLimits, Drain, ListenConfig, Listener, ServerTls, listen},
     quota::{Stop, Table, clock},
     session::Gate,
-    tenant::directory::{Ask, Directory},
+    tenant::{
+        Tiers,
+        directory::{Ask, Directory},
+    },
     upstream,
     usage::Meters,
 };
@@ -112,7 +115,7 @@ impl App {
         let catalog = Catalog::open(source).await.map_err(|error| format!("catalog: {error}"))?;
         let (directory, asks) = Directory::new();
         let verifier = Arc::new(Verifier::new(identity, directory.clone())?);
-        let table = Arc::new(Table::new(directory, config.load_tiers()?, RESIDENT_MAX));
+        let table = Arc::new(Table::new(directory, tiers(&config, &catalog)?, RESIDENT_MAX));
         let meters = Arc::new(Meters::default());
         let gate =
             Arc::new(Gate::new(Arc::clone(&verifier), Arc::clone(&table), Arc::clone(&meters), config.allow_plaintext));
@@ -218,7 +221,12 @@ impl App {
             feeder.feed(table, move |key| verifier.forget_key(key), asks).await;
             "the catalog's feeder"
         });
-        state.readiness.catalog_loaded.store(true, Ordering::Release);
+        let (reached, readiness) = (self.catalog.clone(), Arc::clone(&state));
+        parts.spawn(async move {
+            reached.reached().await;
+            readiness.readiness.catalog_loaded.store(true, Ordering::Release);
+            std::future::pending::<&'static str>().await
+        });
         let table = Arc::clone(&self.table);
         parts.spawn(async move {
             table.run_ticker().await;
@@ -292,7 +300,7 @@ impl App {
                 asked = signals.next() => match asked {
                     Asked::Reload => {
                         let tls = [self.tls.as_deref(), self.http_tls.as_deref()];
-                        reload(&self.config, &self.table, &self.verifier, tls);
+                        reload(&self.config, &self.catalog, &self.table, &self.verifier, tls);
                     }
                     Asked::End => break,
                 },
@@ -321,9 +329,16 @@ impl App {
     }
 }
 
+/// The tiers' file, under what the catalog is known to say about tiers.
+fn tiers(config: &Config, catalog: &Catalog) -> Result<Tiers, String> {
+    // Once by itself, for its words about faults.
+    config.load_tiers()?;
+    catalog.tiers(&config.tiers_text()?)
+}
+
 /// Reads again what may change while running. Each part that can't be read leaves the present one in force.
-fn reload(config: &Config, table: &Table, verifier: &Arc<Verifier>, tls: [Option<&ServerTls>; 2]) {
-    match config.load_tiers() {
+fn reload(config: &Config, catalog: &Catalog, table: &Table, verifier: &Arc<Verifier>, tls: [Option<&ServerTls>; 2]) {
+    match tiers(config, catalog) {
         Ok(tiers) => table.set_tiers(tiers),
         Err(error) => tracing::error!(%error, "the tiers were not reloaded"),
     }

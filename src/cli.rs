@@ -3,6 +3,7 @@
 //! Exit codes: 0 done; 1 it failed (the reason is on standard error); 2 the command line or the configuration is
 //! wrong. Results go to standard output, all else to standard error.
 
+mod catalog;
 mod check;
 pub mod dev;
 mod key;
@@ -60,6 +61,9 @@ enum Command {
     /// Tenants: their records in the catalog and their places on the databases
     #[command(subcommand, after_help = "Example: dynabase tenant create acme --tier STARTER --config dynabase.toml")]
     Tenant(tenant::Command),
+    /// The catalog on MongoDB: make its collections, copy documents from and to a folder
+    #[command(subcommand, after_help = "Example: dynabase catalog init --config dynabase.toml")]
+    Catalog(catalog::Command),
     /// Print a shell's completion script
     #[command(after_help = "Example: dynabase completions bash > /etc/bash_completion.d/dynabase")]
     Completions {
@@ -103,6 +107,7 @@ pub fn run() -> ExitCode {
         Command::Token(arguments) => token::run(&arguments),
         Command::Key(command) => key::run(command),
         Command::Tenant(command) => tenant::run(command),
+        Command::Catalog(command) => catalog::run(command),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "dynabase", &mut std::io::stdout());
             Ok(())
@@ -173,6 +178,9 @@ mod tests {
             "tenant suspend acme --dev d",
             "tenant resume acme --dev d",
             "tenant delete acme --yes --dev d",
+            "catalog init --config f",
+            "catalog import --folder d --dev d",
+            "catalog export --folder d --config f",
             "completions zsh",
         ] {
             let words = std::iter::once("dynabase").chain(line.split(' '));

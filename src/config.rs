@@ -246,13 +246,14 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// Keys whose value may stand in a file of its own, `<key>_file`.
-const SECRETS: [&str; 4] = ["names.root_secret", "upstream.postgres.url", "upstream.redis.url", "upstream.mongodb.url"];
+const SECRETS: [&str; 5] =
+    ["names.root_secret", "catalog.url", "upstream.postgres.url", "upstream.redis.url", "upstream.mongodb.url"];
 
 /// Secrets whose own module reads the file.
 const FURTHER_SECRETS: [&str; 2] = ["identity.hs256_secret", "admin.token"];
 
 /// Keys that name a file or folder: relative ones are meant from the configuration's folder.
-const PATHS: [&str; 11] = [
+const PATHS: [&str; 12] = [
     "tiers",
     "tls.cert_file",
     "tls.key_file",
@@ -260,6 +261,7 @@ const PATHS: [&str; 11] = [
     "identity.jwks_file",
     "identity.hs256_secret_file",
     "catalog.path",
+    "catalog.ca_file",
     "upstream.postgres.ca_file",
     "upstream.redis.ca_file",
     "upstream.mongodb.ca_file",
@@ -356,7 +358,7 @@ impl Config {
             format!("must have at least {ADMIN_TOKEN_MIN_BYTES} bytes"),
         );
         match &self.catalog {
-            None => need(false, "catalog.path", "is required: the folder of the file catalog".into()),
+            None => need(false, "catalog.path", "is required: the folder of the file catalog; or kind and url".into()),
             Some(catalog) => tell(&mut need, catalog.check()),
         }
         need(
@@ -404,7 +406,7 @@ impl Config {
     /// All that is wrong with it, in words.
     pub fn load_tiers(&self) -> Result<Tiers, String> {
         let path = &self.tiers.0;
-        let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let text = self.tiers_text()?;
         Tiers::parse(&text).map_err(|faults| {
             faults
                 .iter()
@@ -412,6 +414,15 @@ impl Config {
                 .collect::<Vec<_>>()
                 .join("; ")
         })
+    }
+
+    /// The text of the tiers' file.
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub fn tiers_text(&self) -> Result<String, String> {
+        let path = &self.tiers.0;
+        std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
     }
 
     /// What derives names and upstream passwords.

@@ -75,7 +75,7 @@ async fn one_command_gives_a_prompt_and_leaves_nothing_behind() {
     let tiers: Vec<&str> = (0..4).map(|n| text(&first, &format!("/tenants/{n}/tier"))).collect();
     assert_eq!(tiers, ["FREE", "STARTER", "PRO", "ENTERPRISE"]);
     assert_eq!(first["ports"]["postgres"], 6432 + offset);
-    assert_eq!(text(&first, "/catalog/kind"), "file");
+    assert_eq!(text(&first, "/catalog/kind"), "mongodb");
     let upstream = text(&first, "/upstreams/postgres");
     assert_eq!(ask(upstream, "select count(*) from pg_database where datname like 't\\_%'").await, "4");
 

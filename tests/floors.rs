@@ -141,7 +141,8 @@ fn a_module_imports_only_from_floors_below() {
     let mut faults = Vec::new();
     for (file, text) in files() {
         let own = module(&file);
-        if matches!(own, "lib" | "main") {
+        // Tests of a module may start the servers that it talks to.
+        if matches!(own, "lib" | "main") || is_test(&file) {
             continue;
         }
         if floor(own).is_none() {

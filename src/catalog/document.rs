@@ -89,7 +89,15 @@ impl Record {
     /// # Errors
     /// What is wrong, without a word of the content.
     pub(super) fn parse(bytes: &[u8], org: &OrgId) -> Result<Self, String> {
-        let fields: OrgFields = serde_json::from_slice(bytes).map_err(|error| words(&error))?;
+        Self::checked(serde_json::from_slice(bytes).map_err(|error| words(&error))?, org)
+    }
+
+    /// The same from a value.
+    pub(super) fn from_value(value: Value, org: &OrgId) -> Result<Self, String> {
+        Self::checked(serde_json::from_value(value).map_err(|error| words(&error))?, org)
+    }
+
+    fn checked(fields: OrgFields, org: &OrgId) -> Result<Self, String> {
         if fields.org != *org {
             return Err("its _id is not the name it is kept under".to_owned());
         }
@@ -142,7 +150,15 @@ impl KeyRecord {
     /// # Errors
     /// What is wrong, without a word of the content.
     pub(super) fn parse(bytes: &[u8], hash: &KeyHash) -> Result<Self, String> {
-        let fields: KeyFields = serde_json::from_slice(bytes).map_err(|error| words(&error))?;
+        Self::checked(serde_json::from_slice(bytes).map_err(|error| words(&error))?, hash)
+    }
+
+    /// The same from a value.
+    pub(super) fn from_value(value: Value, hash: &KeyHash) -> Result<Self, String> {
+        Self::checked(serde_json::from_value(value).map_err(|error| words(&error))?, hash)
+    }
+
+    fn checked(fields: KeyFields, hash: &KeyHash) -> Result<Self, String> {
         if fields.hash != hex(hash) {
             return Err("its _id is not the name it is kept under".to_owned());
         }

@@ -1,14 +1,12 @@
-//! The file catalog's feeder: one task that answers questions and carries changes into the table.
+//! The feeder: one task that answers questions and carries changes into the table.
 //!
-//! What was handed out is remembered with the file's stamp, for as long as the table holds it. So that lost news
-//! costs two seconds and not an enforcement: every [`SCAN`] those files are looked at again.
+//! What was handed out is remembered with its stamp, for as long as the table holds it: after lost news, and in a
+//! catalog that loses them silently every [`SCAN`], those documents are looked at again.
 
 use std::{
     collections::{HashMap, HashSet},
-    io,
     num::NonZeroUsize,
     ops::Range,
-    os::unix::fs::MetadataExt,
     sync::Arc,
     time::Duration,
 };
@@ -20,9 +18,8 @@ use tokio::{
 };
 
 use super::{
-    document::{KeyRecord, Record, hex},
-    file::{FileCatalog, Folder, Found, Stamp},
-    watch::{Change, Watch},
+    document::{KeyRecord, Record},
+    source::{Change, Document, Found, Source, Stamp, Why},
 };
 use crate::{
     quota::{Slot, Table},
@@ -32,26 +29,14 @@ use crate::{
     },
 };
 
-/// How long changes are gathered, so that a file that is written piece by piece is read once.
-const GATHER: Duration = Duration::from_millis(10);
-
 /// When a change is enforced again that overtook its organisation on the way into the table.
 const AGAIN: Duration = Duration::from_millis(50);
 
 /// How often handed-out documents are looked at without news.
 const SCAN: Duration = Duration::from_secs(2);
 
-/// When they are looked at after news was lost. Everything is looked at then, so not at once and again and again.
-const SCAN_SOON: Duration = Duration::from_millis(200);
-
-/// Documents looked at in one scan; the next one goes on from there. 5 000 cost about 5 ms.
-const SCAN_MAX: usize = 5_000;
-
-/// Questions answered by one visit to the disk.
+/// Questions answered by one visit to the source.
 const BATCH: usize = 64;
-
-/// Longest wait for the disk. A disk that hangs must not hang clients: they are told to try later.
-const DISK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Service keys remembered as handed out; the least recently used one is forgotten, and asked for again.
 const KEYS_MAX: NonZeroUsize = NonZeroUsize::new(100_000).expect("not zero");
@@ -73,12 +58,10 @@ impl Seen {
 }
 
 /// See the module.
-pub(super) struct Feeder<F> {
-    catalog: FileCatalog,
-    folder: Arc<Folder>,
+pub(super) struct Feeder<S, F> {
+    source: S,
     table: Arc<Table>,
     forget: F,
-    watch: Watch,
     /// Only organisations that the table holds, or is about to.
     orgs: HashMap<OrgId, Seen>,
     keys: LruCache<KeyHash, (Stamp, Arc<ServiceKey>)>,
@@ -92,24 +75,17 @@ pub(super) struct Feeder<F> {
     away: bool,
 }
 
-enum Document {
-    Org(OrgId, Found<Record>),
-    Key(KeyHash, Found<KeyRecord>),
-}
-
 enum Asked {
     Tenant(oneshot::Sender<Result<Arc<Tenant>, Absent>>),
     Key(oneshot::Sender<Result<Arc<ServiceKey>, Absent>>),
 }
 
-impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
-    pub(super) fn new(catalog: FileCatalog, table: Arc<Table>, forget: F) -> Self {
+impl<S: Source, F: Fn(&KeyHash) + Send + Sync> Feeder<S, F> {
+    pub(super) fn new(source: S, table: Arc<Table>, forget: F) -> Self {
         Self {
-            folder: catalog.folder(),
-            catalog,
+            source,
             table,
             forget,
-            watch: Watch::new(),
             orgs: HashMap::new(),
             keys: LruCache::new(KEYS_MAX),
             damaged: LruCache::new(DAMAGED_MAX),
@@ -132,23 +108,26 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
         scan.reset();
         let mut hurried = false;
         loop {
-            if !hurried && self.watch.is_missed() {
-                scan.reset_after(SCAN_SOON);
-                hurried = true;
-            }
             // Every arm is safe to drop: what it has not given out stays in its queue.
             tokio::select! {
                 taken = asks.recv_many(&mut batch, BATCH) => match taken {
                     0 => return,
                     _ => self.answer(&mut batch).await,
                 },
-                change = self.watch.next() => {
-                    changes.insert(change);
-                    due = due.or_else(|| Some(Instant::now() + GATHER));
-                }
+                news = self.source.news().next() => match news {
+                    Some(change) => {
+                        changes.insert(change);
+                        due = due.or_else(|| Some(Instant::now() + S::GATHER));
+                    }
+                    None if !hurried => {
+                        scan.reset_after(S::SCAN_SOON);
+                        hurried = true;
+                    }
+                    None => {}
+                },
                 () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     due = None;
-                    while let Some(change) = self.watch.try_next() {
+                    while let Some(change) = self.source.news().try_next() {
                         changes.insert(change);
                     }
                     self.follow(changes.drain().collect()).await;
@@ -174,7 +153,7 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
                 Ask::Key(hash, answer) => (Change::Key(hash), Asked::Key(answer)),
             })
             .unzip();
-        for (document, asker) in self.read(wanted).await.into_iter().zip(askers) {
+        for (document, asker) in self.read(wanted, Why::Asked).await.into_iter().zip(askers) {
             match (document, asker) {
                 (Document::Org(org, found), Asked::Tenant(asker)) => {
                     let _ = asker.send(self.tenant(org, found));
@@ -229,13 +208,28 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
     }
 
     /// Reads what may have changed and enforces it.
-    async fn follow(&mut self, changes: Vec<Change>) {
-        for document in self.read(changes).await {
+    async fn follow(&mut self, mut changes: Vec<Change>) {
+        changes.retain(|change| self.concerns(change));
+        if changes.is_empty() {
+            return;
+        }
+        for document in self.read(changes, Why::Changed).await {
             match document {
                 Document::Org(org, found) => self.follow_org(org, found),
                 Document::Key(hash, found) => self.follow_key(hash, found),
             }
         }
+    }
+
+    /// Whether anybody holds what may have changed. An organisation that nobody holds is read when it is asked for; a
+    /// key that we forgot may have sessions all the same.
+    fn concerns(&self, change: &Change) -> bool {
+        let Change::Org(org) = change else { return true };
+        let held = self.orgs.contains_key(org) || self.table.resident(org).is_some();
+        if !held {
+            self.table.outdate(org);
+        }
+        held
     }
 
     fn follow_org(&mut self, org: OrgId, found: Found<Record>) {
@@ -314,29 +308,33 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
             self.table.revoke_key(&hash);
         }
         let slots = self.table.slots();
-        let everything = self.watch.take_missed();
-        let [orgs_at, keys_at] = &mut self.cursors;
-        let orgs = slots[window(orgs_at, slots.len(), everything)].iter().map(|slot| slot.org().clone()).collect();
-        let part = window(keys_at, self.keys.len(), everything);
-        let keys = self.keys.iter().skip(part.start).take(part.len()).map(|(hash, _)| *hash).collect();
-        let folder = Arc::clone(&self.folder);
-        let Some(Ok((inodes, stamps))) = disk(move || stamps(&folder, orgs, keys)).await else {
+        let everything = self.source.news().take_missed();
+        let held: Vec<Change> = if everything {
+            // Also those that were handed out and are not yet in the table.
+            let mut orgs: HashSet<&OrgId> = self.orgs.keys().collect();
+            orgs.extend(slots.iter().map(|slot| slot.org()));
+            let orgs = orgs.into_iter().cloned().map(Change::Org);
+            orgs.chain(self.keys.iter().map(|(hash, _)| Change::Key(*hash))).collect()
+        } else {
+            let [orgs_at, keys_at] = &mut self.cursors;
+            let orgs = &slots[window::<S>(orgs_at, slots.len())];
+            let part = window::<S>(keys_at, self.keys.len());
+            let keys = self.keys.iter().skip(part.start).take(part.len()).map(|(hash, _)| Change::Key(*hash));
+            orgs.iter().map(|slot| Change::Org(slot.org().clone())).chain(keys).collect()
+        };
+        let Some(stamps) = self.source.stamps(held).await else {
             if everything {
-                self.watch.set_missed();
+                self.source.news().set_missed();
             }
-            return self.set_away(Some("its folders can't be read"));
+            return self.set_away(Some("it can't be read"));
         };
         self.set_away(None);
-        self.watch.keep(&self.folder, inodes);
         let changed = stamps.into_iter().filter(|(change, stamp)| self.is_news(change, *stamp));
         let changed: Vec<Change> = changed.map(|(change, _)| change).collect();
         if !changed.is_empty() {
             self.follow(changed).await;
         }
         self.settle(&slots);
-        if !self.away {
-            self.folder.set_good();
-        }
     }
 
     fn is_news(&self, change: &Change, stamp: Option<Stamp>) -> bool {
@@ -359,30 +357,28 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
         self.orgs.retain(|org, seen| held.contains(org) || seen.at.elapsed() < SCAN);
     }
 
-    /// Reads documents, in the order they are named in; none when the disk hangs.
-    async fn read(&mut self, wanted: Vec<Change>) -> Vec<Document> {
-        let folder = Arc::clone(&self.folder);
-        let reading = disk(move || {
-            let read = |change| match change {
-                Change::Org(org) => Document::Org(org.clone(), folder.org(&org)),
-                Change::Key(hash) => Document::Key(hash, folder.key(&hash)),
-            };
-            wanted.into_iter().map(read).collect()
-        });
-        let documents = reading.await;
-        if documents.is_none() {
-            self.set_away(Some("the disk does not answer"));
-            // What was not read has to be looked at once the disk is back.
-            self.watch.set_missed();
+    /// Reads documents, in the order they are named in; none when the source hangs. What could not be read, though it
+    /// may have changed, is looked at once the source is back.
+    async fn read(&mut self, wanted: Vec<Change>, why: Why) -> Vec<Document> {
+        let documents = self.source.read(wanted, why).await;
+        if documents.is_empty() {
+            self.set_away(Some("it does not answer"));
         }
-        documents.unwrap_or_default()
+        let away = |document: &Document| match document {
+            Document::Org(_, found) => matches!(found, Found::Away(_)),
+            Document::Key(_, found) => matches!(found, Found::Away(_)),
+        };
+        if why == Why::Changed && (documents.is_empty() || documents.iter().any(away)) {
+            self.source.news().set_missed();
+        }
+        documents
     }
 
     fn report(&mut self, which: Change, what: &str, digest: u64) {
         if self.damaged.get(&which) == Some(&digest) {
             return;
         }
-        self.folder.count_damaged();
+        self.source.health().count_damaged();
         match &which {
             Change::Org(org) => tracing::warn!(%org, what, "damaged organisation; its last good state serves"),
             Change::Key(hash) => {
@@ -396,39 +392,16 @@ impl<F: Fn(&KeyHash) + Send + Sync> Feeder<F> {
     fn set_away(&mut self, what: Option<&str>) {
         match (what, self.away) {
             (Some(what), false) => tracing::warn!(what, "the catalog is away; the last known state serves"),
-            (None, true) => tracing::info!("the catalog is back; it was away for {:?}", self.catalog.age()),
+            (None, true) => tracing::info!("the catalog is back; it was away for {:?}", self.source.health().age()),
             _ => {}
         }
         self.away = what.is_some();
     }
 }
 
-/// The part of `len` documents that this scan looks at: everything after lost news, else the next [`SCAN_MAX`].
-fn window(cursor: &mut usize, len: usize, everything: bool) -> Range<usize> {
-    let start = if *cursor < len && !everything { *cursor } else { 0 };
-    *cursor = if everything { len } else { (start + SCAN_MAX).min(len) };
+/// The part of `len` documents that this scan looks at.
+fn window<S: Source>(cursor: &mut usize, len: usize) -> Range<usize> {
+    let start = if *cursor < len { *cursor } else { 0 };
+    *cursor = (start + S::SCAN_MAX).min(len);
     start..*cursor
-}
-
-/// Runs `work` where it may block; `None` when it does not end in time.
-async fn disk<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    tokio::time::timeout(DISK_TIMEOUT, tokio::task::spawn_blocking(work)).await.ok()?.ok()
-}
-
-type Stamps = ([u64; 2], Vec<(Change, Option<Stamp>)>);
-
-/// The inodes of the two folders, and the stamps of documents in them.
-fn stamps(folder: &Folder, orgs: Vec<OrgId>, keys: Vec<KeyHash>) -> io::Result<Stamps> {
-    // Without its folder a document is not gone, but out of reach.
-    let inodes = [std::fs::metadata(&folder.orgs)?.ino(), std::fs::metadata(&folder.keys)?.ino()];
-    let orgs = orgs.into_iter().map(|org| {
-        let stamp = Folder::stamp(&folder.orgs, org.as_str())?;
-        Ok((Change::Org(org), stamp))
-    });
-    let keys = keys.into_iter().map(|hash| {
-        let stamp = Folder::stamp(&folder.keys, &hex(&hash))?;
-        Ok((Change::Key(hash), stamp))
-    });
-    let stamps: io::Result<_> = orgs.chain(keys).collect();
-    Ok((inodes, stamps?))
 }

@@ -2,23 +2,25 @@
 //! whole or not at all, and writers of several processes take turns. Files are read when they are asked for; nothing
 //! holds all of them in memory.
 
+mod source;
+mod watch;
+
 use std::{
     fs::{self, File, TryLockError},
     io::{self, Read, Write},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
 use tokio::sync::mpsc;
 
+pub(super) use self::source::FileSource;
 use super::{
     Expect, Fault,
     document::{KeyRecord, Record, hex, unhex},
+    source::{Found, Health, Stamp},
 };
 use crate::tenant::{OrgId, directory::KeyHash};
 
@@ -32,21 +34,6 @@ const LIST_AHEAD: usize = 64;
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 const LOCK_RETRY: Duration = Duration::from_millis(5);
 
-/// When a file was written, its size and its inode: whether it may have changed.
-pub(super) type Stamp = (SystemTime, u64, u64);
-
-/// A document as read.
-pub(super) enum Found<T> {
-    /// Understood.
-    Good(T, Stamp),
-    /// There is none.
-    Absent,
-    /// Not understood: what is wrong, a digest of the content, and when it was written.
-    Damaged(String, u64, Stamp),
-    /// Nobody can say.
-    Away(String),
-}
-
 /// A folder of documents. Cheap to clone.
 #[derive(Clone)]
 pub struct FileCatalog(Arc<Folder>);
@@ -55,24 +42,14 @@ pub struct FileCatalog(Arc<Folder>);
 pub(super) struct Folder {
     path: PathBuf,
     pub(super) orgs: PathBuf,
-    pub(super) keys: PathBuf,
-    opened: Instant,
-    /// Milliseconds after `opened` when the source was last known good.
-    good_ms: AtomicU64,
-    damaged: AtomicU64,
+    keys: PathBuf,
+    health: Health,
 }
 
 impl FileCatalog {
     /// Opens the folder, making it if need be.
     pub(super) async fn open(path: PathBuf) -> Result<Self, Fault> {
-        let folder = Folder {
-            orgs: path.join("orgs"),
-            keys: path.join("service_keys"),
-            path,
-            opened: Instant::now(),
-            good_ms: AtomicU64::new(0),
-            damaged: AtomicU64::new(0),
-        };
+        let folder = Folder { orgs: path.join("orgs"), keys: path.join("service_keys"), path, health: Health::new() };
         let catalog = Self(Arc::new(folder));
         catalog
             .blocking(|folder| {
@@ -169,13 +146,19 @@ impl FileCatalog {
         self.blocking(move |folder| folder.remove(&folder.keys, &name)).await
     }
 
-    pub(super) fn age(&self) -> Duration {
-        let good = Duration::from_millis(self.0.good_ms.load(Ordering::Relaxed));
-        self.0.opened.elapsed().saturating_sub(good)
+    /// Whether the folder can be read.
+    pub(super) async fn ping(&self) -> Result<(), Fault> {
+        self.blocking(|folder| {
+            for place in [&folder.orgs, &folder.keys] {
+                fs::read_dir(place).map_err(|error| Fault::Unavailable(format!("{}: {error}", place.display())))?;
+            }
+            Ok(())
+        })
+        .await
     }
 
-    pub(super) fn damaged(&self) -> u64 {
-        self.0.damaged.load(Ordering::Relaxed)
+    pub(super) fn health(&self) -> &Health {
+        &self.0.health
     }
 
     async fn blocking<T: Send + 'static>(
@@ -233,17 +216,6 @@ impl Folder {
         }
     }
 
-    /// Says that the source was readable just now.
-    pub(super) fn set_good(&self) {
-        let now_ms = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.good_ms.store(now_ms, Ordering::Relaxed);
-    }
-
-    /// Counts a damaged document.
-    pub(super) fn count_damaged(&self) {
-        self.damaged.fetch_add(1, Ordering::Relaxed);
-    }
-
     fn remove(&self, folder: &Path, name: &str) -> Result<(), Fault> {
         let _turn = self.lock()?;
         match fs::remove_file(path(folder, name)) {
@@ -285,8 +257,10 @@ fn path(folder: &Path, name: &str) -> PathBuf {
     folder.join(format!("{name}.json"))
 }
 
+/// When it was written, its size and its inode.
 fn stamp(about: &fs::Metadata) -> io::Result<Stamp> {
-    Ok((about.modified()?, about.len(), about.ino()))
+    let written = about.modified()?.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Ok(Stamp([u64::try_from(written.as_nanos()).unwrap_or(u64::MAX), about.len(), about.ino()]))
 }
 
 fn read<T>(folder: &Path, name: &str, parse: impl FnOnce(&[u8]) -> Result<T, String>) -> Found<T> {

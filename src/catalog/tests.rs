@@ -1,7 +1,8 @@
-//! `suite.rs` holds what every kind of catalog has to do, as functions over [`Catalog`]; `file.rs` runs it over the
-//! file catalog and adds what only files can suffer.
+//! `suite.rs` holds what every kind of catalog has to do, as functions over [`Catalog`]; `file.rs` and `mongo.rs` run it
+//! over theirs and add what only they can suffer.
 
 mod file;
+mod mongo;
 mod suite;
 
 use super::*;
@@ -58,6 +59,13 @@ impl Fed {
             fed.feed(place, forget, asks).await;
         });
         Self { catalog, table, directory, forgotten, feeder }
+    }
+
+    /// The same, once it follows: what is written from now on has to be seen.
+    async fn follow(catalog: Catalog) -> Self {
+        let fed = Self::start(catalog);
+        tokio::time::timeout(Duration::from_secs(10), fed.catalog.reached()).await.expect("it is reached");
+        fed
     }
 
     async fn slot(&self, id: &str) -> Arc<Slot> {

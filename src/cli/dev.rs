@@ -121,6 +121,7 @@ async fn start(
     let config = configure(folder, ports, &secrets, &server, &redis, &mongo)?;
     app::log_to_stderr(&config.log).map_err(Failure::usage)?;
     let catalog = place::catalog(&config).await?;
+    catalog.init().await.map_err(Failure::failed)?;
     let mut tenants = Vec::new();
     for (org, tier) in DEMO {
         tenants.push(demo(&config, &catalog, folder, org, tier).await?);
@@ -132,7 +133,6 @@ async fn start(
         postgres_url: server.url(),
         redis_url: redis.url(),
         mongodb_url: mongo.url(),
-        catalog: folder.path().join("catalog"),
         tenants,
     };
     let log = |name: &str| folder.path().join(name).join(format!("{name}.log"));
@@ -238,7 +238,7 @@ fn configure(
          tiers = \"tiers.toml\"\n\n\
          [listen]\npostgres = \"127.0.0.1:{}\"\nredis = \"127.0.0.1:{}\"\nmongodb = \"127.0.0.1:{}\"\ndrain_timeout = \"5s\"\n\n\
          [identity]\nissuer = \"https://dev.dynabase.invalid/auth/v1\"\nhs256_secret = {:?}\n\n\
-         [catalog]\npath = \"catalog\"\n\n\
+         [catalog]\nkind = \"mongodb\"\nurl = {:?}\n\n\
          [names]\nroot_secret = {:?}\n\n\
          [upstream.postgres]\nurl = {:?}\nmax_connections = 250\n\n\
          [upstream.redis]\nurl = {:?}\n\n\
@@ -249,6 +249,7 @@ fn configure(
         ports.redis,
         ports.mongodb,
         secrets.hs256_secret,
+        mongo.url(),
         secrets.root_secret,
         server.local_url(),
         redis.url(),

@@ -8,7 +8,7 @@ use super::Failure;
 use crate::{
     catalog::Catalog,
     config::Config,
-    tenant::{OrgId, Tier, is_uuid, unit},
+    tenant::{OrgId, Tier, Tiers, is_uuid, unit},
 };
 
 /// The configuration's name in a folder of `dynabase dev`.
@@ -42,6 +42,13 @@ impl Place {
 pub async fn catalog(config: &Config) -> Result<Catalog, Failure> {
     let settings = config.catalog.as_ref().ok_or_else(|| Failure::usage("catalog.path is required"))?;
     Catalog::open(settings).await.map_err(Failure::failed)
+}
+
+/// The limits of each tier, as the tiers' file and the catalog give them together.
+pub async fn tiers(config: &Config, catalog: &Catalog) -> Result<Tiers, Failure> {
+    config.load_tiers().map_err(Failure::usage)?;
+    catalog.read_tiers().await.map_err(Failure::failed)?;
+    catalog.tiers(&config.tiers_text().map_err(Failure::usage)?).map_err(Failure::usage)
 }
 
 /// Runs a command's work to its end, on this thread.

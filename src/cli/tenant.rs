@@ -140,7 +140,7 @@ pub async fn create(config: &Config, catalog: &Catalog, org: &OrgId, tier: Tier)
 /// Makes the tenant's place on every database there is.
 async fn provision(config: &Config, tenant: &Tenant) -> Result<(), Failure> {
     let names = config.names().map_err(Failure::usage)?;
-    let tiers = config.load_tiers().map_err(Failure::usage)?;
+    let tiers = place::tiers(config, &place::catalog(config).await?).await?;
     eprintln!("{}: postgres: role, databases, privileges …", tenant.org);
     let report =
         provisioner(config)?.ensure(tenant, &names, &tiers.limits(tenant.tier).postgres).await.map_err(|error| {

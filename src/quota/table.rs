@@ -166,6 +166,11 @@ impl Table {
         }
     }
 
+    /// Takes the news that an organisation which nobody holds may have changed: what was said of it before is asked again.
+    pub fn outdate(&self, org: &OrgId) {
+        let _ = self.changed(org);
+    }
+
     /// Takes a changed record from the catalog. Tenants that are not resident are left to be loaded when needed.
     ///
     /// # Errors

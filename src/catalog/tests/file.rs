@@ -8,7 +8,7 @@ use super::*;
 
 async fn folder() -> (Catalog, tempfile::TempDir) {
     let folder = tempfile::tempdir().expect("a folder");
-    let catalog = Catalog::open(&Config { path: folder.path().to_owned() }).await.expect("opens");
+    let catalog = Catalog::open(&Config::folder(folder.path())).await.expect("opens");
     (catalog, folder)
 }
 
@@ -45,7 +45,7 @@ async fn a_change_that_overtakes_a_look_up_is_enforced() {
 }
 
 fn document(tier: &str, epoch: u64) -> String {
-    json!({"_id": "acme", "tier": tier, "status": "active", "epoch": epoch, "routes": {"keep": "me"}}).to_string()
+    json!({"_id": "acme", "tier": tier, "status": "active", "epoch": epoch, "notes": {"keep": "me"}}).to_string()
 }
 
 fn write(folder: &Path, name: &str, text: &str) {
@@ -56,7 +56,7 @@ fn write(folder: &Path, name: &str, text: &str) {
 async fn an_edit_by_hand_is_enforced() {
     let (catalog, folder) = folder().await;
     write(folder.path(), "acme.json", &document("FREE", 1));
-    let fed = Fed::start(catalog);
+    let fed = Fed::follow(catalog).await;
     let slot = fed.slot("acme").await;
     // In place, as an editor or `sed -i` without a rename would.
     write(folder.path(), "acme.json", &document("PRO", 2));
@@ -70,14 +70,14 @@ async fn an_edit_by_hand_is_enforced() {
     let next = Record::new(Tenant { epoch: 4, ..tenant("acme") });
     fed.catalog.put(next, Expect::Epoch(3)).await.expect("kept");
     let text = fs::read_to_string(folder.path().join("orgs/acme.json")).expect("there");
-    assert!(text.contains("\"routes\"") && text.contains("\"me\""), "{text}");
+    assert!(text.contains("\"notes\"") && text.contains("\"me\""), "{text}");
 }
 
 #[tokio::test]
 async fn a_damaged_document_is_counted_once_and_changes_nothing() {
     let (catalog, folder) = folder().await;
     write(folder.path(), "acme.json", &document("PRO", 5));
-    let mut fed = Fed::start(catalog);
+    let mut fed = Fed::follow(catalog).await;
     let slot = fed.slot("acme").await;
     let live = session(&slot, 1, None);
     let oversized = format!("{}{}", document("FREE", 6), " ".repeat(300_000));
@@ -120,7 +120,7 @@ async fn a_damaged_document_that_nobody_holds_is_a_reason_to_try_later() {
     let (catalog, folder) = folder().await;
     write(folder.path(), "acme.json", "{");
     fs::write(folder.path().join("service_keys").join(format!("{}.json", "01".repeat(32))), "{}").expect("writes");
-    let fed = Fed::start(catalog);
+    let fed = Fed::follow(catalog).await;
     assert_eq!(fed.directory.tenant(&org("acme")).await, Err(Absent::Unavailable));
     assert_eq!(fed.directory.key([1; 32]).await, Err(Absent::Unavailable));
     let mut list = fed.catalog.list();
@@ -143,7 +143,7 @@ async fn foreign_files_are_left_alone() {
 async fn a_folder_that_is_gone_suspends_nobody() {
     let (catalog, folder) = folder().await;
     write(folder.path(), "acme.json", &document("FREE", 1));
-    let fed = Fed::start(catalog);
+    let fed = Fed::follow(catalog).await;
     let slot = fed.slot("acme").await;
     let live = session(&slot, 1, None);
     let (orgs, hidden) = (folder.path().join("orgs"), folder.path().join("hidden"));
@@ -166,7 +166,7 @@ async fn a_key_given_to_another_organisation_ends_its_sessions() {
     let (catalog, _folder) = folder().await;
     catalog.put(Record::new(tenant("acme")), Expect::Absent).await.expect("kept");
     catalog.create_key(KeyRecord::new(key(1, "acme"))).await.expect("kept");
-    let fed = Fed::start(catalog);
+    let fed = Fed::follow(catalog).await;
     fed.directory.key([1; 32]).await.expect("known");
     let slot = fed.slot("acme").await;
     let live = session(&slot, 1, Some([1; 32]));
@@ -184,7 +184,7 @@ async fn many_changes_at_once_are_all_enforced() {
     for n in 0..90 {
         write(folder.path(), &format!("org-{n}.json"), &text(n, 1));
     }
-    let fed = Fed::start(catalog);
+    let fed = Fed::follow(catalog).await;
     let mut slots = Vec::new();
     for n in 0..90 {
         slots.push(fed.slot(&format!("org-{n}")).await);
@@ -202,8 +202,8 @@ async fn many_changes_at_once_are_all_enforced() {
 #[tokio::test]
 #[ignore = "started by a_full_disk_leaves_the_old_document"]
 async fn in_a_full_folder() {
-    let path = std::env::var_os("DYNABASE_TEST_FOLDER").expect("set by the other half").into();
-    let catalog = Catalog::open(&Config { path }).await.expect("opens");
+    let path = std::env::var_os("DYNABASE_TEST_FOLDER").expect("set by the other half");
+    let catalog = Catalog::open(&Config::folder(path)).await.expect("opens");
     let small = Record::new(tenant("acme"));
     catalog.put(small.clone(), Expect::Absent).await.expect("a small document fits");
     let mut large = Record::new(Tenant { epoch: 2, ..tenant("acme") });
@@ -211,7 +211,7 @@ async fn in_a_full_folder() {
     let failed = catalog.put(large, Expect::Epoch(1)).await;
     assert!(matches!(failed, Err(Fault::Unavailable(_))), "{failed:?}");
     assert_eq!(catalog.get(&org("acme")).await, Ok(small), "the old document");
-    let Catalog::File(files) = &catalog;
+    let Catalog::File(files) = &catalog else { panic!("a file catalog") };
     let names: Vec<_> = fs::read_dir(&files.folder().orgs).expect("there").flatten().map(|e| e.file_name()).collect();
     assert_eq!(names, ["acme.json"], "no half-written file is left");
     // And there is room again for small ones.

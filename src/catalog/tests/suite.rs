@@ -11,7 +11,7 @@ const ENFORCED_WITHIN: Duration = Duration::from_millis(500);
 
 pub async fn documents_come_back_as_they_went(catalog: Catalog) {
     let mut record = Record::new(tenant("acme"));
-    record.more.insert("routes".into(), json!({"postgres": ["a", {"b": 1.5}]}));
+    record.more.insert("extra".into(), json!({"postgres": ["a", {"b": 1.5}]}));
     assert_eq!(catalog.get(&org("acme")).await, Err(Fault::Unknown));
     catalog.put(record.clone(), Expect::Absent).await.expect("kept");
     assert_eq!(catalog.get(&org("acme")).await, Ok(record));
@@ -51,7 +51,7 @@ pub async fn one_of_many_writers_wins(catalog: Catalog) {
 pub async fn unknown_fields_and_the_first_date_survive_an_update(catalog: Catalog) {
     let mut first = Record::new(tenant("acme"));
     first.created_at = "2020-01-02T03:04:05Z".into();
-    first.more.insert("routes".into(), json!({"redis": "r1"}));
+    first.more.insert("extra".into(), json!({"redis": "r1"}));
     first.more.insert("note".into(), json!("old"));
     catalog.put(first, Expect::Absent).await.expect("kept");
     let mut second = Record::new(Tenant { epoch: 2, ..tenant("acme") });
@@ -59,7 +59,7 @@ pub async fn unknown_fields_and_the_first_date_survive_an_update(catalog: Catalo
     catalog.put(second, Expect::Epoch(1)).await.expect("kept");
     let found = catalog.get(&org("acme")).await.expect("there");
     assert_eq!((found.created_at.as_str(), found.tenant.epoch), ("2020-01-02T03:04:05Z", 2));
-    assert_eq!(json!(found.more), json!({"routes": {"redis": "r1"}, "note": "new"}));
+    assert_eq!(json!(found.more), json!({"extra": {"redis": "r1"}, "note": "new"}));
 }
 
 pub async fn the_list_streams_every_document(catalog: Catalog) {
@@ -107,7 +107,7 @@ pub async fn service_keys_are_kept_listed_and_revoked(catalog: Catalog) {
 pub async fn the_feeder_answers(catalog: Catalog) {
     catalog.put(Record::new(tenant("acme")), Expect::Absent).await.expect("kept");
     catalog.create_key(KeyRecord::new(key(1, "acme"))).await.expect("kept");
-    let fed = Fed::start(catalog);
+    let fed = Fed::follow(catalog).await;
     assert_eq!(fed.directory.tenant(&org("acme")).await.as_deref(), Ok(&tenant("acme")));
     assert_eq!(fed.directory.tenant(&org("globex")).await, Err(Absent::Unknown));
     assert_eq!(fed.directory.key([1; 32]).await.as_deref(), Ok(&key(1, "acme")));
@@ -119,7 +119,7 @@ pub async fn a_thousand_questions_at_once_are_answered(catalog: Catalog) {
     for n in 0..50 {
         catalog.put(Record::new(tenant(&format!("org-{n}"))), Expect::Absent).await.expect("kept");
     }
-    let fed = Fed::start(catalog);
+    let fed = Fed::follow(catalog).await;
     let asking: Vec<_> = (0..1000)
         .map(|n| {
             let directory = fed.directory.clone();
@@ -134,7 +134,7 @@ pub async fn a_thousand_questions_at_once_are_answered(catalog: Catalog) {
 
 pub async fn a_change_of_tier_is_enforced_on_live_slots(catalog: Catalog) {
     catalog.put(Record::new(tenant("acme")), Expect::Absent).await.expect("kept");
-    let fed = Fed::start(catalog);
+    let fed = Fed::follow(catalog).await;
     let slot = fed.slot("acme").await;
     assert_eq!(slot.policy().limits.connections(Protocol::Postgres), 5);
     for epoch in 1..10 {
@@ -151,7 +151,7 @@ pub async fn suspension_and_deletion_stop_live_sessions(catalog: Catalog) {
     for id in ["acme", "globex", "initech"] {
         catalog.put(Record::new(tenant(id)), Expect::Absent).await.expect("kept");
     }
-    let fed = Fed::start(catalog);
+    let fed = Fed::follow(catalog).await;
     let (acme, globex, initech) = (fed.slot("acme").await, fed.slot("globex").await, fed.slot("initech").await);
     let sessions = [session(&acme, 1, None), session(&globex, 2, None), session(&initech, 3, None)];
     let suspended = Record::new(Tenant { status: Status::Suspended, ..tenant("acme") });
@@ -174,7 +174,7 @@ pub async fn a_revoked_key_is_forgotten_and_its_sessions_stop(catalog: Catalog) 
     catalog.put(Record::new(tenant("acme")), Expect::Absent).await.expect("kept");
     catalog.create_key(KeyRecord::new(key(1, "acme"))).await.expect("kept");
     catalog.create_key(KeyRecord::new(key(2, "acme"))).await.expect("kept");
-    let mut fed = Fed::start(catalog);
+    let mut fed = Fed::follow(catalog).await;
     let slot = fed.slot("acme").await;
     let (one, two) = (session(&slot, 1, Some([1; 32])), session(&slot, 2, Some([2; 32])));
     fed.directory.key([1; 32]).await.expect("known");
@@ -205,7 +205,7 @@ pub async fn what_could_not_be_read_again_is_not_written(catalog: Catalog) {
 /// A look-up is answered, and before the answer reaches the table the document changes. To be run on one thread.
 pub async fn a_change_that_overtakes_a_look_up_is_enforced(catalog: Catalog) {
     catalog.put(Record::new(tenant("acme")), Expect::Absent).await.expect("kept");
-    let mut fed = Fed::start(catalog);
+    let mut fed = Fed::follow(catalog).await;
     let (acme, table) = (org("acme"), Arc::clone(&fed.table));
     let mut look_up = std::pin::pin!(table.slot(&acme));
     assert!(futures_util::poll!(&mut look_up).is_pending());

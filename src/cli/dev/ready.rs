@@ -1,14 +1,14 @@
 //! What a developer and a test harness want to know once everything accepts.
 
-use std::{
-    io::ErrorKind,
-    path::{Path, PathBuf},
-};
+use std::{io::ErrorKind, path::Path};
 
 use serde_json::{Value, json};
 
 use super::{Ports, folder::write_private};
-use crate::tenant::{OrgId, Tier};
+use crate::{
+    catalog,
+    tenant::{OrgId, Tier},
+};
 
 /// A demo tenant.
 pub struct Demo {
@@ -34,8 +34,6 @@ pub struct Ready {
     pub redis_url: String,
     /// And for MongoDB.
     pub mongodb_url: String,
-    /// The catalog's folder.
-    pub catalog: PathBuf,
     /// The demo tenants.
     pub tenants: Vec<Demo>,
 }
@@ -56,13 +54,13 @@ impl Ready {
             ));
         }
         text.push_str(&format!(
-            "\n  admin        {}  (Authorization: Bearer {})\n  PostgreSQL   {}\n  Redis        {}\n  MongoDB      {}\n  catalog      {}\n\nCtrl-C ends everything.",
+            "\n  admin        {}  (Authorization: Bearer {})\n  PostgreSQL   {}\n  Redis        {}\n  MongoDB      {}\n  catalog      database {} there\n\nCtrl-C ends everything.",
             self.admin_url(),
             self.admin_token,
             self.postgres_url,
             self.redis_url,
             self.mongodb_url,
-            self.catalog.display(),
+            catalog::DATABASE,
         ));
         text
     }
@@ -91,7 +89,7 @@ impl Ready {
             "ports": {"postgres": self.ports.postgres, "redis": self.ports.redis, "mongodb": self.ports.mongodb, "admin": self.ports.admin},
             "admin": {"url": self.admin_url(), "token": self.admin_token},
             "upstreams": {"postgres": self.postgres_url, "redis": self.redis_url, "mongodb": self.mongodb_url},
-            "catalog": {"kind": "file", "path": self.catalog},
+            "catalog": {"kind": "mongodb", "url": self.mongodb_url, "database": catalog::DATABASE},
             "tenants": tenants,
         })
     }
