@@ -62,6 +62,7 @@ pub struct App {
     meters: Arc<Meters>,
     recorder: PrometheusHandle,
     postgres: Arc<upstream::postgres::Upstream>,
+    neon: Option<Arc<upstream::postgres::Upstream>>,
     doors: Vec<(Front, Listener)>,
     tls: Option<Arc<ServerTls>>,
     /// The same certificates, with HTTP's protocols.
@@ -115,6 +116,7 @@ impl App {
         let gate =
             Arc::new(Gate::new(Arc::clone(&verifier), Arc::clone(&table), Arc::clone(&meters), config.allow_plaintext));
         let postgres = upstream::postgres::Upstream::new(&config.upstream.postgres, config.names()?)?;
+        let neon = config.upstream.neon.upstream(config.names()?)?;
         let tls = match &config.tls {
             Some(settings) => {
                 Some(Arc::new(ServerTls::load(settings, &["postgresql"]).map_err(|error| error.to_string())?))
@@ -129,6 +131,7 @@ impl App {
         let postgres_front = front::postgres::Server::new(
             Arc::clone(&gate),
             Arc::clone(&postgres),
+            neon.clone(),
             tls.clone(),
             settings,
             drain.clone(),
@@ -141,13 +144,14 @@ impl App {
             };
             Listener::bind(&settings).map_err(|error| error.to_string())
         };
+        let neon_front = neon.as_ref().map(|_| front::neon::Server::new(Arc::clone(&postgres_front)));
         let mut fronts = vec![(Front::Postgres(postgres_front), &config.listen.postgres)];
         if let Some(redis) = config.redis()? {
             let settings = front::redis::Config { login_timeout: config.listen.handshake_timeout };
             let server = front::redis::Server::new(gate, redis, tls.clone(), settings, drain.clone());
             fronts.push((Front::Redis(server), &config.listen.redis));
         }
-        let behind = front::http::Fronts::default();
+        let behind = front::http::Fronts { neon: neon_front };
         let mut http_tls = None;
         if behind.any() {
             if let Some(settings) = &config.tls {
@@ -174,6 +178,7 @@ impl App {
             meters,
             recorder,
             postgres,
+            neon,
             doors,
             tls,
             http_tls,
@@ -217,6 +222,12 @@ impl App {
             postgres.run_maintenance().await;
             "the upstream's maintenance"
         });
+        if let Some(neon) = self.neon.clone() {
+            parts.spawn(async move {
+                neon.run_maintenance().await;
+                "the maintenance of Neon homes"
+            });
+        }
         let (table, verifier) = (Arc::clone(&self.table), Arc::clone(&self.verifier));
         let _ = tokio::time::timeout(KEYS_WAIT, self.verifier.reload()).await;
         parts.spawn(async move {

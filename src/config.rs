@@ -172,6 +172,8 @@ pub struct Upstream {
     pub postgres: upstream::postgres::Config,
     /// `[upstream.redis]`.
     pub redis: upstream::redis::Config,
+    /// `[upstream.neon]`.
+    pub neon: upstream::neon::Config,
 }
 
 /// `[log]`.
@@ -366,6 +368,9 @@ impl Config {
         }
         for (key, what) in self.upstream.postgres.faults() {
             need(false, &format!("upstream.postgres.{key}"), what);
+        }
+        for (key, what) in self.upstream.neon.faults() {
+            need(false, &format!("upstream.neon.{key}"), what);
         }
         if let Err(what) = self.upstream.redis.target() {
             need(false, "upstream.redis.url", what);

@@ -2,5 +2,6 @@
 //! doors (accept, TLS, admission, pools, meters), never the conversation.
 
 pub mod http;
+pub mod neon;
 pub mod postgres;
 pub mod redis;

@@ -19,6 +19,7 @@
 mod cancel;
 mod conversation;
 mod handshake;
+mod inside;
 mod ledger;
 mod options;
 mod out;
@@ -32,6 +33,12 @@ mod statement;
 #[doc(hidden)]
 pub use conversation::script::play as fuzz_conversation;
 
+pub(super) use self::{
+    handshake::Denied,
+    inside::Line,
+    options::{Options, clean},
+};
+
 use std::{
     sync::{Arc, atomic::AtomicU64},
     time::Duration,
@@ -44,8 +51,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::{
     net::{Conn, Stream, drain::Drain, tls::ServerTls},
     refusal::Refusal,
-    session::Gate,
-    tenant::unit,
+    session::{Gate, Transport},
+    tenant::{Protocol, unit},
     upstream::postgres::Upstream,
     wire::postgres::backend::Report,
 };
@@ -89,6 +96,8 @@ impl Config {
 pub struct Server {
     gate: Arc<Gate>,
     upstream: Arc<Upstream>,
+    /// The tenants' Neon homes.
+    neon: Option<Arc<Upstream>>,
     tls: Option<Arc<ServerTls>>,
     config: Config,
     drain: Drain,
@@ -99,10 +108,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// A front that admits through `gate` and leads to `upstream`.
+    /// A front that admits through `gate` and leads to `upstream`, or to `neon` where a tenant's home is there.
     pub fn new(
         gate: Arc<Gate>,
         upstream: Arc<Upstream>,
+        neon: Option<Arc<Upstream>>,
         tls: Option<Arc<ServerTls>>,
         config: Config,
         drain: Drain,
@@ -110,6 +120,7 @@ impl Server {
         Arc::new(Self {
             gate,
             upstream,
+            neon,
             tls,
             config,
             drain,
@@ -120,12 +131,18 @@ impl Server {
     }
 
     /// Serves one connection, first byte to last.
-    pub async fn serve(self: Arc<Self>, conn: Conn) {
+    pub fn serve(self: Arc<Self>, conn: Conn) -> impl Future<Output = ()> + Send {
+        self.serve_as(Protocol::Postgres, conn)
+    }
+
+    /// Serves one connection, first byte to last, as a session of `protocol`: [`Protocol::Neon`] leads to the Neon
+    /// home whatever the tenant's record says.
+    pub(super) async fn serve_as(self: Arc<Self>, protocol: Protocol, conn: Conn) {
         let Conn { id, peer, local, stream, unauthenticated } = conn;
         let mut stream = Some(stream);
         // Boxed, so that the space it needs is gone once the session begins.
         let early = Box::pin(tokio::time::timeout(self.config.handshake_timeout, async {
-            let admitted = handshake::admit(&self, &mut stream, local).await?;
+            let admitted = handshake::admit(&self, &mut stream, local, protocol).await?;
             Ok(admitted)
         }))
         .await
@@ -133,19 +150,28 @@ impl Server {
         drop(unauthenticated);
         let reason = match early {
             Ok(admitted) => match stream {
-                Some(stream) => return relay::run(self, id, peer, stream, admitted).await,
+                Some(stream) => return relay::run(self, id, peer, stream, admitted, relay::Told::Line).await,
                 None => "tls_failed",
             },
             Err(handshake::Early::Gone(reason)) => reason,
             Err(handshake::Early::Refused(report, reason)) => {
-                metrics::counter!("dynabase_refusals_total", "protocol" => "postgres", "reason" => reason).increment(1);
+                metrics::counter!("dynabase_refusals_total", "protocol" => protocol.label(), "reason" => reason)
+                    .increment(1);
                 if let Some(stream) = &mut stream {
                     Box::pin(farewell(stream, &[], &report)).await;
                 }
                 reason
             }
         };
-        tracing::info!(conn = id, %peer, reason, "postgres connection ended before a session");
+        tracing::info!(conn = id, %peer, reason, protocol = protocol.label(), "postgres connection ended before a session");
+    }
+
+    /// Whether a credential may travel over `transport`.
+    ///
+    /// # Errors
+    /// [`Refusal::PlaintextToken`].
+    pub(super) fn may_carry(&self, transport: Transport) -> Result<(), Refusal> {
+        self.gate.may_carry(transport)
     }
 
     /// What the clients of a physical database share.
@@ -176,6 +202,7 @@ async fn farewell(stream: &mut Stream, last: &[u8], report: &Report) {
     let _ = tokio::time::timeout(LINGER, goodbye).await;
 }
 
-fn count_refusal(refusal: &Refusal) {
-    metrics::counter!("dynabase_refusals_total", "protocol" => "postgres", "reason" => refusal.kind()).increment(1);
+fn count_refusal(protocol: Protocol, refusal: &Refusal) {
+    metrics::counter!("dynabase_refusals_total", "protocol" => protocol.label(), "reason" => refusal.kind())
+        .increment(1);
 }

@@ -34,8 +34,8 @@ use crate::{
     quota::{Stop, clock},
     refusal::{Limit, Over, Refusal},
     session::Session,
-    tenant::{PoolMode, Protocol},
-    upstream::postgres::{Home, Lease, Pool, Taken},
+    tenant::PoolMode,
+    upstream::postgres::{Home, Lease, Pool, Taken, Upstream},
     wire::postgres::{
         backend::{self, Report, Severity, Status},
         head,
@@ -98,6 +98,7 @@ struct Relay {
     session: Session,
     client: Stream,
     link: Option<Lease>,
+    upstream: Arc<Upstream>,
     pool: Arc<Pool>,
     home: Arc<Home>,
     conversation: Conversation,
@@ -193,11 +194,21 @@ impl Pending {
     }
 }
 
+/// What the log is told of a session's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Told {
+    /// A line.
+    Line,
+    /// Nothing: it was one request of a connection that has its own line.
+    Nothing,
+}
+
 /// Serves an admitted client until it ends.
-pub(super) async fn run(server: Arc<Server>, id: u64, peer: Peer, stream: Stream, admitted: Admitted) {
+pub(super) async fn run(server: Arc<Server>, id: u64, peer: Peer, stream: Stream, admitted: Admitted, told: Told) {
     let opened = Instant::now();
     let org = admitted.session.slot().org().clone();
     let subject = Arc::clone(&admitted.session.identity().subject);
+    let protocol = admitted.session.protocol();
     let mut stream = stream;
     // Boxed: a login needs more space than a session.
     let begun = Box::pin(link::begin(&server, &mut stream, admitted)).await;
@@ -213,10 +224,14 @@ pub(super) async fn run(server: Arc<Server>, id: u64, peer: Peer, stream: Stream
             (reason, 0, 0, 0)
         }
     };
-    metrics::counter!("dynabase_connections_ended_total", "protocol" => "postgres", "reason" => reason).increment(1);
+    if told == Told::Nothing {
+        return;
+    }
+    metrics::counter!("dynabase_connections_ended_total", "protocol" => protocol.label(), "reason" => reason)
+        .increment(1);
     tracing::info!(
         conn = id, %peer, %org, %subject, reason, bytes_in, bytes_out, transactions,
-        seconds = opened.elapsed().as_secs_f64(), "postgres session ended"
+        seconds = opened.elapsed().as_secs_f64(), protocol = protocol.label(), "postgres session ended"
     );
 }
 
@@ -452,9 +467,9 @@ impl Relay {
 
     fn over_storage(&self) -> Option<Over> {
         let slot = self.session.slot();
-        let used = slot.stored(Protocol::Postgres);
+        let used = slot.stored(self.pool.protocol());
         let policy = slot.policy();
-        let max = policy.limits.postgres.storage;
+        let max = policy.limits.sql(self.pool.protocol()).storage;
         (used >= max).then(|| Over {
             limit: Limit::Storage,
             tier: policy.tenant.tier,
@@ -591,7 +606,7 @@ impl Relay {
             Some((_, at)) => at,
             None if busy || !idle => {
                 let policy = self.session.slot().policy();
-                let limits = &policy.limits.postgres;
+                let limits = policy.limits.sql(self.pool.protocol());
                 let limit = if busy { limits.statement_timeout } else { limits.idle_in_transaction_timeout };
                 clock::now_ms() + u64::try_from(limit.as_millis()).unwrap_or(u64::MAX / 2)
             }
@@ -620,7 +635,7 @@ impl Relay {
         if self.cancelling.is_some() || self.conversation.ledger().is_settled() || link.key.is_empty() {
             return;
         }
-        let upstream = Arc::clone(&self.server.upstream);
+        let upstream = Arc::clone(&self.upstream);
         let key = link.key.clone();
         self.cancelling = Some(tokio::spawn(async move { upstream.cancel(&key).await }));
     }
@@ -637,7 +652,7 @@ impl Relay {
             return Ok(());
         }
         let policy = Arc::clone(&self.session.slot().policy());
-        let limits = &policy.limits.postgres;
+        let limits = policy.limits.sql(self.pool.protocol());
         let over = |limit, max: Duration| Over {
             limit,
             tier: policy.tenant.tier,
@@ -654,7 +669,7 @@ impl Relay {
         }
         let refusal = over(Limit::StatementTimeout, limits.statement_timeout);
         if self.timed_out.is_none() {
-            count_refusal(&Refusal::OverLimit(refusal));
+            count_refusal(self.session.protocol(), &Refusal::OverLimit(refusal));
             let at = clock::now_ms() + u64::try_from(CANCEL_GRACE.as_millis()).unwrap_or(0);
             self.timed_out = Some((self.conversation.errors(), at));
             self.armed.0 = u64::MAX;
@@ -666,7 +681,7 @@ impl Relay {
         if let Some(link) = &self.link
             && let Some(pid) = link.pid()
         {
-            self.server.upstream.terminate(pid, &self.home.place.role).await;
+            self.upstream.terminate(pid, &self.home.place.role).await;
         }
         Err(self.end(&Refusal::OverLimit(refusal)).await)
     }
@@ -677,7 +692,7 @@ impl Relay {
 
     /// Ends the session with a FATAL report, where the client is between two messages.
     async fn end(&mut self, refusal: &Refusal) -> &'static str {
-        count_refusal(refusal);
+        count_refusal(self.session.protocol(), refusal);
         self.say_goodbye(&refuse::fatal(refusal)).await;
         refusal.kind()
     }
@@ -732,7 +747,7 @@ impl Relay {
         } else if ledger.is_settled() || lease.key.is_empty() {
             drop(lease);
         } else {
-            let (upstream, home) = (Arc::clone(&self.server.upstream), Arc::clone(&self.home));
+            let (upstream, home) = (Arc::clone(&self.upstream), Arc::clone(&self.home));
             tokio::spawn(async move { link::abandon(&upstream, lease, &home.place.role).await });
         }
     }

@@ -16,7 +16,7 @@ use crate::{
     quota::clock,
     refusal::{Limit, Over, Refusal},
     session::Session,
-    tenant::{OverRate, PoolMode},
+    tenant::{OverRate, PoolMode, Protocol},
     upstream::postgres::{
         Connection, Home, Lease, Pool, TakeError, Taken, Upstream,
         connection::{Parameters, Value},
@@ -38,6 +38,7 @@ const PREPARATION_MAX: usize = 1024 * 1024;
 pub(super) struct Begun {
     session: Session,
     link: Option<Lease>,
+    upstream: Arc<Upstream>,
     pool: Arc<Pool>,
     home: Arc<Home>,
     conversation: Conversation,
@@ -54,6 +55,7 @@ impl Begun {
             session: self.session,
             client,
             link: self.link,
+            upstream: self.upstream,
             pool: self.pool,
             home: self.home,
             conversation: self.conversation,
@@ -85,12 +87,12 @@ pub(super) async fn begin(
     client: &mut Stream,
     admitted: Admitted,
 ) -> Result<Begun, (Report, &'static str)> {
-    let Admitted { session, options, minor } = admitted;
+    let Admitted { session, upstream, options, minor } = admitted;
     let policy = Arc::clone(&session.slot().policy());
-    let limits = &policy.limits.postgres;
-    let mode = options.pool_mode.unwrap_or(limits.pool_mode);
-    let home = Arc::new(server.upstream.home(&policy.tenant, &options.database));
-    let pool = server.upstream.pool(session.slot());
+    let mode = options.pool_mode.unwrap_or(policy.limits.postgres.pool_mode);
+    let home = Arc::new(upstream.home(&policy.tenant, &options.database));
+    let pool = upstream.pool(session.slot());
+    let limits = policy.limits.sql(pool.protocol());
     let shared = server.shared(&home.database);
 
     let bare = shared.intern(options.settings);
@@ -104,8 +106,9 @@ pub(super) async fn begin(
     let reported = match known {
         Some(reported) => reported,
         None => {
+            let protocol = session.protocol();
             let refused = |refusal: Refusal| {
-                count_refusal(&refusal);
+                count_refusal(protocol, &refusal);
                 (refuse::fatal(&refusal), refusal.kind())
             };
             let deadline = Instant::now() + limits.queue_timeout;
@@ -123,7 +126,8 @@ pub(super) async fn begin(
                 }
                 Either::Right(_) => return Err((refuse::fatal(&Refusal::Draining), "client_gone")),
             };
-            let mut lease = taken.map_err(|error| refused(take_refusal(&session, &error, limits.queue_timeout)))?;
+            let mut lease = taken
+                .map_err(|error| refused(take_refusal(&session, pool.protocol(), &error, limits.queue_timeout)))?;
             let scratch =
                 Conversation::new(session.live().id, minor, Arc::clone(&shared), Arc::clone(&bare), Arc::default());
             let script = scratch.preparation(&lease.remote);
@@ -171,18 +175,18 @@ pub(super) async fn begin(
         conversation.link(&mut lease.remote, &mut Out::default());
         session.live().set_idle(false);
     }
-    Ok(Begun { session, link, pool, home, conversation, mode, early })
+    Ok(Begun { session, link, upstream, pool, home, conversation, mode, early })
 }
 
 /// The refusal for a lease that was not to be had.
-fn take_refusal(session: &Session, error: &TakeError, waited: Duration) -> Refusal {
+fn take_refusal(session: &Session, home: Protocol, error: &TakeError, waited: Duration) -> Refusal {
     match error {
         TakeError::TenantFull { in_use } => {
             let policy = session.slot().policy();
             Refusal::OverLimit(Over {
                 limit: Limit::Connections,
                 tier: policy.tenant.tier,
-                max: policy.limits.postgres.connections.into(),
+                max: policy.limits.connections(home).into(),
                 in_use: (*in_use).into(),
                 retry_after: Some(waited),
             })
@@ -281,7 +285,7 @@ impl Relay {
     /// Waits for a connection and prepares it. Meanwhile the client may cancel, go away, or be told to stop.
     pub(super) async fn wait_for_link(&mut self, taken: Taken) -> Result<(), &'static str> {
         let waited = Instant::now();
-        let limit = self.session.slot().policy().limits.postgres.queue_timeout;
+        let limit = self.session.slot().policy().limits.sql(self.pool.protocol()).queue_timeout;
         let deadline = waited + limit;
         let outcome = self.link_or_signal(taken, deadline).await;
         let micros = u64::try_from(waited.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -289,11 +293,11 @@ impl Relay {
         let mut lease = match outcome {
             Waited::Lease(lease) => lease,
             Waited::Refused(error) => {
-                let refusal = take_refusal(&self.session, &error, limit);
+                let refusal = take_refusal(&self.session, self.pool.protocol(), &error, limit);
                 if matches!(error, TakeError::Connect(_)) {
                     return Err(self.end(&refusal).await);
                 }
-                count_refusal(&refusal);
+                count_refusal(self.session.protocol(), &refusal);
                 return self.refuse(&refuse::error(&refusal)).await;
             }
             Waited::Cancelled => {
@@ -377,7 +381,7 @@ impl Relay {
 
     /// The next request is over the rate: it waits where the tier says so, else it is refused.
     pub(super) async fn over_rate(&mut self, over: Over) -> Result<(), &'static str> {
-        let rate = self.session.slot().policy().limits.postgres.rate;
+        let rate = *self.session.slot().policy().limits.rate(self.session.protocol());
         let wait = over.retry_after.unwrap_or_default();
         let began = Instant::now();
         let waited = began - *self.delayed.get_or_insert(began);
@@ -391,7 +395,7 @@ impl Relay {
         }
         self.delayed = None;
         let refusal = Refusal::OverLimit(over);
-        count_refusal(&refusal);
+        count_refusal(self.session.protocol(), &refusal);
         self.refuse(&refuse::error(&refusal)).await
     }
 
