@@ -174,6 +174,8 @@ pub struct Upstream {
     pub redis: upstream::redis::Config,
     /// `[upstream.neon]`.
     pub neon: upstream::neon::Config,
+    /// `[upstream.mongodb]`.
+    pub mongodb: upstream::mongo::Config,
 }
 
 /// `[log]`.
@@ -246,13 +248,19 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// Keys whose value may stand in a file of its own, `<key>_file`.
-const SECRETS: [&str; 3] = ["names.root_secret", "upstream.postgres.url", "upstream.redis.url"];
+const SECRETS: [&str; 5] = [
+    "names.root_secret",
+    "upstream.postgres.url",
+    "upstream.redis.url",
+    "upstream.mongodb.url",
+    "upstream.neon.url",
+];
 
 /// Secrets whose own module reads the file.
 const FURTHER_SECRETS: [&str; 2] = ["identity.hs256_secret", "admin.token"];
 
 /// Keys that name a file or folder: relative ones are meant from the configuration's folder.
-const PATHS: [&str; 10] = [
+const PATHS: [&str; 12] = [
     "tiers",
     "tls.cert_file",
     "tls.key_file",
@@ -262,6 +270,8 @@ const PATHS: [&str; 10] = [
     "catalog.path",
     "upstream.postgres.ca_file",
     "upstream.redis.ca_file",
+    "upstream.mongodb.ca_file",
+    "upstream.neon.ca_file",
     "admin.token_file",
 ];
 
@@ -374,6 +384,9 @@ impl Config {
         }
         if let Err(what) = self.upstream.redis.target() {
             need(false, "upstream.redis.url", what);
+        }
+        if let Err(what) = self.upstream.mongodb.target() {
+            need(false, "upstream.mongodb.url", what);
         }
         faults
     }

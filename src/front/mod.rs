@@ -2,6 +2,7 @@
 //! doors (accept, TLS, admission, pools, meters), never the conversation.
 
 pub mod http;
+pub mod mongo;
 pub mod neon;
 pub mod postgres;
 pub mod redis;

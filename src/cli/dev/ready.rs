@@ -32,6 +32,8 @@ pub struct Ready {
     pub postgres_url: String,
     /// The same for Redis.
     pub redis_url: String,
+    /// And for MongoDB.
+    pub mongodb_url: String,
     /// The catalog's folder.
     pub catalog: PathBuf,
     /// The demo tenants.
@@ -44,20 +46,23 @@ impl Ready {
         let mut text = String::from("\ndynabase is ready. Paste one of these; the tokens hold for 24 hours.\n");
         for demo in &self.tenants {
             text.push_str(&format!(
-                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n    service key  {}\n",
+                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n    neon         {}\n    {}\n    service key  {}\n",
                 demo.org,
                 demo.tier,
                 self.postgres(demo),
                 self.redis(demo),
+                self.neon(demo),
+                self.curl(demo),
                 demo.service_key
             ));
         }
         text.push_str(&format!(
-            "\n  admin        {}  (Authorization: Bearer {})\n  PostgreSQL   {}\n  Redis        {}\n  catalog      {}\n\nCtrl-C ends everything.",
+            "\n  admin        {}  (Authorization: Bearer {})\n  PostgreSQL   {}\n  Redis        {}\n  MongoDB      {}\n  catalog      {}\n\nCtrl-C ends everything.",
             self.admin_url(),
             self.admin_token,
             self.postgres_url,
             self.redis_url,
+            self.mongodb_url,
             self.catalog.display(),
         ));
         text
@@ -78,15 +83,15 @@ impl Ready {
                     "tier": demo.tier,
                     "token": demo.token,
                     "service_key": demo.service_key,
-                    "urls": {"postgres": self.postgres(demo), "redis": self.redis(demo)},
+                    "urls": {"postgres": self.postgres(demo), "redis": self.redis(demo), "neon": self.neon(demo)},
                 })
             })
             .collect();
         json!({
             "pid": std::process::id(),
-            "ports": {"postgres": self.ports.postgres, "redis": self.ports.redis, "admin": self.ports.admin},
+            "ports": {"postgres": self.ports.postgres, "redis": self.ports.redis, "http": self.ports.http, "admin": self.ports.admin},
             "admin": {"url": self.admin_url(), "token": self.admin_token},
-            "upstreams": {"postgres": self.postgres_url, "redis": self.redis_url},
+            "upstreams": {"postgres": self.postgres_url, "neon": self.postgres_url, "redis": self.redis_url, "mongodb": self.mongodb_url},
             "catalog": {"kind": "file", "path": self.catalog},
             "tenants": tenants,
         })
@@ -98,6 +103,19 @@ impl Ready {
 
     fn redis(&self, demo: &Demo) -> String {
         format!("redis://app:{}@127.0.0.1:{}/0", demo.token, self.ports.redis)
+    }
+
+    /// Over WebSocket as it is; over HTTP with the driver's `fetchEndpoint`.
+    fn neon(&self, demo: &Demo) -> String {
+        format!("postgres://app:{}@127.0.0.1:{}/app", demo.token, self.ports.http)
+    }
+
+    fn curl(&self, demo: &Demo) -> String {
+        format!(
+            "curl http://127.0.0.1:{}/sql -H 'Neon-Connection-String: {}' -d '{{\"query\":\"select 1 as one\"}}'",
+            self.ports.http,
+            self.neon(demo)
+        )
     }
 
     fn admin_url(&self) -> String {

@@ -95,7 +95,12 @@ impl Server {
         let (near, far) = duplex(PIPE);
         let admitted = Admitted { session, upstream, options, minor: 0 };
         let stream = Stream::Plain(Raw::Memory(near));
-        let relay = relay::run(Arc::clone(self), client.id, client.peer, stream, admitted, relay::Told::Nothing);
+        let begun = relay::begin(Arc::clone(self), (client.id, client.peer), stream, admitted, relay::Told::Nothing);
+        let relay = async move {
+            if let Some(relay) = begun.await {
+                relay.run().await;
+            }
+        };
         let session = Running { relay: Some(Box::pin(relay)), kept: Some(client.clone()) };
         Ok(Line { pipe: far, session, org, limits })
     }

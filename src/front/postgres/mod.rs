@@ -137,20 +137,29 @@ impl Server {
 
     /// Serves one connection, first byte to last, as a session of `protocol`: [`Protocol::Neon`] leads to the Neon
     /// home whatever the tenant's record says.
-    pub(super) async fn serve_as(self: Arc<Self>, protocol: Protocol, conn: Conn) {
+    pub(super) fn serve_as(self: Arc<Self>, protocol: Protocol, conn: Conn) -> impl Future<Output = ()> + Send {
+        // A login needs much more space than a session that sleeps: boxed, it is gone once the session begins. Made
+        // out here, as an argument of an async block would keep its place beside it.
+        let opening = Box::pin(self.begin(protocol, conn));
+        async move {
+            if let Some(relay) = opening.await {
+                relay.run().await;
+            }
+        }
+    }
+
+    /// Brings a connection to a session that has been greeted; `None` when it has ended before.
+    async fn begin(self: Arc<Self>, protocol: Protocol, conn: Conn) -> Option<Box<relay::Relay>> {
         let Conn { id, peer, local, stream, unauthenticated } = conn;
         let mut stream = Some(stream);
-        // Boxed, so that the space it needs is gone once the session begins.
-        let early = Box::pin(tokio::time::timeout(self.config.handshake_timeout, async {
-            let admitted = handshake::admit(&self, &mut stream, local, protocol).await?;
-            Ok(admitted)
-        }))
-        .await
-        .unwrap_or(Err(handshake::Early::Gone("handshake_timeout")));
+        let admitted = handshake::admit(&self, &mut stream, local, protocol);
+        let early = tokio::time::timeout(self.config.handshake_timeout, admitted)
+            .await
+            .unwrap_or(Err(handshake::Early::Gone("handshake_timeout")));
         drop(unauthenticated);
         let reason = match early {
             Ok(admitted) => match stream {
-                Some(stream) => return relay::run(self, id, peer, stream, admitted, relay::Told::Line).await,
+                Some(stream) => return relay::begin(self, (id, peer), stream, admitted, relay::Told::Line).await,
                 None => "tls_failed",
             },
             Err(handshake::Early::Gone(reason)) => reason,
@@ -158,12 +167,21 @@ impl Server {
                 metrics::counter!("dynabase_refusals_total", "protocol" => protocol.label(), "reason" => reason)
                     .increment(1);
                 if let Some(stream) = &mut stream {
-                    Box::pin(farewell(stream, &[], &report)).await;
+                    farewell(stream, &[], &report).await;
                 }
                 reason
             }
         };
         tracing::info!(conn = id, %peer, reason, protocol = protocol.label(), "postgres connection ended before a session");
+        None
+    }
+
+    /// Where the connections that are counted as `protocol` lead.
+    fn upstream(&self, protocol: Protocol) -> &Arc<Upstream> {
+        match (protocol, &self.neon) {
+            (Protocol::Neon, Some(neon)) => neon,
+            _ => &self.upstream,
+        }
     }
 
     /// Whether a credential may travel over `transport`.
@@ -205,4 +223,24 @@ async fn farewell(stream: &mut Stream, last: &[u8], report: &Report) {
 fn count_refusal(protocol: Protocol, refusal: &Refusal) {
     metrics::counter!("dynabase_refusals_total", "protocol" => protocol.label(), "reason" => refusal.kind())
         .increment(1);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size_of_future<A, F: Future>(_: impl FnOnce(A) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// A client that sleeps holds its task, its relay, the runtime's registration of its socket (256 bytes), its
+    /// `Live` and some table entries: 2 KiB in all is the budget.
+    #[test]
+    fn a_sleeping_client_is_small() {
+        let task = size_of_future(|(server, conn): (Arc<Server>, Conn)| server.serve(conn));
+        assert!(task <= 64, "the task grew to {task} bytes");
+        let relay = size_of::<relay::Relay>();
+        assert!(relay <= 768, "the relay grew to {relay} bytes: the next size that is allocated is 896");
+        assert!(size_of::<crate::quota::Live>() <= 112);
+    }
 }
