@@ -144,7 +144,14 @@ impl App {
             };
             Listener::bind(&settings).map_err(|error| error.to_string())
         };
-        let neon_front = neon.as_ref().map(|_| front::neon::Server::new(Arc::clone(&postgres_front)));
+        let neon_front = match (&neon, config.upstream.neon.provisioner()?) {
+            (Some(neon), Some(provisioner)) => {
+                let (catalog, neon, names) = (catalog.clone(), Arc::clone(neon), config.names()?);
+                let branches = upstream::neon::Branches::new(catalog, provisioner, neon, names);
+                Some(front::neon::Server::new(Arc::clone(&postgres_front), branches))
+            }
+            _ => None,
+        };
         let mut fronts = vec![(Front::Postgres(postgres_front), &config.listen.postgres)];
         if let Some(redis) = config.redis()? {
             let settings = front::redis::Config { login_timeout: config.listen.handshake_timeout };

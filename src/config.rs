@@ -248,13 +248,8 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// Keys whose value may stand in a file of its own, `<key>_file`.
-const SECRETS: [&str; 5] = [
-    "names.root_secret",
-    "upstream.postgres.url",
-    "upstream.redis.url",
-    "upstream.mongodb.url",
-    "upstream.neon.url",
-];
+const SECRETS: [&str; 5] =
+    ["names.root_secret", "upstream.postgres.url", "upstream.redis.url", "upstream.mongodb.url", "upstream.neon.url"];
 
 /// Secrets whose own module reads the file.
 const FURTHER_SECRETS: [&str; 2] = ["identity.hs256_secret", "admin.token"];

@@ -12,6 +12,7 @@
 //!
 //! Entry point: [`Server::handle`].
 
+mod branches;
 mod login;
 mod refuse;
 mod sql;
@@ -32,6 +33,7 @@ use crate::{
     },
     session::Transport,
     tenant::{OrgId, Protocol},
+    upstream::neon::Branches,
     wire::neon::value::Kind,
 };
 
@@ -47,15 +49,16 @@ const UPGRADE_WITHIN: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Server {
     postgres: Arc<postgres::Server>,
+    branches: Arc<Branches>,
     /// What the types are that databases gave themselves, by organisation, logical database and number.
     types: Cache<(OrgId, Arc<str>, u32), Kind>,
 }
 
 impl Server {
     /// A front whose sessions `postgres` serves.
-    pub fn new(postgres: Arc<postgres::Server>) -> Arc<Self> {
+    pub fn new(postgres: Arc<postgres::Server>, branches: Arc<Branches>) -> Arc<Self> {
         let types = Cache::builder().max_capacity(TYPES_MAX).time_to_live(TYPES_KEPT).build();
-        Arc::new(Self { postgres, types })
+        Arc::new(Self { postgres, branches, types })
     }
 
     /// Answers one request.
@@ -71,6 +74,11 @@ impl Server {
             ("/sql", &Method::OPTIONS) => sql::preflight(),
             // Neon's own words, a JSON string.
             ("/sql", _) => body::json(StatusCode::BAD_REQUEST, "\"query is not supported\""),
+            ("/neon/branches", _) => branches::answer(self, &self.branches, request, client, None).await,
+            (path, _) if path.starts_with("/neon/branches/") => {
+                let name = path.trim_start_matches("/neon/branches/").to_owned();
+                branches::answer(self, &self.branches, request, client, Some(name)).await
+            }
             (path, _) => body::error(StatusCode::NOT_FOUND, "NotFound", &format!("there is nothing at {path}")),
         }
     }

@@ -38,6 +38,42 @@ pub fn status(refusal: &Refusal) -> StatusCode {
     }
 }
 
+/// The answer of an ordinary interface, where a status says what a code says elsewhere.
+pub fn rest(refusal: &Refusal) -> Response<Body> {
+    metrics::counter!("dynabase_refusals_total", "protocol" => "neon", "reason" => refusal.kind()).increment(1);
+    let (status, message) = match refusal {
+        Refusal::BadToken(_) | Refusal::UnknownOrg | Refusal::Revoked => {
+            (StatusCode::UNAUTHORIZED, "the token is not valid here".to_owned())
+        }
+        Refusal::PlaintextToken => {
+            (StatusCode::FORBIDDEN, "a token may not travel in clear text: use https".to_owned())
+        }
+        Refusal::Suspended => (StatusCode::FORBIDDEN, "the tenant is suspended".to_owned()),
+        Refusal::Forbidden { what } => (StatusCode::FORBIDDEN, format!("{what} is not available to tenants")),
+        Refusal::Malformed { what } => (StatusCode::BAD_REQUEST, (*what).to_owned()),
+        Refusal::TooLarge { max_bytes } => {
+            (StatusCode::PAYLOAD_TOO_LARGE, format!("the request is too large (max is {max_bytes} bytes)"))
+        }
+        Refusal::OverLimit(over) => (
+            StatusCode::TOO_MANY_REQUESTS,
+            format!("too many {}: tier {} allows {}", over.limit.label(), over.tier, over.max),
+        ),
+        Refusal::Full | Refusal::Draining => (StatusCode::SERVICE_UNAVAILABLE, "try again".to_owned()),
+        Refusal::CatalogDown => {
+            (StatusCode::SERVICE_UNAVAILABLE, "the tenant catalog is not reachable at the moment".to_owned())
+        }
+        Refusal::UpstreamDown => (StatusCode::BAD_GATEWAY, "the database is not reachable at the moment".to_owned()),
+        Refusal::UpstreamSlow => (StatusCode::GATEWAY_TIMEOUT, "the database did not answer in time".to_owned()),
+        Refusal::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal error".to_owned()),
+    };
+    let mut response = body::error(status, refusal.kind(), &message);
+    if let Some(wait) = refusal.retry_after() {
+        let seconds = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).div_ceil(1000).max(1);
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    response
+}
+
 /// The answer to a caller that was not let in.
 pub fn denied(denied: &Denied, options: &Options) -> Response<Body> {
     let status = match denied {

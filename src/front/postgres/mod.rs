@@ -51,7 +51,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::{
     net::{Conn, Stream, drain::Drain, tls::ServerTls},
     refusal::Refusal,
-    session::{Gate, Transport},
+    session::{Gate, Session, Transport},
     tenant::{Protocol, unit},
     upstream::postgres::Upstream,
     wire::postgres::backend::Report,
@@ -190,6 +190,14 @@ impl Server {
     /// [`Refusal::PlaintextToken`].
     pub(super) fn may_carry(&self, transport: Transport) -> Result<(), Refusal> {
         self.gate.may_carry(transport)
+    }
+
+    /// Admits a caller who asks for no database.
+    pub(super) async fn admit(&self, token: &[u8], protocol: Protocol) -> Result<Session, Refusal> {
+        if self.drain.is_draining() {
+            return Err(Refusal::Draining);
+        }
+        self.gate.admit(token, protocol).await
     }
 
     /// What the clients of a physical database share.

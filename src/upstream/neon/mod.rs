@@ -2,8 +2,10 @@
 //!
 //! The data path is [`crate::upstream::postgres::Upstream`] either way; here is what is Neon's own.
 //!
-//! Entry point: [`Config`].
+//! Entry points: [`Config`], [`Branches`].
 
+mod branches;
 mod config;
 
+pub use branches::{BranchError, Branches};
 pub use config::Config;

@@ -159,6 +159,12 @@ impl Upstream {
         for database in std::iter::once(DEFAULT_NAME).chain(tenant.databases.iter().map(String::as_str)) {
             let place = self.names.sql(self.protocol, &tenant.org, database);
             bytes += self.maintenance.database_bytes(&place.database).await?;
+            if self.protocol == Protocol::Neon {
+                for branch in &tenant.routes.neon.branches {
+                    let place = self.names.sql(self.protocol, &tenant.org, &format!("{database}@{}", branch.name));
+                    bytes += self.maintenance.database_bytes(&place.database).await?;
+                }
+            }
         }
         slot.set_stored(self.protocol, bytes);
         Ok(bytes)

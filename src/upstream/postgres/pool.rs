@@ -591,6 +591,16 @@ impl Pool {
         }
     }
 
+    /// Closes the idle connections to one physical database, so that it can be copied.
+    pub fn close_idle(&self, database: &str) {
+        let mut state = self.state.lock();
+        let (doomed, kept): (Vec<Idle>, _) =
+            state.idle.drain(..).partition(|idle| &*idle.held.connection.database == database);
+        state.idle = kept;
+        drop(state);
+        doomed.into_iter().for_each(|idle| close(idle.held));
+    }
+
     /// Whether nobody needs this pool: no connection, nobody waiting.
     pub fn is_unused(&self) -> bool {
         let state = self.state.lock();

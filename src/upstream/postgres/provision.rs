@@ -4,6 +4,8 @@
 //! does the rest. A tenant's database is closed to everybody until its privileges are right, and its own role is let
 //! in last. The tenant never owns its database: an owner could let others in and lift limits.
 
+mod branch;
+
 use std::{fmt, time::Duration};
 
 use aws_lc_rs::{digest, hmac, pbkdf2};

@@ -154,8 +154,8 @@ pub(super) async fn begin(
                 }
                 Either::Right(_) => return Err((refuse::fatal(&Refusal::Draining), "client_gone")),
             };
-            let mut lease = taken
-                .map_err(|error| refused(take_refusal(session, pool.protocol(), &error, limits.queue_timeout)))?;
+            let mut lease =
+                taken.map_err(|error| refused(take_refusal(session, pool.protocol(), &error, limits.queue_timeout)))?;
             let scratch =
                 Conversation::new(session.live().id, minor, Arc::clone(&shared), Arc::clone(&bare), Arc::default());
             let script = scratch.preparation(&lease.remote);
