@@ -67,6 +67,7 @@ pub struct App {
     recorder: PrometheusHandle,
     postgres: Arc<upstream::postgres::Upstream>,
     mongodb: Option<(Arc<upstream::mongo::Upstream>, Arc<front::mongo::Server>)>,
+    neon: Option<Arc<upstream::postgres::Upstream>>,
     doors: Vec<(Front, Listener)>,
     tls: Option<Arc<ServerTls>>,
     /// The same certificates, with HTTP's protocols.
@@ -120,6 +121,7 @@ impl App {
         let gate =
             Arc::new(Gate::new(Arc::clone(&verifier), Arc::clone(&table), Arc::clone(&meters), config.allow_plaintext));
         let postgres = upstream::postgres::Upstream::new(&config.upstream.postgres, config.names()?)?;
+        let neon = config.upstream.neon.upstream(config.names()?)?;
         let tls = match &config.tls {
             Some(settings) => {
                 Some(Arc::new(ServerTls::load(settings, &["postgresql"]).map_err(|error| error.to_string())?))
@@ -134,6 +136,7 @@ impl App {
         let postgres_front = front::postgres::Server::new(
             Arc::clone(&gate),
             Arc::clone(&postgres),
+            neon.clone(),
             tls.clone(),
             settings,
             drain.clone(),
@@ -146,6 +149,14 @@ impl App {
             };
             Listener::bind(&settings).map_err(|error| error.to_string())
         };
+        let neon_front = match (&neon, config.upstream.neon.provisioner()?) {
+            (Some(neon), Some(provisioner)) => {
+                let (catalog, neon, names) = (catalog.clone(), Arc::clone(neon), config.names()?);
+                let branches = upstream::neon::Branches::new(catalog, provisioner, neon, names);
+                Some(front::neon::Server::new(Arc::clone(&postgres_front), branches))
+            }
+            _ => None,
+        };
         let mut fronts = vec![(Front::Postgres(postgres_front), &config.listen.postgres)];
         if let Some(redis) = config.redis()? {
             let settings = front::redis::Config { login_timeout: config.listen.handshake_timeout };
@@ -157,11 +168,11 @@ impl App {
             let issuer = identity.issuer.clone();
             let settings = front::mongo::Config { login_timeout: config.listen.handshake_timeout, issuer };
             let upstream_parts = Arc::clone(&upstream);
-            let server = front::mongo::Server::new(gate, upstream, tls.clone(), settings, drain.clone())?;
+            let server = front::mongo::Server::new(Arc::clone(&gate), upstream, tls.clone(), settings, drain.clone())?;
             mongodb = Some((upstream_parts, Arc::clone(&server)));
             fronts.push((Front::Mongodb(server), &config.listen.mongodb));
         }
-        let behind = front::http::Fronts::default();
+        let behind = front::http::Fronts { neon: neon_front };
         let mut http_tls = None;
         if behind.any() {
             if let Some(settings) = &config.tls {
@@ -189,6 +200,7 @@ impl App {
             recorder,
             postgres,
             mongodb,
+            neon,
             doors,
             tls,
             http_tls,
@@ -241,6 +253,12 @@ impl App {
             parts.spawn(async move {
                 tokio::join!(upstream.run_maintenance(), server.run_maintenance());
                 "MongoDB's maintenance"
+            });
+        }
+        if let Some(neon) = self.neon.clone() {
+            parts.spawn(async move {
+                neon.run_maintenance().await;
+                "the maintenance of Neon homes"
             });
         }
         let (table, verifier) = (Arc::clone(&self.table), Arc::clone(&self.verifier));

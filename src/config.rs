@@ -172,6 +172,8 @@ pub struct Upstream {
     pub postgres: upstream::postgres::Config,
     /// `[upstream.redis]`.
     pub redis: upstream::redis::Config,
+    /// `[upstream.neon]`.
+    pub neon: upstream::neon::Config,
     /// `[upstream.mongodb]`.
     pub mongodb: upstream::mongo::Config,
 }
@@ -246,8 +248,14 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// Keys whose value may stand in a file of its own, `<key>_file`.
-const SECRETS: [&str; 5] =
-    ["names.root_secret", "catalog.url", "upstream.postgres.url", "upstream.redis.url", "upstream.mongodb.url"];
+const SECRETS: [&str; 6] = [
+    "names.root_secret",
+    "catalog.url",
+    "upstream.postgres.url",
+    "upstream.redis.url",
+    "upstream.mongodb.url",
+    "upstream.neon.url",
+];
 
 /// Secrets whose own module reads the file.
 const FURTHER_SECRETS: [&str; 2] = ["identity.hs256_secret", "admin.token"];
@@ -265,6 +273,7 @@ const PATHS: [&str; 12] = [
     "upstream.postgres.ca_file",
     "upstream.redis.ca_file",
     "upstream.mongodb.ca_file",
+    "upstream.neon.ca_file",
     "admin.token_file",
 ];
 
@@ -371,6 +380,9 @@ impl Config {
         }
         for (key, what) in self.upstream.postgres.faults() {
             need(false, &format!("upstream.postgres.{key}"), what);
+        }
+        for (key, what) in self.upstream.neon.faults() {
+            need(false, &format!("upstream.neon.{key}"), what);
         }
         if let Err(what) = self.upstream.redis.target() {
             need(false, "upstream.redis.url", what);

@@ -49,7 +49,7 @@ pub(super) struct Arguments {
     /// Where everything lives; made on the first start, used again on the next
     #[arg(long, value_name = "DIR", default_value = "dynabase-dev")]
     data_dir: PathBuf,
-    /// Added to every port (PostgreSQL 6432, Redis 6380, MongoDB 27018, admin 9900)
+    /// Added to every port (PostgreSQL 6432, Redis 6380, MongoDB 27018, HTTP 8080, admin 9900)
     #[arg(long, value_name = "N", default_value_t = 0)]
     port_offset: u16,
     /// Written, as JSON, once every listener accepts
@@ -66,6 +66,7 @@ struct Ports {
     postgres: u16,
     redis: u16,
     mongodb: u16,
+    http: u16,
     admin: u16,
 }
 
@@ -75,7 +76,13 @@ impl Ports {
             base.checked_add(offset)
                 .ok_or_else(|| Failure::usage(format_args!("--port-offset {offset} leads beyond port 65535")))
         };
-        Ok(Self { postgres: port(6432)?, redis: port(6380)?, mongodb: port(27018)?, admin: port(9900)? })
+        Ok(Self {
+            postgres: port(6432)?,
+            redis: port(6380)?,
+            mongodb: port(27018)?,
+            http: port(8080)?,
+            admin: port(9900)?,
+        })
     }
 }
 
@@ -236,11 +243,13 @@ fn configure(
     let text = format!(
         "# Written by `dynabase dev` on each start; tiers.toml beside it is yours to change (SIGHUP reloads it).\n\
          tiers = \"tiers.toml\"\n\n\
-         [listen]\npostgres = \"127.0.0.1:{}\"\nredis = \"127.0.0.1:{}\"\nmongodb = \"127.0.0.1:{}\"\ndrain_timeout = \"5s\"\n\n\
+         [listen]\npostgres = \"127.0.0.1:{}\"\nredis = \"127.0.0.1:{}\"\nmongodb = \"127.0.0.1:{}\"\n\
+         http = \"127.0.0.1:{}\"\ndrain_timeout = \"5s\"\n\n\
          [identity]\nissuer = \"https://dev.dynabase.invalid/auth/v1\"\nhs256_secret = {:?}\n\n\
          [catalog]\nkind = \"mongodb\"\nurl = {:?}\n\n\
          [names]\nroot_secret = {:?}\n\n\
-         [upstream.postgres]\nurl = {:?}\nmax_connections = 250\n\n\
+         [upstream.postgres]\nurl = {:?}\nmax_connections = 180\n\n\
+         [upstream.neon]\nurl = {:?}\nmax_connections = 100\n\n\
          [upstream.redis]\nurl = {:?}\n\n\
          [upstream.mongodb]\nurl = {:?}\n\n\
          [admin]\nlisten = \"127.0.0.1:{}\"\ntoken = {:?}\n\n\
@@ -248,9 +257,11 @@ fn configure(
         ports.postgres,
         ports.redis,
         ports.mongodb,
+        ports.http,
         secrets.hs256_secret,
         mongo.url(),
         secrets.root_secret,
+        server.local_url(),
         server.local_url(),
         redis.url(),
         mongo.url(),

@@ -8,7 +8,7 @@ use crate::{
     catalog::{Catalog, Expect, Fault, Record},
     config::Config,
     identity::service_key,
-    tenant::{DEFAULT_NAME, OrgId, Status, Tenant, Tier},
+    tenant::{DEFAULT_NAME, OrgId, Protocol, Status, Tenant, Tier},
     upstream::postgres::Provisioner,
 };
 
@@ -152,6 +152,13 @@ async fn provision(config: &Config, tenant: &Tenant) -> Result<(), Failure> {
     };
     eprintln!("{}: postgres: {made}", tenant.org);
     report.warnings.iter().for_each(|warning| eprintln!("{}: postgres: warning: {warning}", tenant.org));
+    if let Some(neon) = config.upstream.neon.provisioner().map_err(Failure::usage)? {
+        let limits = tiers.limits(tenant.tier).sql(Protocol::Neon);
+        let report = neon.ensure(tenant, &names, limits).await.map_err(|error| {
+            Failure::failed(format_args!("neon: {error}\nMend that and run the command again: it goes on."))
+        })?;
+        eprintln!("{}: neon: role and {} new database(s)", tenant.org, report.created_databases.len());
+    }
     if let Some(redis) = config.redis().map_err(Failure::usage)? {
         redis.provision(&tenant.org, tenant.generation).await.map_err(redis_failure)?;
         eprintln!("{}: redis: user and database are there", tenant.org);
@@ -287,6 +294,12 @@ async fn delete(which: &Which) -> Result<(), Failure> {
     provisioner(&config)?.drop(&tenant, &names).await.map_err(|error| {
         Failure::failed(format_args!("postgres: {error}\nMend that and run the command again: it goes on."))
     })?;
+    if let Some(neon) = config.upstream.neon.provisioner().map_err(Failure::usage)? {
+        eprintln!("{}: neon: dropping databases and role …", which.org);
+        neon.drop(&tenant, &names).await.map_err(|error| {
+            Failure::failed(format_args!("neon: {error}\nMend that and run the command again: it goes on."))
+        })?;
+    }
     if let Some(redis) = config.redis().map_err(Failure::usage)? {
         eprintln!("{}: redis: removing keys and user …", which.org);
         redis.remove(&which.org, true).await.map_err(redis_failure)?;

@@ -3,5 +3,6 @@
 
 pub mod http;
 pub mod mongo;
+pub mod neon;
 pub mod postgres;
 pub mod redis;

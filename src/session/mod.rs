@@ -33,6 +33,11 @@ impl Session {
         &self.identity
     }
 
+    /// What its client speaks.
+    pub fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
     /// The tenant's live limits and counters.
     pub fn slot(&self) -> &Arc<Slot> {
         &self.slot

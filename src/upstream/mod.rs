@@ -1,6 +1,7 @@
 //! The way out to real databases.
 
 pub mod mongo;
+pub mod neon;
 pub mod postgres;
 pub mod redis;
 mod scram;

@@ -44,12 +44,14 @@ impl Ready {
         let mut text = String::from("\ndynabase is ready. Paste one of these; the tokens hold for 24 hours.\n");
         for demo in &self.tenants {
             text.push_str(&format!(
-                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n    mongosh '{}'\n    service key  {}\n",
+                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n    mongosh '{}'\n    neon         {}\n    {}\n    service key  {}\n",
                 demo.org,
                 demo.tier,
                 self.postgres(demo),
                 self.redis(demo),
                 self.mongodb(demo),
+                self.neon(demo),
+                self.curl(demo),
                 demo.service_key
             ));
         }
@@ -80,15 +82,24 @@ impl Ready {
                     "tier": demo.tier,
                     "token": demo.token,
                     "service_key": demo.service_key,
-                    "urls": {"postgres": self.postgres(demo), "redis": self.redis(demo), "mongodb": self.mongodb(demo)},
+                    "urls": {
+                        "postgres": self.postgres(demo), "redis": self.redis(demo), "mongodb": self.mongodb(demo),
+                        "neon": self.neon(demo),
+                    },
                 })
             })
             .collect();
         json!({
             "pid": std::process::id(),
-            "ports": {"postgres": self.ports.postgres, "redis": self.ports.redis, "mongodb": self.ports.mongodb, "admin": self.ports.admin},
+            "ports": {
+                "postgres": self.ports.postgres, "redis": self.ports.redis, "mongodb": self.ports.mongodb,
+                "http": self.ports.http, "admin": self.ports.admin,
+            },
             "admin": {"url": self.admin_url(), "token": self.admin_token},
-            "upstreams": {"postgres": self.postgres_url, "redis": self.redis_url, "mongodb": self.mongodb_url},
+            "upstreams": {
+                "postgres": self.postgres_url, "redis": self.redis_url, "mongodb": self.mongodb_url,
+                "neon": self.postgres_url,
+            },
             "catalog": {"kind": "mongodb", "url": self.mongodb_url, "database": catalog::DATABASE},
             "tenants": tenants,
         })
@@ -105,6 +116,19 @@ impl Ready {
     fn mongodb(&self, demo: &Demo) -> String {
         let (token, port) = (&demo.token, self.ports.mongodb);
         format!("mongodb://app:{token}@127.0.0.1:{port}/app?authMechanism=PLAIN&directConnection=true")
+    }
+
+    /// Over WebSocket as it is; over HTTP with the driver's `fetchEndpoint`.
+    fn neon(&self, demo: &Demo) -> String {
+        format!("postgres://app:{}@127.0.0.1:{}/app", demo.token, self.ports.http)
+    }
+
+    fn curl(&self, demo: &Demo) -> String {
+        format!(
+            "curl http://127.0.0.1:{}/sql -H 'Neon-Connection-String: {}' -d '{{\"query\":\"select 1 as one\"}}'",
+            self.ports.http,
+            self.neon(demo)
+        )
     }
 
     fn admin_url(&self) -> String {

@@ -34,6 +34,7 @@ use tokio::io::AsyncReadExt;
 
 pub use self::{body::Body, client::Client};
 use self::{client::Held, patient::Patient};
+use super::neon;
 use crate::{
     net::{Conn, Drain, ServerTls, Stream, accept_tls},
     quota::clock,
@@ -78,13 +79,16 @@ pub struct Config {
 
 /// The fronts behind the door: those that are configured.
 #[derive(Debug, Default)]
-pub struct Fronts {}
+pub struct Fronts {
+    /// Neon.
+    pub neon: Option<Arc<neon::Server>>,
+}
 
 impl Fronts {
     /// Whether there is anything to open the door for.
     pub fn any(&self) -> bool {
-        let Self {} = self;
-        false
+        let Self { neon } = self;
+        neon.is_some()
     }
 }
 
@@ -254,11 +258,11 @@ impl Server {
     /// Answers one request, by its owner.
     async fn answer(self: &Arc<Self>, request: Request<Incoming>, client: &Client) -> Response<Body> {
         let owner = owner(request.uri().path(), upgrade::is_asked(&request));
-        let Fronts {} = &self.fronts;
-        let response = match owner {
-            Owner::Neon | Owner::Convex => absent(owner),
+        let Fronts { neon } = &self.fronts;
+        let response = match (owner, neon) {
+            (Owner::Neon, Some(neon)) => neon.handle(request, client).await,
+            (Owner::Neon, None) | (Owner::Convex, _) => absent(owner),
         };
-        tracing::trace!(conn = client.id, owner = owner.label(), "http request");
         metrics::counter!(
             "dynabase_http_responses_total", "owner" => owner.label(), "status" => class(response.status())
         )
