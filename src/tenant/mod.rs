@@ -13,7 +13,7 @@ use std::{fmt, sync::Arc};
 use serde::{Deserialize, Serialize};
 
 pub use namespace::{Names, Namespace};
-pub use route::{Home, Isolation, Routes};
+pub use route::{ConvexRoute, Home, Isolation, Routes, Sharing};
 pub use tier::{Expiry, Limits, OverRate, PoolMode, Tier, Tiers};
 
 /// Longest organisation id in bytes; also keeps every derived name under Postgres' 63 bytes.

@@ -1,4 +1,5 @@
 //! The way out to real databases.
 
+pub mod convex;
 pub mod postgres;
 pub mod redis;
