@@ -48,6 +48,7 @@ const TIDY_EVERY: Duration = Duration::from_secs(5);
 enum Front {
     Postgres(Arc<front::postgres::Server>),
     Redis(Arc<front::redis::Server>),
+    Http(Arc<front::http::Server>),
 }
 
 /// Everything, built and bound; nothing is accepted yet.
@@ -63,6 +64,8 @@ pub struct App {
     postgres: Arc<upstream::postgres::Upstream>,
     doors: Vec<(Front, Listener)>,
     tls: Option<Arc<ServerTls>>,
+    /// The same certificates, with HTTP's protocols.
+    http_tls: Option<Arc<ServerTls>>,
     drain: Drain,
 }
 
@@ -144,13 +147,38 @@ impl App {
             let server = front::redis::Server::new(gate, redis, tls.clone(), settings, drain.clone());
             fronts.push((Front::Redis(server), &config.listen.redis));
         }
+        let behind = front::http::Fronts::default();
+        let mut http_tls = None;
+        if behind.any() {
+            if let Some(settings) = &config.tls {
+                let loaded = ServerTls::load(settings, &front::http::ALPN).map_err(|error| error.to_string())?;
+                http_tls = Some(Arc::new(loaded));
+            }
+            let settings = front::http::Config { first_request_timeout: config.listen.handshake_timeout };
+            let server = front::http::Server::new(behind, http_tls.clone(), settings, drain.clone());
+            fronts.push((Front::Http(server), &config.listen.http));
+        }
         let mut doors = Vec::new();
         for (front, addresses) in fronts {
             for address in addresses {
                 doors.push((front.clone(), bind(address)?));
             }
         }
-        Ok(Self { config, path, catalog, asks, verifier, table, meters, recorder, postgres, doors, tls, drain })
+        Ok(Self {
+            config,
+            path,
+            catalog,
+            asks,
+            verifier,
+            table,
+            meters,
+            recorder,
+            postgres,
+            doors,
+            tls,
+            http_tls,
+            drain,
+        })
     }
 
     /// Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain. `ready` is called once every
@@ -227,6 +255,11 @@ impl App {
                     let serve = move |conn| Arc::clone(&server).serve(conn);
                     accepting.spawn(listen::run(listener, limits, drain, serve));
                 }
+                Front::Http(server) => {
+                    tracing::info!(%address, "listening for HTTP clients");
+                    let serve = move |conn| Arc::clone(&server).serve(conn);
+                    accepting.spawn(listen::run(listener, limits, drain, serve));
+                }
             }
         }
         state.readiness.listeners_up.store(true, Ordering::Release);
@@ -234,7 +267,10 @@ impl App {
         while result.is_ok() {
             tokio::select! {
                 asked = signals.next() => match asked {
-                    Asked::Reload => reload(&self.config, &self.table, &self.verifier, self.tls.as_deref()),
+                    Asked::Reload => {
+                        let tls = [self.tls.as_deref(), self.http_tls.as_deref()];
+                        reload(&self.config, &self.table, &self.verifier, tls);
+                    }
                     Asked::End => break,
                 },
                 Some(ended) = parts.join_next() => {
@@ -263,13 +299,15 @@ impl App {
 }
 
 /// Reads again what may change while running. Each part that can't be read leaves the present one in force.
-fn reload(config: &Config, table: &Table, verifier: &Arc<Verifier>, tls: Option<&ServerTls>) {
+fn reload(config: &Config, table: &Table, verifier: &Arc<Verifier>, tls: [Option<&ServerTls>; 2]) {
     match config.load_tiers() {
         Ok(tiers) => table.set_tiers(tiers),
         Err(error) => tracing::error!(%error, "the tiers were not reloaded"),
     }
-    if let Some(Err(error)) = tls.map(ServerTls::reload) {
-        tracing::error!(%error, "the certificates were not reloaded");
+    for tls in tls.into_iter().flatten() {
+        if let Err(error) = tls.reload() {
+            tracing::error!(%error, "the certificates were not reloaded");
+        }
     }
     let verifier = Arc::clone(verifier);
     // Fetching takes as long as the issuer takes; signals are heard meanwhile.

@@ -11,6 +11,7 @@ pub mod proxy;
 pub mod stream;
 pub mod tls;
 mod trust;
+pub mod websocket;
 
 pub use bind::{Address, ListenConfig, Listener};
 pub use drain::Drain;

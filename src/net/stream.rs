@@ -13,7 +13,7 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
-use super::limit::Unauthenticated;
+use super::{limit::Unauthenticated, websocket::WebSocket};
 
 /// Where a connection comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,22 +99,33 @@ pub enum Stream {
     Plain(Raw),
     /// With TLS, as server or client. Boxed: its state is a hundred times larger than a socket.
     Tls(Box<tokio_rustls::TlsStream<Raw>>),
+    /// Inside a WebSocket's binary frames, which run over one of the others.
+    WebSocket(Box<WebSocket>),
 }
 
 impl Stream {
     /// Whether TLS protects the bytes.
     pub fn is_tls(&self) -> bool {
-        matches!(self, Stream::Tls(_))
+        match self {
+            Stream::Plain(_) => false,
+            Stream::Tls(_) => true,
+            Stream::WebSocket(socket) => socket.is_tls(),
+        }
+    }
+
+    /// Whether what was written may still be here and not with the system: it takes a flush then.
+    pub fn is_buffered(&self) -> bool {
+        !matches!(self, Stream::Plain(_))
     }
 
     /// A plain stream that gives `bytes` first, as [`Raw::replaying`].
     ///
     /// # Errors
-    /// `InvalidInput` for a TLS stream: its bytes were read decrypted.
+    /// `InvalidInput` for any other stream: its bytes were read from what it carries.
     pub fn replaying(self, bytes: impl Into<Bytes>) -> io::Result<Stream> {
         match self {
             Stream::Plain(raw) => Ok(Stream::Plain(raw.replaying(bytes))),
-            Stream::Tls(_) => Err(io::ErrorKind::InvalidInput.into()),
+            Stream::Tls(_) | Stream::WebSocket(_) => Err(io::ErrorKind::InvalidInput.into()),
         }
     }
 }
@@ -184,6 +195,7 @@ impl AsyncRead for Stream {
         match self.get_mut() {
             Stream::Plain(raw) => Pin::new(raw).poll_read(cx, buf),
             Stream::Tls(tls) => Pin::new(tls.as_mut()).poll_read(cx, buf),
+            Stream::WebSocket(socket) => Pin::new(socket.as_mut()).poll_read(cx, buf),
         }
     }
 }
@@ -193,6 +205,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Plain(raw) => Pin::new(raw).poll_write(cx, buf),
             Stream::Tls(tls) => Pin::new(tls.as_mut()).poll_write(cx, buf),
+            Stream::WebSocket(socket) => Pin::new(socket.as_mut()).poll_write(cx, buf),
         }
     }
 
@@ -204,6 +217,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Plain(raw) => Pin::new(raw).poll_write_vectored(cx, bufs),
             Stream::Tls(tls) => Pin::new(tls.as_mut()).poll_write_vectored(cx, bufs),
+            Stream::WebSocket(socket) => Pin::new(socket.as_mut()).poll_write_vectored(cx, bufs),
         }
     }
 
@@ -211,6 +225,7 @@ impl AsyncWrite for Stream {
         match self {
             Stream::Plain(raw) => raw.is_write_vectored(),
             Stream::Tls(tls) => tls.is_write_vectored(),
+            Stream::WebSocket(socket) => socket.is_write_vectored(),
         }
     }
 
@@ -218,6 +233,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Plain(raw) => Pin::new(raw).poll_flush(cx),
             Stream::Tls(tls) => Pin::new(tls.as_mut()).poll_flush(cx),
+            Stream::WebSocket(socket) => Pin::new(socket.as_mut()).poll_flush(cx),
         }
     }
 
@@ -225,6 +241,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Plain(raw) => Pin::new(raw).poll_shutdown(cx),
             Stream::Tls(tls) => Pin::new(tls.as_mut()).poll_shutdown(cx),
+            Stream::WebSocket(socket) => Pin::new(socket.as_mut()).poll_shutdown(cx),
         }
     }
 }

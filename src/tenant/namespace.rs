@@ -10,7 +10,7 @@ use aws_lc_rs::hmac;
 use data_encoding::BASE32_NOPAD;
 use serde::Deserialize;
 
-use super::{DEFAULT_NAME, OrgId};
+use super::{DEFAULT_NAME, Isolation, OrgId};
 
 /// Longest identifier that PostgreSQL keeps (NAMEDATALEN - 1); longer ones are cut silently.
 const IDENTIFIER_MAX_BYTES: usize = 63;
@@ -133,7 +133,83 @@ impl RedisNamespace {
     }
 }
 
+/// Longest database name that MongoDB keeps.
+const MONGO_DATABASE_MAX_BYTES: usize = 63;
+
+/// What MongoDB refuses inside a database name on any platform.
+const MONGO_FORBIDDEN: &[u8] = b"/\\. \"$*<>:|?\0";
+
+/// What stands before the shared databases of `filter` isolation. No tenant's own prefix and no database of the
+/// platform begins like it.
+const MONGO_SHARED: &str = "shared_";
+
+/// A tenant's place in a shared MongoDB: its server user, and what stands before the names of its databases.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct MongoNamespace {
+    /// The server user of `database` isolation, this tenant's alone.
+    pub user: String,
+    /// Ends where the logical name begins; no tenant's prefix begins another's.
+    prefix: String,
+}
+
+impl MongoNamespace {
+    /// The physical name of a logical database, or `None` for a name that the server would not take, or not at that
+    /// length.
+    pub fn physical(&self, logical: &str) -> Option<String> {
+        self.accepts(logical).then(|| format!("{}{logical}", self.prefix))
+    }
+
+    /// Appends the physical name; false, and nothing appended, for a name that [`Self::physical`] has none for.
+    pub fn put_physical(&self, logical: &str, out: &mut Vec<u8>) -> bool {
+        let accepted = self.accepts(logical);
+        if accepted {
+            out.extend_from_slice(self.prefix.as_bytes());
+            out.extend_from_slice(logical.as_bytes());
+        }
+        accepted
+    }
+
+    /// The logical name of a physical database, or `None` for one that is not the tenant's.
+    pub fn logical<'n>(&self, physical: &'n str) -> Option<&'n str> {
+        physical.strip_prefix(self.prefix.as_str()).filter(|logical| !logical.is_empty())
+    }
+
+    /// What stands before every name; for taking it out of texts.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// Longest logical database name in bytes.
+    pub fn longest(&self) -> usize {
+        MONGO_DATABASE_MAX_BYTES - self.prefix.len()
+    }
+
+    fn accepts(&self, logical: &str) -> bool {
+        (1..=self.longest()).contains(&logical.len()) && !logical.bytes().any(|b| MONGO_FORBIDDEN.contains(&b))
+    }
+}
+
 impl Names {
+    /// User and database prefix of a tenant. Under `filter` isolation all tenants have one prefix.
+    pub fn mongodb(&self, org: &OrgId, isolation: Isolation) -> MongoNamespace {
+        let user = self.base(org);
+        let prefix = match (isolation, self.style) {
+            (Isolation::Filter, _) => MONGO_SHARED.to_owned(),
+            (Isolation::Database, NameStyle::Opaque) => format!("{user}_"),
+            // A tilde appears in no organisation id, so `a` + `b_c` and `a_b` + `c` stay apart.
+            (Isolation::Database, NameStyle::Plain) => format!("{user}~"),
+        };
+        MongoNamespace { user, prefix }
+    }
+
+    /// A key of 32 bytes, the tenant's alone, for one purpose inside this process: hiding what servers call things.
+    pub fn mask(&self, purpose: &str, org: &OrgId) -> [u8; 32] {
+        let tag = self.root.derive(&["mask", purpose, org.as_str()]);
+        let mut key = [0; 32];
+        key.copy_from_slice(tag.as_ref());
+        key
+    }
+
     /// ACL user and prefix of a tenant.
     pub fn redis(&self, org: &OrgId) -> RedisNamespace {
         let user = self.base(org);
@@ -257,6 +333,38 @@ mod tests {
                 assert!(prefixes.iter().skip(i + 1).all(|other| !other.starts_with(one) && !one.starts_with(other)));
                 assert!(one.iter().all(|b| b.is_ascii_alphanumeric() || b"_-:@".contains(b)));
             }
+        }
+    }
+
+    #[test]
+    fn no_mongo_prefix_begins_another_and_names_come_back() {
+        for style in [NameStyle::Opaque, NameStyle::Plain] {
+            let names = names(style);
+            let places: Vec<MongoNamespace> =
+                ["a", "ab", "a-b", "a_b", "a0"].map(|text| names.mongodb(&org(text), Isolation::Database)).into();
+            for (at, one) in places.iter().enumerate() {
+                let physical = one.physical("my_app").expect("a good name");
+                assert_eq!(one.logical(&physical), Some("my_app"));
+                assert!(!physical.starts_with(MONGO_SHARED));
+                for other in places.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, other)| other) {
+                    assert_eq!(other.logical(&physical), None);
+                }
+                let mut out = Vec::new();
+                assert!(one.put_physical("my_app", &mut out));
+                assert_eq!(out, physical.as_bytes());
+            }
+            let longest = names.mongodb(&org(&"x".repeat(48)), Isolation::Database);
+            assert!(longest.longest() >= 8);
+            assert_eq!(longest.physical(&"y".repeat(longest.longest())).map(|name| name.len()), Some(63));
+            assert_eq!(longest.physical(&"y".repeat(longest.longest() + 1)), None);
+            let shared = names.mongodb(&org("a"), Isolation::Filter);
+            assert_eq!(shared.prefix(), names.mongodb(&org("b"), Isolation::Filter).prefix());
+            for bad in ["", "a.b", "a/b", "a\\b", "a b", "a$", "a\0", "a\"", "*", "a:b", "a|b", "a?", "<", ">"] {
+                assert_eq!(shared.physical(bad), None, "{bad:?}");
+                assert!(!shared.put_physical(bad, &mut Vec::new()), "{bad:?}");
+            }
+            assert_eq!(shared.logical("shared_"), None);
+            assert_eq!(shared.logical("admin"), None);
         }
     }
 

@@ -4,6 +4,7 @@
 //! checked against its cap before anything is allocated or waited for; an [`Error`] is the peer's fault.
 
 pub mod convex;
+pub mod mongo;
 pub mod postgres;
 pub mod resp;
 

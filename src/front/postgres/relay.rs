@@ -143,7 +143,7 @@ struct Metered {
 struct Pending {
     bytes: Vec<u8>,
     at: usize,
-    /// TLS may hold bytes of its own.
+    /// The stream may hold bytes of its own.
     flush: bool,
 }
 
@@ -159,7 +159,7 @@ impl Pending {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 n => self.at += n,
             }
-            self.flush = stream.is_tls();
+            self.flush = stream.is_buffered();
         }
         if !self.bytes.is_empty() {
             *self = Self { flush: self.flush, ..Self::default() };
@@ -181,7 +181,7 @@ impl Pending {
             return Ok(());
         }
         out.write(stream, cx, input, &mut self.bytes)?;
-        self.flush = stream.is_tls();
+        self.flush = stream.is_buffered();
         if self.bytes.is_empty()
             && self.flush
             && let Poll::Ready(flushed) = Pin::new(stream).poll_flush(cx)

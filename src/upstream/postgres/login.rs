@@ -238,7 +238,7 @@ impl Conversation {
             Stream::Tls(_) | Stream::Plain(Raw::Unix(_) | Raw::Memory(_)) => true,
             Stream::Plain(Raw::Tcp(tcp)) => tcp.peer_addr().is_ok_and(|addr| addr.ip().is_loopback()),
             // Only what a client sent first is ever replayed.
-            Stream::Plain(Raw::Replay(_)) => false,
+            Stream::Plain(Raw::Replay(_)) | Stream::WebSocket(_) => false,
         }
     }
 

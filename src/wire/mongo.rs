@@ -1,0 +1,5 @@
+//! MongoDB's wire protocol.
+//!
+//! [`bson`] walks and writes documents in place.
+
+pub mod bson;
