@@ -92,7 +92,6 @@ impl Client {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_TIMEOUT)
             .pool_max_idle_per_host(IDLE_MAX)
-            .set_host(false)
             .build(connector.wrap_connector(tcp));
         Ok(Self(client))
     }
@@ -158,8 +157,11 @@ async fn open(
     let mut request = Request::new(());
     *request.uri_mut() = origin.uri(path);
     *request.headers_mut() = headers;
+    let unnamed = |_| DialError::Unreachable("a host that can't be named".into());
+    let named = header::HeaderValue::try_from(origin.authority.as_str()).map_err(unnamed)?;
     let key = generate_key().parse().map_err(|_| DialError::Unreachable("no randomness".into()))?;
     for (name, value) in [
+        (header::HOST, named),
         (header::CONNECTION, header::HeaderValue::from_static("Upgrade")),
         (header::UPGRADE, header::HeaderValue::from_static("websocket")),
         (header::SEC_WEBSOCKET_VERSION, header::HeaderValue::from_static("13")),
