@@ -93,6 +93,9 @@ impl fmt::Display for Failure {
 
 /// Runs the command that the process was started with.
 pub fn run() -> ExitCode {
+    // Where a dependency brings a second provider along and leaves the choice to the process, it is this one; it can't
+    // have been chosen before.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let done = match Arguments::parse().command {
         Command::Dev(arguments) => dev::run(&arguments),
         Command::Serve(arguments) => serve::run(&arguments),

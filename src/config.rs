@@ -172,6 +172,8 @@ pub struct Upstream {
     pub postgres: upstream::postgres::Config,
     /// `[upstream.redis]`.
     pub redis: upstream::redis::Config,
+    /// `[upstream.mongodb]`.
+    pub mongodb: upstream::mongo::Config,
 }
 
 /// `[log]`.
@@ -244,13 +246,13 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// Keys whose value may stand in a file of its own, `<key>_file`.
-const SECRETS: [&str; 3] = ["names.root_secret", "upstream.postgres.url", "upstream.redis.url"];
+const SECRETS: [&str; 4] = ["names.root_secret", "upstream.postgres.url", "upstream.redis.url", "upstream.mongodb.url"];
 
 /// Secrets whose own module reads the file.
 const FURTHER_SECRETS: [&str; 2] = ["identity.hs256_secret", "admin.token"];
 
 /// Keys that name a file or folder: relative ones are meant from the configuration's folder.
-const PATHS: [&str; 10] = [
+const PATHS: [&str; 11] = [
     "tiers",
     "tls.cert_file",
     "tls.key_file",
@@ -260,6 +262,7 @@ const PATHS: [&str; 10] = [
     "catalog.path",
     "upstream.postgres.ca_file",
     "upstream.redis.ca_file",
+    "upstream.mongodb.ca_file",
     "admin.token_file",
 ];
 
@@ -369,6 +372,9 @@ impl Config {
         }
         if let Err(what) = self.upstream.redis.target() {
             need(false, "upstream.redis.url", what);
+        }
+        if let Err(what) = self.upstream.mongodb.target() {
+            need(false, "upstream.mongodb.url", what);
         }
         faults
     }

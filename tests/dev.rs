@@ -79,6 +79,10 @@ async fn one_command_gives_a_prompt_and_leaves_nothing_behind() {
     let upstream = text(&first, "/upstreams/postgres");
     assert_eq!(ask(upstream, "select count(*) from pg_database where datname like 't\\_%'").await, "4");
 
+    let documents = mongodb::Client::with_uri_str(text(&first, "/upstreams/mongodb")).await.expect("a URL");
+    let notes = documents.database("dynabase_tests").collection("notes");
+    notes.insert_one(bson::doc! {"_id": 1}).await.expect("written");
+
     // Killed without a chance to tidy up: the server goes with it, and the next start finds the data.
     dev.0.kill().expect("killed");
     dev.0.wait().expect("ended");
@@ -86,6 +90,9 @@ async fn one_command_gives_a_prompt_and_leaves_nothing_behind() {
     std::fs::remove_file(folder.path().join("ready.json")).expect("the killed run's");
     let (mut dev, second) = start(folder.path(), offset);
     assert_eq!(ask(text(&second, "/tenants/0/urls/postgres"), "select sum(x) from t").await, "83");
+    let documents = mongodb::Client::with_uri_str(text(&second, "/upstreams/mongodb")).await.expect("a URL");
+    let notes = documents.database("dynabase_tests").collection::<bson::Document>("notes");
+    assert_eq!(notes.count_documents(bson::doc! {}).await.expect("read"), 1);
     assert_eq!(text(&first, "/tenants/0/service_key"), text(&second, "/tenants/0/service_key"));
 
     let pid = rustix::process::Pid::from_child(&dev.0);

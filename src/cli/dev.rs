@@ -4,6 +4,7 @@
 //! All of it lives in one folder, marked as ours; nothing else is touched.
 
 mod folder;
+pub mod mongo;
 pub mod postgres;
 mod ready;
 mod redis;
@@ -14,6 +15,7 @@ use std::{
 };
 
 use clap::Args;
+use futures_util::TryFutureExt;
 
 use self::{
     folder::{Folder, Secrets},
@@ -80,6 +82,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let ports = Ports::with_offset(arguments.port_offset)?;
     let programs = Programs::find().map_err(Failure::failed)?;
     let redis = redis::find().map_err(Failure::failed)?;
+    let mongo = mongo::find().map_err(Failure::failed)?;
     if let Some(path) = &arguments.ready_file {
         // Whoever waits for the file must not meet that of an earlier run.
         ready::remove(path).map_err(Failure::failed)?;
@@ -87,7 +90,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let folder = Folder::open(&arguments.data_dir, arguments.reset).map_err(Failure::failed)?;
     let runtime = app::runtime(&Runtime::default()).map_err(Failure::failed)?;
     // On this thread, which lives as long as the process: the kernel ends the children with the thread that made them.
-    let done = runtime.block_on(start(arguments, ports, &programs, &redis, &folder));
+    let done = runtime.block_on(start(arguments, ports, &programs, &redis, &mongo, &folder));
     if let Some(path) = &arguments.ready_file {
         let _ = ready::remove(path);
     }
@@ -99,15 +102,22 @@ async fn start(
     ports: Ports,
     programs: &Programs,
     redis: &Path,
+    mongo: &Path,
     folder: &Folder,
 ) -> Result<(), Failure> {
     let secrets = folder.secrets().map_err(Failure::failed)?;
-    eprintln!("starting PostgreSQL in {} …", folder.path().display());
+    eprintln!("starting PostgreSQL and MongoDB in {} …", folder.path().display());
     let password = Password::new(secrets.postgres_password.as_str());
-    let server = Server::start(programs, &folder.path().join("postgres"), password).await.map_err(Failure::failed)?;
+    let (postgres, documents) = (folder.path().join("postgres"), folder.path().join("mongodb"));
+    // At the same time: each waits for its own server most of the while.
+    let (mongo, server) = tokio::try_join!(
+        mongo::Server::start(mongo, &documents, Some(platform_password(&secrets, "mongodb platform")?))
+            .map_err(Failure::failed),
+        Server::start(programs, &postgres, password).map_err(Failure::failed),
+    )?;
     eprintln!("starting Redis …");
     let redis = start_redis(redis, folder, &secrets).await?;
-    let config = configure(folder, ports, &secrets, &server, &redis)?;
+    let config = configure(folder, ports, &secrets, &server, &redis, &mongo)?;
     app::log_to_stderr(&config.log).map_err(Failure::usage)?;
     let catalog = place::catalog(&config).await?;
     let mut tenants = Vec::new();
@@ -120,12 +130,14 @@ async fn start(
         admin_token: secrets.admin_token.clone(),
         postgres_url: server.url(),
         redis_url: redis.url(),
+        mongodb_url: mongo.url(),
         catalog: folder.path().join("catalog"),
         tenants,
     };
     let log = |name: &str| folder.path().join(name).join(format!("{name}.log"));
     let mut children: Vec<(&str, PathBuf, Box<dyn Child>)> =
         vec![("PostgreSQL", log("postgres"), Box::new(server)), ("Redis", log("redis"), Box::new(redis))];
+    children.push(("MongoDB", log("mongodb"), Box::new(mongo)));
     let app = App::build(config, Some(folder.config())).await.map_err(Failure::failed)?;
     let serving = app.run(|| {
         super::print(ready.table());
@@ -173,6 +185,16 @@ impl Child for redis::Server {
     }
 }
 
+impl Child for mongo::Server {
+    fn ended(&mut self) -> bool {
+        mongo::Server::ended(self)
+    }
+
+    fn stop(&mut self) -> Result<(), String> {
+        mongo::Server::stop(self)
+    }
+}
+
 /// Waits until one of them has ended; gives its name and its log.
 async fn first_ended<'a>(children: &mut [(&'a str, PathBuf, Box<dyn Child>)]) -> (&'a str, PathBuf) {
     loop {
@@ -183,13 +205,22 @@ async fn first_ended<'a>(children: &mut [(&'a str, PathBuf, Box<dyn Child>)]) ->
     }
 }
 
-/// Starts the Redis server; its password is derived like all others.
+/// Starts the Redis server.
 async fn start_redis(program: &Path, folder: &Folder, secrets: &Secrets) -> Result<redis::Server, Failure> {
+    let password = platform_password(secrets, "redis platform")?;
+    let place = folder.path().join("redis");
+    redis::Server::start(program, &place, password, names(secrets)?).await.map_err(Failure::failed)
+}
+
+fn names(secrets: &Secrets) -> Result<Names, Failure> {
     let root = RootSecret::new(secrets.root_secret.as_bytes()).ok_or_else(|| Failure::failed("a short root secret"))?;
-    let names = Names::new(root, NameStyle::Opaque);
+    Ok(Names::new(root, NameStyle::Opaque))
+}
+
+/// An administrator's password, derived like all others.
+fn platform_password(secrets: &Secrets, purpose: &str) -> Result<Password, Failure> {
     let platform = OrgId::parse("platform").ok_or_else(|| Failure::failed("the platform's name"))?;
-    let password = names.password("redis platform", &platform, 1);
-    redis::Server::start(program, &folder.path().join("redis"), password, names).await.map_err(Failure::failed)
+    Ok(names(secrets)?.password(purpose, &platform, 1))
 }
 
 /// Writes the configuration, anew on each start, and the tiers, on the first start only; reads both.
@@ -199,6 +230,7 @@ fn configure(
     secrets: &Secrets,
     server: &Server,
     redis: &redis::Server,
+    mongo: &mongo::Server,
 ) -> Result<Config, Failure> {
     let text = format!(
         "# Written by `dynabase dev` on each start; tiers.toml beside it is yours to change (SIGHUP reloads it).\n\
@@ -209,6 +241,7 @@ fn configure(
          [names]\nroot_secret = {:?}\n\n\
          [upstream.postgres]\nurl = {:?}\nmax_connections = 250\n\n\
          [upstream.redis]\nurl = {:?}\n\n\
+         [upstream.mongodb]\nurl = {:?}\n\n\
          [admin]\nlisten = \"127.0.0.1:{}\"\ntoken = {:?}\n\n\
          [log]\nfilter = \"warn,dynabase=info\"\n",
         ports.postgres,
@@ -217,6 +250,7 @@ fn configure(
         secrets.root_secret,
         server.local_url(),
         redis.url(),
+        mongo.url(),
         ports.admin,
         secrets.admin_token,
     );

@@ -3,5 +3,6 @@
 
 pub mod convex;
 pub mod http;
+pub mod mongo;
 pub mod postgres;
 pub mod redis;

@@ -1,5 +1,6 @@
 //! The way out to real databases.
 
 pub mod convex;
+pub mod mongo;
 pub mod postgres;
 pub mod redis;

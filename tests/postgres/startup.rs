@@ -24,7 +24,13 @@ fn with_tls(mut setup: Setup) -> (Proxy, RootCertStore) {
 }
 
 fn tls(roots: &RootCertStore, alpn: &[&str], tcp: TcpStream) -> Box<dyn Socket> {
-    let mut config = ClientConfig::builder().with_root_certificates(roots.clone()).with_no_client_auth();
+    // Named: other drivers among the tests bring a second provider along.
+    let provider = rustls::crypto::aws_lc_rs::default_provider().into();
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("its own versions")
+        .with_root_certificates(roots.clone())
+        .with_no_client_auth();
     config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
     let name = ServerName::try_from("localhost").expect("a name");
     let connection = ClientConnection::new(Arc::new(config), name).expect("a client");

@@ -2,6 +2,8 @@
 //! tokens, raw protocol bytes. No assertions about dynabase's behaviour here, but one: no log may tell of a panic.
 
 pub mod cable;
+#[allow(dead_code)]
+pub mod mongo;
 pub mod postgres;
 pub mod proxy;
 pub mod wire;

@@ -32,6 +32,8 @@ pub struct Ready {
     pub postgres_url: String,
     /// The same for Redis.
     pub redis_url: String,
+    /// And for MongoDB.
+    pub mongodb_url: String,
     /// The catalog's folder.
     pub catalog: PathBuf,
     /// The demo tenants.
@@ -53,11 +55,12 @@ impl Ready {
             ));
         }
         text.push_str(&format!(
-            "\n  admin        {}  (Authorization: Bearer {})\n  PostgreSQL   {}\n  Redis        {}\n  catalog      {}\n\nCtrl-C ends everything.",
+            "\n  admin        {}  (Authorization: Bearer {})\n  PostgreSQL   {}\n  Redis        {}\n  MongoDB      {}\n  catalog      {}\n\nCtrl-C ends everything.",
             self.admin_url(),
             self.admin_token,
             self.postgres_url,
             self.redis_url,
+            self.mongodb_url,
             self.catalog.display(),
         ));
         text
@@ -86,7 +89,7 @@ impl Ready {
             "pid": std::process::id(),
             "ports": {"postgres": self.ports.postgres, "redis": self.ports.redis, "admin": self.ports.admin},
             "admin": {"url": self.admin_url(), "token": self.admin_token},
-            "upstreams": {"postgres": self.postgres_url, "redis": self.redis_url},
+            "upstreams": {"postgres": self.postgres_url, "redis": self.redis_url, "mongodb": self.mongodb_url},
             "catalog": {"kind": "file", "path": self.catalog},
             "tenants": tenants,
         })

@@ -18,16 +18,49 @@ const LONG: usize = 32;
 const TRIES: usize = 16;
 
 /// Every key that is out.
-#[derive(Debug, Default)]
-pub struct Keys(DashMap<u32, (Vec<u8>, Weak<Live>)>);
+#[derive(Default)]
+pub struct Keys(DashMap<u32, (Secret, Weak<Live>)>);
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Keys")
+    }
+}
+
+/// The secret half of a key. Every sleeping client has one, so the usual one takes no space of its own.
+#[derive(Clone)]
+pub enum Secret {
+    Short([u8; SHORT]),
+    Long(Box<[u8; LONG]>),
+}
+
+impl Secret {
+    /// A random one: of 32 bytes where the client speaks protocol 3.2, else of 4.
+    fn random(minor: u16) -> Option<Self> {
+        if minor >= 2 {
+            let mut secret = Box::new([0; LONG]);
+            rand::fill(secret.as_mut_slice()).ok()?;
+            return Some(Secret::Long(secret));
+        }
+        let mut secret = [0; SHORT];
+        rand::fill(&mut secret).ok()?;
+        Some(Secret::Short(secret))
+    }
+
+    /// As it goes over the wire.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Secret::Short(secret) => secret,
+            Secret::Long(secret) => secret.as_slice(),
+        }
+    }
+}
 
 /// A key that is out, for as long as this is held.
 #[derive(Debug)]
 pub struct Key {
     /// The process id the client was told.
     pub pid: u32,
-    /// The secret it was told.
-    pub secret: Vec<u8>,
     keys: Arc<Keys>,
 }
 
@@ -38,11 +71,10 @@ impl Drop for Key {
 }
 
 impl Keys {
-    /// Hands out a key for a session: of 32 bytes where the client speaks protocol 3.2, else of 4. `wanted` is
-    /// the process id to use if it is free.
-    pub fn issue(self: &Arc<Self>, live: &Arc<Live>, minor: u16, wanted: Option<u32>) -> Option<Key> {
-        let mut secret = vec![0; if minor >= 2 { LONG } else { SHORT }];
-        rand::fill(&mut secret).ok()?;
+    /// Hands out a key for a session that speaks this minor protocol version, and its secret to tell the client.
+    /// `wanted` is the process id to use if it is free.
+    pub fn issue(self: &Arc<Self>, live: &Arc<Live>, minor: u16, wanted: Option<u32>) -> Option<(Key, Secret)> {
+        let secret = Secret::random(minor)?;
         let mut wanted = wanted;
         for _ in 0..TRIES {
             let mut random = [0; 4];
@@ -51,7 +83,7 @@ impl Keys {
             let pid = wanted.take().unwrap_or((u32::from_be_bytes(random) & 0x7fff_ffff).max(1));
             if let Entry::Vacant(place) = self.0.entry(pid) {
                 place.insert((secret.clone(), Arc::downgrade(live)));
-                return Some(Key { pid, secret, keys: Arc::clone(self) });
+                return Some((Key { pid, keys: Arc::clone(self) }, secret));
             }
         }
         None
@@ -61,7 +93,7 @@ impl Keys {
     pub fn cancel(&self, pid: u32, secret: &[u8]) {
         let Some(entry) = self.0.get(&pid) else { return };
         let (expected, live) = entry.value();
-        if constant_time::verify_slices_are_equal(expected, secret).is_ok()
+        if constant_time::verify_slices_are_equal(expected.bytes(), secret).is_ok()
             && let Some(live) = live.upgrade()
         {
             live.cancel();
@@ -77,17 +109,21 @@ mod tests {
     fn only_the_right_secret_reaches_the_session_and_only_while_it_lives() {
         let keys = Arc::new(Keys::default());
         let live = Arc::new(Live::new(1, 0, u64::MAX, None, None));
-        let key = keys.issue(&live, 0, Some(7)).unwrap();
-        assert_eq!((key.pid, key.secret.len()), (7, SHORT));
-        assert_ne!(keys.issue(&live, 2, Some(7)).unwrap().pid, 7, "a taken id is not given twice");
+        let (key, secret) = keys.issue(&live, 0, Some(7)).unwrap();
+        assert_eq!((key.pid, secret.bytes().len()), (7, SHORT));
+        let (other, long) = keys.issue(&live, 2, Some(7)).unwrap();
+        assert_ne!(other.pid, 7, "a taken id is not given twice");
         keys.cancel(7, &[0; 5]);
-        keys.cancel(8, &key.secret);
+        keys.cancel(8, secret.bytes());
+        keys.cancel(other.pid, secret.bytes());
+        keys.cancel(other.pid, &long.bytes()[..SHORT]);
         assert!(!live.take_cancel());
-        keys.cancel(7, &key.secret);
+        keys.cancel(7, secret.bytes());
         assert!(live.take_cancel());
-        let secret = key.secret.clone();
+        keys.cancel(other.pid, long.bytes());
+        assert!(live.take_cancel());
         drop(key);
-        keys.cancel(7, &secret);
+        keys.cancel(7, secret.bytes());
         assert!(!live.take_cancel());
     }
 }

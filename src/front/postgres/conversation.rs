@@ -15,6 +15,7 @@ pub mod script;
 
 use std::{
     collections::VecDeque,
+    num::NonZeroU64,
     sync::{Arc, atomic::Ordering},
 };
 
@@ -164,7 +165,7 @@ pub struct Conversation {
     types: Types,
     /// The statement whose types are being compared; and one of which they differ from what the client was told.
     holding: Option<Arc<Statement>>,
-    changed: Option<u64>,
+    changed: Option<NonZeroU64>,
     /// A portal was bound, then a statement sent, that may take all prepared statements away; and what the client
     /// sent behind it waits until it is known whether it did.
     wipe_bound: bool,
@@ -190,8 +191,9 @@ pub struct Conversation {
     spoilt: bool,
     moved_sequence: bool,
     changed_schema: bool,
-    over_storage: Option<Over>,
-    timed_out: Option<Over>,
+    /// Boxed, as few clients ever have them.
+    over_storage: Option<Box<Over>>,
+    timed_out: Option<Box<Over>>,
     errors: u64,
 }
 
@@ -296,7 +298,7 @@ impl Conversation {
 
     /// Sets whether growing statements are refused, and with which numbers.
     pub fn set_over_storage(&mut self, over: Option<Over>) {
-        self.over_storage = over;
+        self.over_storage = over.map(Box::new);
     }
 
     /// Whether a statement that is being cancelled because it exceeded its time has not ended yet.
@@ -306,7 +308,7 @@ impl Conversation {
 
     /// Notes that the running statement is being cancelled because it exceeded its time.
     pub fn set_timed_out(&mut self, over: Option<Over>) {
-        self.timed_out = over;
+        self.timed_out = over.map(Box::new);
     }
 
     /// What has to run on a server before it is this client's: what undoes another client's traces, and this
@@ -507,11 +509,12 @@ impl Conversation {
                 if self.hold(bind.statement, remote, up) {
                     return Ok(None);
                 }
-                if let Some(over) = self.over_storage
+                if let Some(over) = &self.over_storage
                     && !self.ledger.is_skipping()
-                    && self.bound_scan(bind.statement).is_some_and(|scan| is_refused(scan, &over))
+                    && self.bound_scan(bind.statement).is_some_and(|scan| is_refused(scan, over))
                 {
-                    self.inject(&storage_error(&over), How::Forward, remote, up);
+                    let text = storage_error(over);
+                    self.inject(&text, How::Forward, remote, up);
                     self.client_rest = (head.len, Rest::Drop);
                     return Ok(Some(0));
                 }
@@ -520,8 +523,8 @@ impl Conversation {
                     && self.has_changed(bind.statement)
                 {
                     // It is there under types that nobody was told: the next one who needs it asks again.
-                    remote.prepared.remove(id);
-                    self.close(id, up);
+                    remote.prepared.remove(id.get());
+                    self.close(id.get(), up);
                     self.inject(CHANGED_PLAN, How::Forward, remote, up);
                     self.client_rest = (head.len, Rest::Drop);
                     return Ok(Some(0));
@@ -635,10 +638,10 @@ impl Conversation {
         // A simple Query destroys the unnamed statement.
         self.names.unnamed = None;
         remote.unnamed = None;
-        if let Some(over) = self.over_storage
-            && is_refused(&scan, &over)
+        if let Some(over) = &self.over_storage
+            && is_refused(&scan, over)
         {
-            up.own(|own| frontend::put_query(own, &storage_error(&over)));
+            up.own(|own| frontend::put_query(own, &storage_error(over)));
             self.client_rest.1 = Rest::Drop;
         } else {
             self.staged.extend(scan.tracks.into_iter().map(|(by, track)| (self.sent, by, track)));
@@ -835,7 +838,8 @@ impl Conversation {
 
     /// Whether the types of a statement were just found to differ from what the client was told.
     fn has_changed(&self, own: &[u8]) -> bool {
-        self.changed.is_some() && self.mapped(own).map(|statement| statement.id) == self.changed
+        let Some(changed) = self.changed else { return false };
+        self.mapped(own).is_some_and(|statement| statement.id == changed.get())
     }
 
     /// Takes what a server says of a statement.
@@ -852,7 +856,8 @@ impl Conversation {
             }
             Some(Note::Compare) => {
                 let held = self.holding.take();
-                self.changed = held.filter(|it| it.described.load(Ordering::Relaxed) != types).map(|it| it.id);
+                let differs = held.filter(|it| it.described.load(Ordering::Relaxed) != types);
+                self.changed = differs.and_then(|it| NonZeroU64::new(it.id));
             }
             _ => {}
         }
@@ -1296,7 +1301,7 @@ impl Conversation {
         if code == b"57014"
             && let Some(over) = self.timed_out.take()
         {
-            down.own(|own| refuse::error(&crate::refusal::Refusal::OverLimit(over)).put(own));
+            down.own(|own| refuse::error(&crate::refusal::Refusal::OverLimit(*over)).put(own));
             return Ok(None);
         }
         let text = backend::field(message, b'M').unwrap_or_default();

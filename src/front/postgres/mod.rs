@@ -120,32 +120,42 @@ impl Server {
     }
 
     /// Serves one connection, first byte to last.
-    pub async fn serve(self: Arc<Self>, conn: Conn) {
+    pub fn serve(self: Arc<Self>, conn: Conn) -> impl Future<Output = ()> + Send {
+        // A login needs much more space than a session that sleeps: boxed, it is gone once the session begins. Made
+        // out here, as an argument of an async block would keep its place beside it.
+        let opening = Box::pin(self.open(conn));
+        async move {
+            if let Some(relay) = opening.await {
+                relay.run().await;
+            }
+        }
+    }
+
+    /// Brings a connection to a session that has been greeted; `None` when it has ended before.
+    async fn open(self: Arc<Self>, conn: Conn) -> Option<Box<relay::Relay>> {
         let Conn { id, peer, local, stream, unauthenticated } = conn;
         let mut stream = Some(stream);
-        // Boxed, so that the space it needs is gone once the session begins.
-        let early = Box::pin(tokio::time::timeout(self.config.handshake_timeout, async {
-            let admitted = handshake::admit(&self, &mut stream, local).await?;
-            Ok(admitted)
-        }))
-        .await
-        .unwrap_or(Err(handshake::Early::Gone("handshake_timeout")));
+        let admitted = handshake::admit(&self, &mut stream, local);
+        let early = tokio::time::timeout(self.config.handshake_timeout, admitted)
+            .await
+            .unwrap_or(Err(handshake::Early::Gone("handshake_timeout")));
         drop(unauthenticated);
         let reason = match early {
             Ok(admitted) => match stream {
-                Some(stream) => return relay::run(self, id, peer, stream, admitted).await,
+                Some(stream) => return relay::begin(self, id, peer, stream, admitted).await,
                 None => "tls_failed",
             },
             Err(handshake::Early::Gone(reason)) => reason,
             Err(handshake::Early::Refused(report, reason)) => {
                 metrics::counter!("dynabase_refusals_total", "protocol" => "postgres", "reason" => reason).increment(1);
                 if let Some(stream) = &mut stream {
-                    Box::pin(farewell(stream, &[], &report)).await;
+                    farewell(stream, &[], &report).await;
                 }
                 reason
             }
         };
         tracing::info!(conn = id, %peer, reason, "postgres connection ended before a session");
+        None
     }
 
     /// What the clients of a physical database share.
@@ -178,4 +188,24 @@ async fn farewell(stream: &mut Stream, last: &[u8], report: &Report) {
 
 fn count_refusal(refusal: &Refusal) {
     metrics::counter!("dynabase_refusals_total", "protocol" => "postgres", "reason" => refusal.kind()).increment(1);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size_of_future<A, F: Future>(_: impl FnOnce(A) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// A client that sleeps holds its task, its relay, the runtime's registration of its socket (256 bytes), its
+    /// `Live` and some table entries: 2 KiB in all is the budget.
+    #[test]
+    fn a_sleeping_client_is_small() {
+        let task = size_of_future(|(server, conn): (Arc<Server>, Conn)| server.serve(conn));
+        assert!(task <= 64, "the task grew to {task} bytes");
+        let relay = size_of::<relay::Relay>();
+        assert!(relay <= 768, "the relay grew to {relay} bytes: the next size that is allocated is 896");
+        assert!(size_of::<crate::quota::Live>() <= 112);
+    }
 }

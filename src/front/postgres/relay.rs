@@ -37,7 +37,7 @@ use crate::{
     tenant::{PoolMode, Protocol},
     upstream::postgres::{Home, Lease, Pool, Taken},
     wire::postgres::{
-        backend::{self, Report, Severity, Status},
+        backend::{Report, Severity},
         head,
     },
 };
@@ -59,6 +59,9 @@ const CUT_GRACE: Duration = Duration::from_secs(1);
 
 /// How long a server may take to obey a cancel before its backend is terminated.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);
+
+/// What [`Relay::armed`] is when the deadline has to be set anew.
+const UNARMED: u64 = u64::MAX;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
@@ -93,9 +96,15 @@ enum Event {
     Fault(Fault),
 }
 
-struct Relay {
+/// A session and its sockets. It has to be small: there is one for every client, and most of them sleep
+/// (`a_sleeping_client_is_small`).
+pub(super) struct Relay {
     server: Arc<Server>,
+    id: u64,
+    peer: Peer,
     session: Session,
+    /// The cancel key that the client was told.
+    _key: cancel::Key,
     client: Stream,
     link: Option<Lease>,
     pool: Arc<Pool>,
@@ -113,16 +122,17 @@ struct Relay {
     /// There is something in `tail` that can go on without more bytes.
     resume: bool,
     cancelling: Option<JoinHandle<bool>>,
-    stopping: Option<(Stop, u64)>,
+    /// The session has to end: why, and when its patience is over.
+    stopping: Option<Box<(Stop, u64)>>,
     /// A statement is being cancelled because it exceeded its time: the errors seen before, and when its backend has
     /// to go if it does not obey.
-    timed_out: Option<(u64, u64)>,
+    timed_out: Option<Box<(u64, u64)>>,
     /// When the first of the delays of the next request began.
-    delayed: Option<Instant>,
+    delayed: Option<Box<Instant>>,
     /// The connection must not serve anybody else.
     spoilt: bool,
-    /// What the deadline was last set for: statements completed, busy, idle.
-    armed: (u64, bool, bool),
+    /// What the deadline was last set for ([`Relay::arm`]); [`UNARMED`] sets it anew.
+    armed: u64,
     /// Totals that have been added to the meter.
     metered: Metered,
     bytes_in: u64,
@@ -142,7 +152,8 @@ struct Metered {
 #[derive(Debug, Default)]
 struct Pending {
     bytes: Vec<u8>,
-    at: usize,
+    /// Of `bytes`, which are a few reads' worth at most.
+    at: u32,
     /// The stream may hold bytes of its own.
     flush: bool,
 }
@@ -154,10 +165,10 @@ impl Pending {
 
     /// Writes until all is taken.
     fn poll(&mut self, stream: &mut Stream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while self.at < self.bytes.len() {
-            match ready!(Pin::new(&mut *stream).poll_write(cx, &self.bytes[self.at..]))? {
+        while let Some(rest @ [_, ..]) = self.bytes.get(self.at as usize..) {
+            match ready!(Pin::new(&mut *stream).poll_write(cx, rest))? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                n => self.at += n,
+                n => self.at += u32::try_from(n).unwrap_or(u32::MAX),
             }
             self.flush = stream.is_buffered();
         }
@@ -193,78 +204,77 @@ impl Pending {
     }
 }
 
-/// Serves an admitted client until it ends.
-pub(super) async fn run(server: Arc<Server>, id: u64, peer: Peer, stream: Stream, admitted: Admitted) {
-    let opened = Instant::now();
-    let org = admitted.session.slot().org().clone();
-    let subject = Arc::clone(&admitted.session.identity().subject);
-    let mut stream = stream;
-    // Boxed: a login needs more space than a session.
-    let begun = Box::pin(link::begin(&server, &mut stream, admitted)).await;
-    let (reason, bytes_in, bytes_out, transactions) = match begun {
+/// Makes an admitted client's session and greets it; `None` when it has ended before.
+pub(super) async fn begin(
+    server: Arc<Server>,
+    id: u64,
+    peer: Peer,
+    mut stream: Stream,
+    admitted: Admitted,
+) -> Option<Box<Relay>> {
+    let Admitted { session, options, minor } = admitted;
+    let reason = match link::begin(&server, &mut stream, &session, options, minor).await {
         Ok(begun) => {
-            let mut relay = begun.into_relay(Arc::clone(&server), stream);
-            let reason = relay.run().await;
-            relay.meter();
-            (reason, relay.bytes_in, relay.bytes_out, relay.transactions)
+            if let Some((key, hello)) = begun.greeting(&server.keys, &session)
+                && stream.write_all(&hello).await.is_ok()
+                && stream.flush().await.is_ok()
+            {
+                return Some(Box::new(begun.into_relay(server, (id, peer), session, stream, key)));
+            }
+            "client_gone"
         }
         Err((report, reason)) => {
-            Box::pin(farewell(&mut stream, &[], &report)).await;
-            (reason, 0, 0, 0)
+            farewell(&mut stream, &[], &report).await;
+            reason
         }
     };
+    log_end(id, peer, &session, reason, [0; 3]);
+    None
+}
+
+/// The one line about a session, at its end. `sums`: bytes in, bytes out, transactions.
+fn log_end(id: u64, peer: Peer, session: &Session, reason: &'static str, sums: [u64; 3]) {
+    let [bytes_in, bytes_out, transactions] = sums;
     metrics::counter!("dynabase_connections_ended_total", "protocol" => "postgres", "reason" => reason).increment(1);
+    let milliseconds = clock::now_ms().saturating_sub(session.live().opened_ms);
     tracing::info!(
-        conn = id, %peer, %org, %subject, reason, bytes_in, bytes_out, transactions,
-        seconds = opened.elapsed().as_secs_f64(), "postgres session ended"
+        conn = id, %peer, org = %session.slot().org(), subject = %session.identity().subject, reason, bytes_in,
+        bytes_out, transactions, seconds = Duration::from_millis(milliseconds).as_secs_f64(), "postgres session ended"
     );
 }
 
 impl Relay {
-    /// Runs to the end; gives the reason.
-    async fn run(&mut self) -> &'static str {
-        let _key = match self.greet().await {
-            Ok(key) => key,
-            Err(_) => return "client_gone",
-        };
+    /// Runs to the end.
+    pub(super) async fn run(mut self: Box<Self>) {
         loop {
             let event = std::future::poll_fn(|cx| self.poll(cx)).await;
             // Boxed: a sleeping client must not keep the space that these need.
-            let end = match event {
-                Event::Link(taken) => Box::pin(self.wait_for_link(taken)).await,
-                Event::OverRate(over) => Box::pin(self.over_rate(over)).await,
-                Event::Cancel => {
-                    self.cancel();
-                    Ok(())
-                }
-                Event::Due => Box::pin(self.due()).await,
-                Event::Stop(stop) => Err(Box::pin(self.stop(stop)).await),
-                Event::ClientGone => Err("client_gone"),
-                Event::ServerGone(told) => Err(Box::pin(self.server_gone(told)).await),
-                Event::Fault(fault) => Err(Box::pin(self.fault(fault)).await),
-            };
-            if let Err(reason) = end {
-                self.leave();
-                return reason;
-            }
+            let Err(reason) = Box::pin(self.handle(event)).await else { continue };
+            self.leave();
+            self.meter();
+            return self.log(reason);
         }
     }
 
-    /// AuthenticationOk, the parameters, the cancel key, ReadyForQuery: in one write.
-    async fn greet(&mut self) -> io::Result<cancel::Key> {
-        // In session mode the server is this client's for good: its own process id keeps pg_backend_pid() true.
-        let pid = self.link.as_ref().and_then(|link| link.pid());
-        let key =
-            self.server.keys.issue(self.session.live(), self.conversation.minor(), pid).ok_or(io::ErrorKind::Other)?;
-        let mut hello = backend::AUTHENTICATION_OK.to_vec();
-        for (name, value) in self.conversation.reported().iter() {
-            backend::put_parameter(&mut hello, name, value);
+    async fn handle(&mut self, event: Event) -> Result<(), &'static str> {
+        match event {
+            Event::Link(taken) => self.wait_for_link(taken).await,
+            Event::OverRate(over) => self.over_rate(over).await,
+            Event::Cancel => {
+                self.cancel();
+                Ok(())
+            }
+            Event::Due => self.due().await,
+            Event::Stop(stop) => Err(self.stop(stop).await),
+            Event::ClientGone => Err("client_gone"),
+            Event::ServerGone(told) => Err(self.server_gone(told).await),
+            Event::Fault(fault) => Err(self.fault(fault).await),
         }
-        backend::put_key(&mut hello, key.pid, &key.secret);
-        hello.extend_from_slice(&backend::ready_message(Status::Idle));
-        self.client.write_all(&hello).await?;
-        self.client.flush().await?;
-        Ok(key)
+    }
+
+    fn log(&self, reason: &'static str) {
+        let sums = [self.bytes_in, self.bytes_out, self.transactions];
+        log_end(self.id, self.peer, &self.session, reason, sums);
     }
 
     /// The busy path. See the module's description.
@@ -426,7 +436,7 @@ impl Relay {
     fn link_now(&mut self, cx: &mut Context<'_>, down: &mut Out) -> Result<(), Event> {
         if self.stopping.is_some() {
             // Nothing new is begun; `signal` ends the session at once.
-            return Err(Event::Stop(self.stopping.map_or(Stop::Draining, |(stop, _)| stop)));
+            return Err(Event::Stop(self.stopping.as_ref().map_or(Stop::Draining, |it| it.0)));
         }
         self.session.take(1).map_err(Event::OverRate)?;
         self.delayed = None;
@@ -564,10 +574,10 @@ impl Relay {
         {
             let grace = if matches!(stop, Stop::Suspended | Stop::Revoked) { CUT_GRACE } else { STOP_GRACE };
             let at = clock::now_ms() + u64::try_from(grace.as_millis()).unwrap_or(0);
-            self.stopping = Some((stop, at));
-            self.armed.0 = u64::MAX;
+            self.stopping = Some(Box::new((stop, at)));
+            self.armed = UNARMED;
         }
-        if let Some((stop, _)) = self.stopping
+        if let Some(stop) = self.stopping.as_ref().map(|it| it.0)
             && self.conversation.is_at_safe_point()
         {
             return Some(Event::Stop(stop));
@@ -582,13 +592,13 @@ impl Relay {
         let busy = self.link.is_some() && !ledger.is_settled();
         // A pipeline without its Sync or half a message holds the connection as an open transaction does.
         let idle = self.link.is_none() || (ledger.is_idle() && self.tail.is_empty());
-        let state = (ledger.completed(), busy, idle);
+        let state = ledger.completed() << 2 | u64::from(busy) << 1 | u64::from(idle);
         if state == self.armed {
             return;
         }
         self.armed = state;
-        let deadline = match self.timed_out {
-            Some((_, at)) => at,
+        let deadline = match self.timed_out.as_ref().map(|it| it.1) {
+            Some(at) => at,
             None if busy || !idle => {
                 let policy = self.session.slot().policy();
                 let limits = &policy.limits.postgres;
@@ -597,18 +607,18 @@ impl Relay {
             }
             None => u64::MAX,
         };
-        self.session.live().set_deadline(deadline.min(self.stopping.map_or(u64::MAX, |(_, at)| at)));
+        self.session.live().set_deadline(deadline.min(self.stopping.as_ref().map_or(u64::MAX, |it| it.1)));
     }
 
     /// The statement that was cancelled for its time has ended: the next one has all of its own.
     fn forget_timeout(&mut self) -> bool {
-        let Some((errors, _)) = self.timed_out else { return false };
+        let Some(errors) = self.timed_out.as_ref().map(|it| it.0) else { return false };
         let busy = self.link.is_some() && !self.conversation.ledger().is_settled();
         let over = !busy || self.conversation.errors() != errors || !self.conversation.is_timed_out();
         if over {
             self.timed_out = None;
             self.conversation.set_timed_out(None);
-            self.armed.0 = u64::MAX;
+            self.armed = UNARMED;
         }
         over
     }
@@ -627,7 +637,7 @@ impl Relay {
 
     /// The deadline has passed: of a statement, of a pause inside a transaction, or of the grace of a stop.
     async fn due(&mut self) -> Result<(), &'static str> {
-        if let Some((stop, at)) = self.stopping
+        if let Some((stop, at)) = self.stopping.as_deref().copied()
             && clock::now_ms() >= at
         {
             self.cancel();
@@ -656,8 +666,8 @@ impl Relay {
         if self.timed_out.is_none() {
             count_refusal(&Refusal::OverLimit(refusal));
             let at = clock::now_ms() + u64::try_from(CANCEL_GRACE.as_millis()).unwrap_or(0);
-            self.timed_out = Some((self.conversation.errors(), at));
-            self.armed.0 = u64::MAX;
+            self.timed_out = Some(Box::new((self.conversation.errors(), at)));
+            self.armed = UNARMED;
             self.conversation.set_timed_out(Some(refusal));
             self.cancel();
             return Ok(());

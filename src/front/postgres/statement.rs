@@ -222,32 +222,47 @@ pub fn upstream_name(id: u64) -> Vec<u8> {
 
 /// What a server says of a statement's types, as one number: parameters, and per column name, type, size, modifier.
 /// The tables that columns come from are left out; they may be new ones of the same shape.
-#[derive(Debug, Default)]
-pub struct Types(std::hash::DefaultHasher);
+///
+/// FNV-1a: every client carries one of these, and a collision hides from nobody but the tenant who made it that its
+/// own statement has changed.
+#[derive(Debug)]
+pub struct Types(u64);
+
+impl Default for Types {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
 
 impl Types {
+    fn mix(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+
     /// Takes a ParameterDescription, RowDescription or NoData.
     pub fn add(&mut self, message: &[u8]) {
-        use std::hash::Hash;
         let Some((head, body)) = message.split_at_checked(HEAD) else { return };
-        head[0].hash(&mut self.0);
+        self.mix(&head[..1]);
         if head[0] != b'T' {
-            return body.hash(&mut self.0);
+            return self.mix(body);
         }
         let mut rest = body.get(2..).unwrap_or_default();
         while let Some((name, column)) = cstr(rest)
             && let Some((column, more)) = column.split_at_checked(18)
         {
-            name.hash(&mut self.0);
-            column[6..16].hash(&mut self.0);
+            self.mix(name);
+            // What ends the name.
+            self.mix(&[0]);
+            self.mix(&column[6..16]);
             rest = more;
         }
     }
 
     /// The number; never 0.
     pub fn finish(&self) -> u64 {
-        use std::hash::Hasher;
-        self.0.finish().max(1)
+        self.0.max(1)
     }
 }
 
@@ -275,45 +290,54 @@ const NAMES_MAX_BYTES: usize = 8 << 20;
 /// One client's prepared statements by its own names.
 #[derive(Debug, Default)]
 pub struct Names {
-    map: HashMap<Box<[u8]>, Arc<Statement>>,
-    bytes: usize,
+    /// Made with the first: most clients that sleep have none.
+    named: Option<Box<Named>>,
     /// Its unnamed statement.
     pub unnamed: Option<Unnamed>,
+}
+
+#[derive(Debug, Default)]
+struct Named {
+    map: HashMap<Box<[u8]>, Arc<Statement>>,
+    bytes: usize,
 }
 
 impl Names {
     /// The statement with this name.
     pub fn find(&self, name: &[u8]) -> Option<&Arc<Statement>> {
-        self.map.get(name)
+        self.named.as_ref()?.map.get(name)
     }
 
     /// Whether there is room for another.
     pub fn has_room(&self, definition: &[u8]) -> bool {
-        self.map.len() < NAMES_MAX && self.bytes + definition.len() <= NAMES_MAX_BYTES
+        let (count, bytes) = self.named.as_ref().map_or((0, 0), |named| (named.map.len(), named.bytes));
+        count < NAMES_MAX && bytes + definition.len() <= NAMES_MAX_BYTES
     }
 
     /// Adds one under a free name.
     pub fn insert(&mut self, name: &[u8], statement: Arc<Statement>) {
-        self.bytes += statement.definition.len();
-        self.map.insert(name.into(), statement);
+        let named = self.named.get_or_insert_default();
+        named.bytes += statement.definition.len();
+        named.map.insert(name.into(), statement);
     }
 
     /// Forgets one.
     pub fn remove(&mut self, name: &[u8]) -> Option<Arc<Statement>> {
-        let statement = self.map.remove(name)?;
-        self.bytes -= statement.definition.len();
+        let named = self.named.as_mut()?;
+        let statement = named.map.remove(name)?;
+        named.bytes -= statement.definition.len();
         Some(statement)
     }
 
     /// Forgets all named ones.
     pub fn clear(&mut self) {
-        self.map.clear();
-        self.bytes = 0;
+        self.named = None;
     }
 
     /// The client's own name of the statement that goes by `upstream` there.
     pub fn own_name(&self, upstream: &[u8]) -> Option<&[u8]> {
-        self.map.iter().find(|(_, statement)| *statement.name == *upstream).map(|(name, _)| &**name)
+        let map = &self.named.as_ref()?.map;
+        map.iter().find(|(_, statement)| *statement.name == *upstream).map(|(name, _)| &**name)
     }
 }
 

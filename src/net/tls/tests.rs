@@ -200,7 +200,9 @@ async fn clients_show_a_certificate_where_it_is_required() {
         for (from, good) in [(&files, true), (&stranger, false)] {
             let chain = certificates("certificate", &from.path("cert.pem")).unwrap();
             let key = PrivateKeyDer::from_pem_file(from.path("key.pem")).unwrap();
-            let config = ClientConfig::builder()
+            let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+                .with_safe_default_protocol_versions()
+                .expect("its own versions")
                 .with_root_certificates(authorities(&files.path("ca.pem")).unwrap())
                 .with_client_auth_cert(chain, key)
                 .unwrap();

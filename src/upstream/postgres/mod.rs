@@ -98,11 +98,14 @@ impl Upstream {
         Arc::clone(&entry)
     }
 
-    /// Where a tenant's connections to one of its logical databases lead.
-    pub fn home(&self, tenant: &Tenant, database: &str) -> Home {
-        let place = self.names.postgres(&tenant.org, database);
-        let password = self.names.password(PURPOSE, &tenant.org, tenant.generation);
-        Home { database: place.database.as_str().into(), place, password }
+    /// Where the connections of `pool`, the tenant's, to one of its logical databases lead.
+    pub fn home(&self, pool: &Pool, tenant: &Tenant, database: &str) -> Arc<Home> {
+        let generation = tenant.generation;
+        pool.home(database, generation, || {
+            let place = self.names.postgres(&tenant.org, database);
+            let password = self.names.password(PURPOSE, &tenant.org, generation);
+            Home { logical: database.into(), generation, database: place.database.as_str().into(), place, password }
+        })
     }
 
     /// Asks the server to cancel what the backend with this key is doing, and waits until it has taken the request,

@@ -34,7 +34,7 @@ use super::{
     scram::Keys,
 };
 use crate::{
-    quota::{Permit, Place, Slot},
+    quota::{Permit, Place, Slot, clock},
     tenant::{Limits, Namespace, Protocol, namespace::Password},
     wire::postgres::{self as wire, HEAD, backend, frontend::TERMINATE},
 };
@@ -52,9 +52,13 @@ const RETRY_MAX: Duration = Duration::from_secs(1);
 /// Bytes an idle server may have sent before we look; more, and it is closed.
 const IDLE_READ: usize = 4096;
 
-/// Where a client's connections lead: role, database, password.
+/// Where a client's connections lead: role, database, password. One for all clients of a database ([`Pool::home`]).
 #[derive(Debug, PartialEq, Eq)]
 pub struct Home {
+    /// The database as the tenant calls it.
+    pub logical: Box<str>,
+    /// The generation of the tenant's credentials that the password is of.
+    pub generation: u32,
     /// Role and physical database.
     pub place: Namespace,
     /// The role's password.
@@ -169,6 +173,7 @@ pub struct Pool {
     /// The numbers that the role's own limits follow; and who is told that they don't any more.
     ceilings: Mutex<Arc<Limits>>,
     stale: Arc<Notify>,
+    homes: Mutex<Vec<Arc<Home>>>,
     state: Mutex<State>,
 }
 
@@ -181,9 +186,16 @@ struct State {
 
 #[derive(Debug)]
 struct Idle {
-    connection: Box<Connection>,
+    held: Box<Held>,
+    /// On [`clock::now_ms`].
+    since_ms: u64,
+}
+
+/// A connection and the places it holds; one pointer, as every client has room for it.
+#[derive(Debug)]
+struct Held {
+    connection: Connection,
     places: Places,
-    since: Instant,
 }
 
 #[derive(Debug)]
@@ -194,22 +206,21 @@ struct Waiter {
 
 #[derive(Debug)]
 enum Grant {
-    Connection(Box<Connection>, Places),
+    Connection(Box<Held>),
     Places(Places),
 }
 
 /// A borrowed connection. [`Lease::release`] returns it; dropping it closes it.
 #[derive(Debug)]
 pub struct Lease {
-    held: Option<(Box<Connection>, Places)>,
+    held: Option<Box<Held>>,
 }
 
 impl Lease {
     /// Gives the connection back for others to use: idle, outside any transaction, nothing unanswered.
     pub fn release(mut self) {
-        if let Some((connection, places)) = self.held.take() {
-            let pool = Arc::clone(&places.pool);
-            pool.give(connection, places);
+        if let Some(held) = self.held.take() {
+            Pool::give(held);
         }
     }
 }
@@ -218,20 +229,20 @@ impl std::ops::Deref for Lease {
     type Target = Connection;
 
     fn deref(&self) -> &Connection {
-        &self.held.as_ref().expect("a lease holds its connection until it is released").0
+        &self.held.as_ref().expect("a lease holds its connection until it is released").connection
     }
 }
 
 impl std::ops::DerefMut for Lease {
     fn deref_mut(&mut self) -> &mut Connection {
-        &mut self.held.as_mut().expect("a lease holds its connection until it is released").0
+        &mut self.held.as_mut().expect("a lease holds its connection until it is released").connection
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if let Some((connection, places)) = self.held.take() {
-            close(connection, places);
+        if let Some(held) = self.held.take() {
+            close(held);
         }
     }
 }
@@ -269,8 +280,8 @@ impl Drop for Turn {
     fn drop(&mut self) {
         self.0.close();
         // A grant that came too late goes to the next one instead of being closed.
-        if let Ok(Grant::Connection(connection, places)) = self.0.try_recv() {
-            Lease { held: Some((connection, places)) }.release();
+        if let Ok(Grant::Connection(held)) = self.0.try_recv() {
+            Pool::give(held);
         }
     }
 }
@@ -293,6 +304,7 @@ impl Pool {
             budget,
             keys: Mutex::default(),
             connect_timeout,
+            homes: Mutex::default(),
             state: Mutex::default(),
         });
         let mut pools = pool.budget.pools.lock();
@@ -310,6 +322,20 @@ impl Pool {
     /// The tenant's slot.
     pub fn slot(&self) -> &Arc<Slot> {
         &self.slot
+    }
+
+    /// Where connections to the logical `database` lead under this generation of the tenant's credentials: as known,
+    /// else as `make` says.
+    pub fn home(&self, database: &str, generation: u32, make: impl FnOnce() -> Home) -> Arc<Home> {
+        let mut homes = self.homes.lock();
+        if let Some(known) = homes.iter().find(|home| *home.logical == *database && home.generation == generation) {
+            return Arc::clone(known);
+        }
+        // Bounded by those in use.
+        homes.retain(|home| Arc::strong_count(home) > 1);
+        let home = Arc::new(make());
+        homes.push(Arc::clone(&home));
+        home
     }
 
     /// The present limits, if the role's own do not follow them yet.
@@ -337,12 +363,14 @@ impl Pool {
             if !state.waiting.is_empty() {
                 break;
             }
-            let Some(at) = state.idle.iter().rposition(|idle| idle.connection.database == home.database) else { break };
-            let Idle { mut connection, places, .. } = state.idle.remove(at);
+            let Some(at) = state.idle.iter().rposition(|idle| idle.held.connection.database == home.database) else {
+                break;
+            };
+            let Idle { mut held, .. } = state.idle.remove(at);
             // Asking the socket is not done under the lock; neither is giving the places of a dead one back.
             drop(state);
-            if alive(&mut connection) {
-                return Taken::Lease(Lease { held: Some((connection, places)) });
+            if alive(&mut held.connection) {
+                return Taken::Lease(Lease { held: Some(held) });
             }
         }
         let mut state = self.state.lock();
@@ -358,7 +386,7 @@ impl Pool {
         let other = (!state.idle.is_empty()).then(|| state.idle.remove(0));
         drop(state);
         match other {
-            Some(idle) => close(idle.connection, idle.places),
+            Some(idle) => close(idle.held),
             None if self.tenant_has_room() => self.budget.ask(self),
             None => {}
         }
@@ -377,7 +405,7 @@ impl Pool {
             Taken::Lease(lease) => return Ok(lease),
             Taken::Places(places) => places,
             Taken::Turn(mut turn) => match tokio::time::timeout_at(deadline.into(), &mut turn.0).await {
-                Ok(Ok(Grant::Connection(connection, places))) => return Ok(Lease { held: Some((connection, places)) }),
+                Ok(Ok(Grant::Connection(held))) => return Ok(Lease { held: Some(held) }),
                 Ok(Ok(Grant::Places(places))) => places,
                 Ok(Err(_)) | Err(_) if self.tenant_has_room() => return Err(TakeError::ServerFull),
                 Ok(Err(_)) | Err(_) => {
@@ -396,7 +424,7 @@ impl Pool {
         loop {
             let left = deadline.saturating_duration_since(Instant::now()).max(RETRY_MIN);
             let error = match login::connect(&self.target, &login, self.connect_timeout.min(left)).await {
-                Ok(connection) => return Ok(Lease { held: Some((Box::new(connection), places)) }),
+                Ok(connection) => return Ok(Lease { held: Some(Box::new(Held { connection, places })) }),
                 Err(error) => error,
             };
             metrics::counter!("dynabase_upstream_errors_total", "protocol" => "postgres", "step" => error.step())
@@ -410,38 +438,36 @@ impl Pool {
         }
     }
 
-    fn give(self: &Arc<Self>, connection: Box<Connection>, places: Places) {
-        let policy = self.slot.policy();
-        let open = self.slot.connections(Protocol::Postgres);
+    fn give(mut held: Box<Held>) {
+        let pool = Arc::clone(&held.places.pool);
+        let policy = pool.slot.policy();
+        let open = pool.slot.connections(Protocol::Postgres);
         let over_tier = open > policy.limits.connections(Protocol::Postgres);
-        let outdated = !Arc::ptr_eq(&places.limits, &policy.limits);
+        let outdated = !Arc::ptr_eq(&held.places.limits, &policy.limits);
         drop(policy);
-        let hungry = self.budget.waiting.load(Ordering::Relaxed) > 0;
-        if over_tier || outdated || (hungry && open > self.budget.share()) {
-            return close(connection, places);
+        let hungry = pool.budget.waiting.load(Ordering::Relaxed) > 0;
+        if over_tier || outdated || (hungry && open > pool.budget.share()) {
+            return close(held);
         }
-        let mut grant = Grant::Connection(connection, places);
-        let mut state = self.state.lock();
+        let mut state = pool.state.lock();
         while let Some(waiter) = state.waiting.pop_front() {
-            let Grant::Connection(connection, _) = &grant else { break };
             if waiter.grant.is_closed() {
                 continue;
             }
-            if waiter.database != connection.database {
+            if waiter.database != held.connection.database {
                 state.waiting.push_front(waiter);
                 break;
             }
-            match waiter.grant.send(grant) {
-                Ok(()) => return,
-                Err(back) => grant = back,
+            match waiter.grant.send(Grant::Connection(held)) {
+                Err(Grant::Connection(back)) => held = back,
+                Ok(()) | Err(Grant::Places(_)) => return,
             }
         }
-        let Grant::Connection(connection, places) = grant else { return };
         if state.waiting.is_empty() {
-            state.idle.push(Idle { connection, places, since: Instant::now() });
+            state.idle.push(Idle { held, since_ms: clock::now_ms() });
         } else {
             drop(state);
-            close(connection, places);
+            close(held);
         }
     }
 
@@ -483,7 +509,7 @@ impl Pool {
             (!state.idle.is_empty()).then(|| state.idle.remove(0))
         };
         if let Some(idle) = oldest {
-            close(idle.connection, idle.places);
+            close(idle.held);
         }
     }
 
@@ -499,11 +525,13 @@ impl Pool {
         }
         let mut over = self.slot.connections(Protocol::Postgres).saturating_sub(cap);
         let mut kept = Vec::with_capacity(state.idle.len());
+        let now_ms = clock::now_ms();
         for mut idle in state.idle.drain(..) {
-            let age = idle.since.elapsed();
-            let old = age >= idle_timeout || (idle.connection.remote.soiled && age >= SOILED_IDLE);
-            let outdated = !Arc::ptr_eq(&idle.places.limits, &limits);
-            if over > 0 || old || outdated || !alive(&mut idle.connection) {
+            let age = Duration::from_millis(now_ms.saturating_sub(idle.since_ms));
+            let Held { connection, places } = &mut *idle.held;
+            let old = age >= idle_timeout || (connection.remote.soiled && age >= SOILED_IDLE);
+            let outdated = !Arc::ptr_eq(&places.limits, &limits);
+            if over > 0 || old || outdated || !alive(connection) {
                 over = over.saturating_sub(1);
                 doomed.push(idle);
             } else {
@@ -513,7 +541,7 @@ impl Pool {
         state.idle = kept;
         let waiting = !state.waiting.is_empty();
         drop(state);
-        doomed.into_iter().for_each(|idle| close(idle.connection, idle.places));
+        doomed.into_iter().for_each(|idle| close(idle.held));
         if waiting {
             self.wake();
         }
@@ -560,9 +588,10 @@ fn alive(connection: &mut Connection) -> bool {
 }
 
 /// Says goodbye and keeps the places until the server has closed its end: only then has its backend gone.
-fn close(mut connection: Box<Connection>, places: Places) {
+fn close(mut held: Box<Held>) {
     let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
     runtime.spawn(async move {
+        let connection = &mut held.connection;
         let goodbye = async {
             connection.stream.write_all(&TERMINATE).await?;
             connection.stream.shutdown().await?;
@@ -572,6 +601,8 @@ fn close(mut connection: Box<Connection>, places: Places) {
         };
         // A server that does not close in time, or an error, ends the same way: the socket is dropped.
         let _ = tokio::time::timeout(CLOSE_WAIT, goodbye).await;
+        // The socket first, then the places.
+        let Held { connection, places } = *held;
         drop(connection);
         drop(places);
     });

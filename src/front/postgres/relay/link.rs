@@ -11,8 +11,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{Pending, Relay, next_kind};
 use crate::{
-    front::postgres::{Server, conversation::Conversation, count_refusal, handshake::Admitted, out::Out, refuse},
-    net::Stream,
+    front::postgres::{Server, cancel, conversation::Conversation, count_refusal, options::Options, out::Out, refuse},
+    net::{Peer, Stream},
     quota::clock,
     refusal::{Limit, Over, Refusal},
     session::Session,
@@ -23,7 +23,7 @@ use crate::{
     },
     wire::postgres::{
         self as wire,
-        backend::{self, Report, Severity},
+        backend::{self, Report, Severity, Status},
         frontend,
     },
 };
@@ -31,12 +31,14 @@ use crate::{
 /// Cancels for what a client left running, before its backend is ended otherwise.
 const CANCELS: u32 = 3;
 
+/// Bytes of a usual greeting: some fifteen parameters.
+const GREETING: usize = 512;
+
 /// Most bytes of a server's answer to a preparation.
 const PREPARATION_MAX: usize = 1024 * 1024;
 
 /// A session whose parameters are known.
 pub(super) struct Begun {
-    session: Session,
     link: Option<Lease>,
     pool: Arc<Pool>,
     home: Arc<Home>,
@@ -47,11 +49,36 @@ pub(super) struct Begun {
 }
 
 impl Begun {
+    /// AuthenticationOk, the parameters, the cancel key, ReadyForQuery: in one write.
+    pub(super) fn greeting(&self, keys: &Arc<cancel::Keys>, session: &Session) -> Option<(cancel::Key, Vec<u8>)> {
+        // In session mode the server is this client's for good: its own process id keeps pg_backend_pid() true.
+        let pid = self.link.as_ref().and_then(|link| link.pid());
+        let (key, secret) = keys.issue(session.live(), self.conversation.minor(), pid)?;
+        let mut hello = Vec::with_capacity(GREETING);
+        hello.extend_from_slice(&backend::AUTHENTICATION_OK);
+        for (name, value) in self.conversation.reported().iter() {
+            backend::put_parameter(&mut hello, name, value);
+        }
+        backend::put_key(&mut hello, key.pid, secret.bytes());
+        hello.extend_from_slice(&backend::ready_message(Status::Idle));
+        Some((key, hello))
+    }
+
     /// With its sockets.
-    pub(super) fn into_relay(self, server: Arc<Server>, client: Stream) -> Relay {
+    pub(super) fn into_relay(
+        self,
+        server: Arc<Server>,
+        (id, peer): (u64, Peer),
+        session: Session,
+        client: Stream,
+        key: cancel::Key,
+    ) -> Relay {
         Relay {
             server,
-            session: self.session,
+            id,
+            peer,
+            session,
+            _key: key,
             client,
             link: self.link,
             pool: self.pool,
@@ -69,7 +96,7 @@ impl Begun {
             timed_out: None,
             delayed: None,
             spoilt: false,
-            armed: (0, false, true),
+            armed: super::UNARMED,
             metered: super::Metered::default(),
             bytes_in: 0,
             bytes_out: 0,
@@ -83,14 +110,15 @@ impl Begun {
 pub(super) async fn begin(
     server: &Arc<Server>,
     client: &mut Stream,
-    admitted: Admitted,
+    session: &Session,
+    options: Options,
+    minor: u16,
 ) -> Result<Begun, (Report, &'static str)> {
-    let Admitted { session, options, minor } = admitted;
     let policy = Arc::clone(&session.slot().policy());
     let limits = &policy.limits.postgres;
     let mode = options.pool_mode.unwrap_or(limits.pool_mode);
-    let home = Arc::new(server.upstream.home(&policy.tenant, &options.database));
     let pool = server.upstream.pool(session.slot());
+    let home = server.upstream.home(&pool, &policy.tenant, &options.database);
     let shared = server.shared(&home.database);
 
     let bare = shared.intern(options.settings);
@@ -123,7 +151,7 @@ pub(super) async fn begin(
                 }
                 Either::Right(_) => return Err((refuse::fatal(&Refusal::Draining), "client_gone")),
             };
-            let mut lease = taken.map_err(|error| refused(take_refusal(&session, &error, limits.queue_timeout)))?;
+            let mut lease = taken.map_err(|error| refused(take_refusal(session, &error, limits.queue_timeout)))?;
             let scratch =
                 Conversation::new(session.live().id, minor, Arc::clone(&shared), Arc::clone(&bare), Arc::default());
             let script = scratch.preparation(&lease.remote);
@@ -171,7 +199,7 @@ pub(super) async fn begin(
         conversation.link(&mut lease.remote, &mut Out::default());
         session.live().set_idle(false);
     }
-    Ok(Begun { session, link, pool, home, conversation, mode, early })
+    Ok(Begun { link, pool, home, conversation, mode, early })
 }
 
 /// The refusal for a lease that was not to be had.
@@ -380,7 +408,7 @@ impl Relay {
         let rate = self.session.slot().policy().limits.postgres.rate;
         let wait = over.retry_after.unwrap_or_default();
         let began = Instant::now();
-        let waited = began - *self.delayed.get_or_insert(began);
+        let waited = began - **self.delayed.get_or_insert_with(|| Box::new(began));
         if rate.over == OverRate::Delay && waited + wait <= rate.max_delay {
             // The coarse clock may lag by its resolution: a little longer, or the first try after it fails.
             tokio::time::sleep(wait + clock::RESOLUTION).await;

@@ -1,0 +1,4 @@
+//! MongoDB as clients see it.
+
+pub mod commands;
+pub mod rewrite;

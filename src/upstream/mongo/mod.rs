@@ -1,0 +1,5 @@
+//! The way to MongoDB.
+
+mod config;
+
+pub use config::{Config, Login, Target};
