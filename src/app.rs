@@ -144,10 +144,11 @@ impl App {
         let mut fronts = vec![(Front::Postgres(postgres_front), &config.listen.postgres)];
         if let Some(redis) = config.redis()? {
             let settings = front::redis::Config { login_timeout: config.listen.handshake_timeout };
-            let server = front::redis::Server::new(gate, redis, tls.clone(), settings, drain.clone());
+            let server = front::redis::Server::new(Arc::clone(&gate), redis, tls.clone(), settings, drain.clone());
             fronts.push((Front::Redis(server), &config.listen.redis));
         }
-        let behind = front::http::Fronts::default();
+        let convex = config.convex()?.map(|upstream| front::convex::Server::new(Arc::clone(&gate), upstream));
+        let behind = front::http::Fronts { convex };
         let mut http_tls = None;
         if behind.any() {
             if let Some(settings) = &config.tls {

@@ -174,6 +174,8 @@ pub struct Upstream {
     pub redis: upstream::redis::Config,
     /// `[upstream.mongodb]`.
     pub mongodb: upstream::mongo::Config,
+    /// `[upstream.convex]`.
+    pub convex: upstream::convex::Config,
 }
 
 /// `[log]`.
@@ -252,7 +254,7 @@ const SECRETS: [&str; 4] = ["names.root_secret", "upstream.postgres.url", "upstr
 const FURTHER_SECRETS: [&str; 2] = ["identity.hs256_secret", "admin.token"];
 
 /// Keys that name a file or folder: relative ones are meant from the configuration's folder.
-const PATHS: [&str; 11] = [
+const PATHS: [&str; 12] = [
     "tiers",
     "tls.cert_file",
     "tls.key_file",
@@ -263,6 +265,7 @@ const PATHS: [&str; 11] = [
     "upstream.postgres.ca_file",
     "upstream.redis.ca_file",
     "upstream.mongodb.ca_file",
+    "upstream.convex.ca_file",
     "admin.token_file",
 ];
 
@@ -376,7 +379,18 @@ impl Config {
         if let Err(what) = self.upstream.mongodb.target() {
             need(false, "upstream.mongodb.url", what);
         }
+        for (key, what) in self.upstream.convex.faults() {
+            need(false, &format!("upstream.convex.{key}"), what);
+        }
         faults
+    }
+
+    /// The way to Convex deployments, if there are any.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration.
+    pub fn convex(&self) -> Result<Option<std::sync::Arc<upstream::convex::Upstream>>, String> {
+        upstream::convex::Upstream::new(&self.upstream.convex, self.names()?)
     }
 
     /// The way to Redis, if it is configured.

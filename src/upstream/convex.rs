@@ -76,8 +76,18 @@ impl Origin {
 
     /// A path there.
     pub fn uri(&self, path: uri::PathAndQuery) -> Uri {
+        self.with_scheme(self.scheme.clone(), path)
+    }
+
+    /// The same for a WebSocket.
+    fn socket_uri(&self, path: uri::PathAndQuery) -> Uri {
+        let scheme = if self.is_tls() { "wss" } else { "ws" };
+        self.with_scheme(uri::Scheme::try_from(scheme).unwrap_or(uri::Scheme::HTTP), path)
+    }
+
+    fn with_scheme(&self, scheme: uri::Scheme, path: uri::PathAndQuery) -> Uri {
         let mut parts = uri::Parts::default();
-        parts.scheme = Some(self.scheme.clone());
+        parts.scheme = Some(scheme);
         parts.authority = Some(self.authority.clone());
         parts.path_and_query = Some(path);
         // All three are there.

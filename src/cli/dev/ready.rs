@@ -34,6 +34,8 @@ pub struct Ready {
     pub redis_url: String,
     /// And for MongoDB.
     pub mongodb_url: String,
+    /// Convex, if it is there: the shared deployment, and what else is known of the double.
+    pub convex: Option<(String, Option<Value>)>,
     /// The catalog's folder.
     pub catalog: PathBuf,
     /// The demo tenants.
@@ -46,11 +48,12 @@ impl Ready {
         let mut text = String::from("\ndynabase is ready. Paste one of these; the tokens hold for 24 hours.\n");
         for demo in &self.tenants {
             text.push_str(&format!(
-                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n    service key  {}\n",
+                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n{}    service key  {}\n",
                 demo.org,
                 demo.tier,
                 self.postgres(demo),
                 self.redis(demo),
+                self.convex(demo),
                 demo.service_key
             ));
         }
@@ -85,14 +88,35 @@ impl Ready {
                 })
             })
             .collect();
-        json!({
+        let mut json = json!({
             "pid": std::process::id(),
             "ports": {"postgres": self.ports.postgres, "redis": self.ports.redis, "admin": self.ports.admin},
             "admin": {"url": self.admin_url(), "token": self.admin_token},
             "upstreams": {"postgres": self.postgres_url, "redis": self.redis_url, "mongodb": self.mongodb_url},
             "catalog": {"kind": "file", "path": self.catalog},
             "tenants": tenants,
-        })
+        });
+        if let Some((url, double)) = &self.convex {
+            json["ports"]["http"] = self.ports.http.into();
+            json["upstreams"]["convex"] = url.as_str().into();
+            json["convex"] = double.clone().unwrap_or_default();
+            for tenant in json["tenants"].as_array_mut().into_iter().flatten() {
+                tenant["urls"]["convex"] = self.http().into();
+            }
+        }
+        json
+    }
+
+    /// How a Convex client is made in a few words: its address takes no token.
+    fn convex(&self, demo: &Demo) -> String {
+        match &self.convex {
+            Some(_) => format!("    new ConvexHttpClient(\"{}\", {{ auth: \"{}\" }})\n", self.http(), demo.token),
+            None => String::new(),
+        }
+    }
+
+    fn http(&self) -> String {
+        format!("http://127.0.0.1:{}", self.ports.http)
     }
 
     fn postgres(&self, demo: &Demo) -> String {

@@ -78,13 +78,16 @@ pub struct Config {
 
 /// The fronts behind the door: those that are configured.
 #[derive(Debug, Default)]
-pub struct Fronts {}
+pub struct Fronts {
+    /// Convex: everything that is not another's.
+    pub convex: Option<Arc<super::convex::Server>>,
+}
 
 impl Fronts {
     /// Whether there is anything to open the door for.
     pub fn any(&self) -> bool {
-        let Self {} = self;
-        false
+        let Self { convex } = self;
+        convex.is_some()
     }
 }
 
@@ -254,9 +257,10 @@ impl Server {
     /// Answers one request, by its owner.
     async fn answer(self: &Arc<Self>, request: Request<Incoming>, client: &Client) -> Response<Body> {
         let owner = owner(request.uri().path(), upgrade::is_asked(&request));
-        let Fronts {} = &self.fronts;
-        let response = match owner {
-            Owner::Neon | Owner::Convex => absent(owner),
+        let Fronts { convex } = &self.fronts;
+        let response = match (owner, convex) {
+            (Owner::Convex, Some(convex)) => convex.handle(request, client).await,
+            (Owner::Neon | Owner::Convex, _) => absent(owner),
         };
         tracing::trace!(conn = client.id, owner = owner.label(), "http request");
         metrics::counter!(

@@ -155,7 +155,7 @@ async fn open(
         (true, false) => return Err(DialError::Unreachable("this system has no certificate authorities".into())),
     };
     let mut request = Request::new(());
-    *request.uri_mut() = origin.uri(path);
+    *request.uri_mut() = origin.socket_uri(path);
     *request.headers_mut() = headers;
     let unnamed = |_| DialError::Unreachable("a host that can't be named".into());
     let named = header::HeaderValue::try_from(origin.authority.as_str()).map_err(unnamed)?;
