@@ -249,10 +249,7 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
     }
     print(table(["", ""], &rows).trim_start());
     if let Some((upstream, deployment)) = &convex {
-        print(format_args!(
-            "\nconvex/auth.config.ts of that deployment:\n\n{}",
-            upstream.auth_config(deployment)
-        ));
+        print(format_args!("\nconvex/auth.config.ts of that deployment:\n\n{}", upstream.auth_config(deployment)));
     }
     Ok(())
 }

@@ -111,7 +111,9 @@ impl Plan {
     /// Every deployment by its name, and the key of their administrator.
     pub fn described(&self) -> Value {
         let mut urls = serde_json::Map::from_iter([("shared".to_owned(), Value::from(self.url()))]);
-        urls.extend(OWN.iter().zip(self.own).map(|(org, port)| ((*org).into(), format!("http://127.0.0.1:{port}").into())));
+        urls.extend(
+            OWN.iter().zip(self.own).map(|(org, port)| ((*org).into(), format!("http://127.0.0.1:{port}").into())),
+        );
         json!({"deployments": urls, "admin_key": self.key.expose()})
     }
 
@@ -138,7 +140,9 @@ impl Plan {
                 "applicationID": audience, "algorithm": "ES256",
             });
             let key = self.key.expose();
-            Ok(json!({"name": tenant.org, "port": port, "origin": origin, "adminKey": key, "chunkBytes": CHUNK_BYTES, "auth": auth}))
+            Ok(
+                json!({"name": tenant.org, "port": port, "origin": origin, "adminKey": key, "chunkBytes": CHUNK_BYTES, "auth": auth}),
+            )
         };
         let mut deployments = vec![deployment("shared", public_url.into(), self.shared)?];
         for (org, port) in OWN.into_iter().zip(self.own) {
@@ -179,7 +183,8 @@ fn installed() -> Option<PathBuf> {
     let (program, here) = (std::env::current_exe().ok(), std::env::current_dir().ok());
     let starts: Vec<PathBuf> = [program, here].into_iter().flatten().collect();
     let mut caches = starts.iter().flat_map(|start| start.ancestors()).map(|folder| folder.join(CACHE));
-    let found = caches.find(|cache| fs::read_to_string(cache.join("package.json")).is_ok_and(|text| text == FILES[0].1))?;
+    let found =
+        caches.find(|cache| fs::read_to_string(cache.join("package.json")).is_ok_and(|text| text == FILES[0].1))?;
     let packages = found.join("node_modules");
     packages.join("convex-test").exists().then_some(packages)
 }
@@ -226,7 +231,11 @@ impl Server {
             let deadline = Instant::now() + PATIENCE;
             while Instant::now() < deadline {
                 if self.ended() {
-                    return if signal == Signal::TERM { Ok(()) } else { Err("the Convex double had to be killed".into()) };
+                    return if signal == Signal::TERM {
+                        Ok(())
+                    } else {
+                        Err("the Convex double had to be killed".into())
+                    };
                 }
                 std::thread::sleep(LOOK);
             }

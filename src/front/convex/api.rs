@@ -183,10 +183,8 @@ impl Server {
                 Err(refusal) => return Err(refusal),
             }
         }
-        let open = matches!(
-            endpoint,
-            Endpoint::HttpAction | Endpoint::Upload | Endpoint::Download | Endpoint::Timestamp
-        );
+        let open =
+            matches!(endpoint, Endpoint::HttpAction | Endpoint::Upload | Endpoint::Download | Endpoint::Timestamp);
         match host_org {
             Some(org) if open => {
                 // A token that is none here is not shown to the application either: it may be one elsewhere.
@@ -365,7 +363,8 @@ impl Own<'_> {
             .iter()
             .map(|at| Ok(self.call(&text[at.clone()])?.map_or(Cow::Borrowed(&text[at.clone()]), Cow::Owned)))
             .collect::<Result<_, Refusal>>()?;
-        let body = self.name.map(|_| rewrite::replace(text, &queries, &rewrite::array(rewritten.iter().map(AsRef::as_ref))));
+        let body =
+            self.name.map(|_| rewrite::replace(text, &queries, &rewrite::array(rewritten.iter().map(AsRef::as_ref))));
         Ok((body, calls.len() as u64))
     }
 }
@@ -494,7 +493,9 @@ mod tests {
         assert_eq!(units, 2);
         assert_eq!(
             body.as_deref(),
-            Some(r#"{"queries":[{"path":"a:b","args":[{"orgId":"acme"}]},{"args":{"orgId":"acme"},"path":"a:c"}],"x":1}"#)
+            Some(
+                r#"{"queries":[{"path":"a:b","args":[{"orgId":"acme"}]},{"args":{"orgId":"acme"},"path":"a:c"}],"x":1}"#
+            )
         );
         for bad in [r#"{"queries":[{"path":"a","args":[{}],"componentPath":"c"}]}"#, r#"{"queries":1}"#, "{}", "[]"] {
             assert!(SHARED.batch(bad).is_err() && OWN.batch(bad).is_err(), "{bad}");
@@ -511,7 +512,9 @@ mod tests {
 
     #[test]
     fn only_what_is_no_token_is_an_applications_own() {
-        for (value, token) in [("Bearer a.b.c", true), ("Bearer dyk_abc", true), ("Basic eDp5", false), ("Bearer whsec_x", false)] {
+        for (value, token) in
+            [("Bearer a.b.c", true), ("Bearer dyk_abc", true), ("Basic eDp5", false), ("Bearer whsec_x", false)]
+        {
             assert_eq!(looks_like_a_token(&HeaderValue::from_static(value)), token, "{value}");
         }
     }

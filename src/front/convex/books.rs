@@ -231,7 +231,10 @@ mod tests {
         let due = books.due().expect("known");
         assert_eq!(due.len(), 2);
         assert!(matches!(server(&due[0]), Ok(Server::Response { request: 1, success: false, .. })));
-        assert!(due[1].contains(r#""type":"QueryFailed","queryId":7"#) && due[1].contains(r#""querySet":2"#), "{due:?}");
+        assert!(
+            due[1].contains(r#""type":"QueryFailed","queryId":7"#) && due[1].contains(r#""querySet":2"#),
+            "{due:?}"
+        );
         assert!(books.due().expect("known").is_empty());
     }
 

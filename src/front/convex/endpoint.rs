@@ -80,15 +80,8 @@ pub fn find(method: &Method, path: &str) -> Found {
 }
 
 /// Methods that an HTTP action may have.
-const ACTION_METHODS: [Method; 7] = [
-    Method::GET,
-    Method::HEAD,
-    Method::POST,
-    Method::PUT,
-    Method::PATCH,
-    Method::DELETE,
-    Method::OPTIONS,
-];
+const ACTION_METHODS: [Method; 7] =
+    [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::OPTIONS];
 
 /// `/api/storage/{uuid}`.
 fn is_file(path: &str) -> bool {
@@ -107,10 +100,13 @@ fn is_run(path: &str) -> bool {
 
 /// `/api/sync`, `/api/{version}/sync`.
 fn is_sync(path: &str) -> bool {
-    let version = |text: &str| text.len() <= 32 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b".-+".contains(&b));
+    let version =
+        |text: &str| text.len() <= 32 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b".-+".contains(&b));
     match path.strip_prefix("/api/").and_then(|rest| rest.strip_suffix("sync")) {
         Some("") => true,
-        Some(rest) => rest.strip_suffix('/').is_some_and(|text| !text.is_empty() && !text.contains("..") && version(text)),
+        Some(rest) => {
+            rest.strip_suffix('/').is_some_and(|text| !text.is_empty() && !text.contains("..") && version(text))
+        }
         None => false,
     }
 }

@@ -58,12 +58,7 @@ pub struct Server {
 impl Server {
     /// A front that admits through `gate` and sends on to `upstream`'s deployments.
     pub fn new(gate: Arc<Gate>, upstream: Arc<Upstream>) -> Arc<Self> {
-        Arc::new(Self {
-            gate,
-            upstream,
-            sessions: Arc::default(),
-            strangers: Arc::new(Semaphore::new(STRANGERS_MAX)),
-        })
+        Arc::new(Self { gate, upstream, sessions: Arc::default(), strangers: Arc::new(Semaphore::new(STRANGERS_MAX)) })
     }
 
     /// Answers one request. A sync socket goes on in a task that keeps `client`.

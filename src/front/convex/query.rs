@@ -57,11 +57,15 @@ mod tests {
         for text in ["adminKey=x", "a=1&adminKey=x", "%61dminKey=x", "admin%4Bey", "&&adminKey"] {
             assert!(pairs(text).any(|(key, _)| key == "adminKey"), "{text}");
         }
-        let read: Vec<_> = pairs("a=%7B%22b%22%3A+1%7D&c=%ff%zz&d").map(|(k, v)| (k.into_owned(), v.into_owned())).collect();
+        let read: Vec<_> =
+            pairs("a=%7B%22b%22%3A+1%7D&c=%ff%zz&d").map(|(k, v)| (k.into_owned(), v.into_owned())).collect();
         assert_eq!(read[0], ("a".into(), r#"{"b": 1}"#.into()));
         assert_eq!(read[1], ("c".into(), "\u{fffd}%zz".into()));
         assert_eq!(read[2], ("d".into(), String::new()));
         let hard = "{\"a\":\"é&=%+ \"}";
-        assert_eq!(pairs(&format!("x={}", encode(hard))).next().map(|(_, value)| value.into_owned()).as_deref(), Some(hard));
+        assert_eq!(
+            pairs(&format!("x={}", encode(hard))).next().map(|(_, value)| value.into_owned()).as_deref(),
+            Some(hard)
+        );
     }
 }

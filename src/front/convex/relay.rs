@@ -177,11 +177,9 @@ impl Relay {
         }
         let refusal = Session::farewell(stop);
         Err(match stop {
-            Stop::Expired | Stop::Revoked => Ended::Auth {
-                base: self.books.relayed().identity,
-                attempted: false,
-                message: words(&refusal).message,
-            },
+            Stop::Expired | Stop::Revoked => {
+                Ended::Auth { base: self.books.relayed().identity, attempted: false, message: words(&refusal).message }
+            }
             Stop::Shed => Ended::again("TooManyConcurrentRequests: the tier allows fewer connections now"),
             Stop::Suspended | Stop::Draining => Ended::refused(&refusal),
         })
@@ -336,7 +334,9 @@ impl Relay {
         let mut touched = false;
         for modification in modifications {
             match modification {
-                Modification::Remove { query, all } if self.books.unsubscribe(*query) => kept.push(text[all.clone()].into()),
+                Modification::Remove { query, all } if self.books.unsubscribe(*query) => {
+                    kept.push(text[all.clone()].into())
+                }
                 Modification::Remove { query, .. } => told.push(Told::Ended(*query)),
                 Modification::Add { query, component, args, all } => {
                     match self.subscription(text, *component, args, all, returning) {

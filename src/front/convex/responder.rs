@@ -41,10 +41,9 @@ impl Responder {
                 });
                 vec![write::transition(&start, &self.version, outcomes)]
             }
-            Client::Call { kind, request, .. } => vec![
-                write::failed(*kind, *request, &self.words.message, &data),
-                write::transition(&start, &start, []),
-            ],
+            Client::Call { kind, request, .. } => {
+                vec![write::failed(*kind, *request, &self.words.message, &data), write::transition(&start, &start, [])]
+            }
         }
     }
 }

@@ -58,7 +58,9 @@ impl Config {
         if let Some(url) = &self.url {
             let holds = url.contains("{org}");
             match self.isolation {
-                Sharing::Own if !holds => faults.push(("url", "needs {org} in it with isolation = \"deployment\"".into())),
+                Sharing::Own if !holds => {
+                    faults.push(("url", "needs {org} in it with isolation = \"deployment\"".into()))
+                }
                 Sharing::Shared if holds => {
                     faults.push(("url", "names {org}, which needs isolation = \"deployment\"".into()));
                 }

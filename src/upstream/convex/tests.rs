@@ -42,7 +42,8 @@ fn two_tenants_with_deployments_of_their_own_never_share_an_audience() {
 
 #[test]
 fn an_address_with_the_organisation_in_it_is_each_ones_own() {
-    let upstream = upstream(Config { url: Some("http://convex-{org}:3210".into()), isolation: Sharing::Own, ..shared() });
+    let upstream =
+        upstream(Config { url: Some("http://convex-{org}:3210".into()), isolation: Sharing::Own, ..shared() });
     let deployment = upstream.deployment(&tenant("acme")).expect("there");
     assert_eq!(deployment.origin.to_string(), "http://convex-acme:3210");
     assert_eq!(deployment.org_argument, None);
@@ -65,7 +66,8 @@ fn a_token_says_what_was_verified_and_nothing_that_the_caller_could_choose() {
     let tenant = tenant("acme");
     let deployment = upstream.deployment(&tenant).expect("there");
     let encode = data_encoding::BASE64URL_NOPAD;
-    let theirs = r#"{"sub":"u","email":"a@b","org_id":"globex","iss":"evil","aud":"x","user_metadata":{"org_id":"globex"}}"#;
+    let theirs =
+        r#"{"sub":"u","email":"a@b","org_id":"globex","iss":"evil","aud":"x","user_metadata":{"org_id":"globex"}}"#;
     let credential = format!("h.{}.s", encode.encode(theirs.as_bytes()));
     let claims = Claims { subject: "user-1", org: &tenant.org, credential: credential.as_bytes() };
     let ends = SystemTime::UNIX_EPOCH + Duration::from_secs(4_000_000_000);

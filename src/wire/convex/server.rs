@@ -36,11 +36,9 @@ pub fn server(text: &str) -> Result<Server<'_>, Error> {
     let missing = fault("a deployment's message without its fields");
     Ok(match kind.ok_or(missing)? {
         "Transition" => Server::Transition { end: end.ok_or(missing)? },
-        "TransitionChunk" => Server::Chunk {
-            text: chunk.ok_or(missing)?,
-            part: part.ok_or(missing)?,
-            total: total.ok_or(missing)?,
-        },
+        "TransitionChunk" => {
+            Server::Chunk { text: chunk.ok_or(missing)?, part: part.ok_or(missing)?, total: total.ok_or(missing)? }
+        }
         kind @ ("MutationResponse" | "ActionResponse") => Server::Response {
             kind: if kind == "MutationResponse" { Kind::Mutation } else { Kind::Action },
             request: request.ok_or(missing)?,
@@ -64,11 +62,7 @@ fn version(cursor: &mut Cursor<'_>) -> Result<Version, Error> {
         Ok(true)
     })?;
     let missing = fault("a version without its fields");
-    Ok(Version {
-        query_set: query_set.ok_or(missing)?,
-        identity: identity.ok_or(missing)?,
-        ts: ts.ok_or(missing)?,
-    })
+    Ok(Version { query_set: query_set.ok_or(missing)?, identity: identity.ok_or(missing)?, ts: ts.ok_or(missing)? })
 }
 
 /// The beginning of a transition that comes in chunks, as far as it is needed to see the version at its end.

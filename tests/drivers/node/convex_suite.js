@@ -23,12 +23,13 @@ const big = ref('messages:big');
 const channel = () => `c${crypto.randomUUID()}`;
 
 // A token of the development issuer, with whatever claims.
-function token(org, { seconds = 3600, subject = 'js' } = {}) {
+const USER = '8dc8a8bb-13ec-48d9-a321-785d7178358a';
+function token(org, { seconds = 3600, subject = USER } = {}) {
   const toml = fs.readFileSync(path.join(home, 'dynabase.toml'), 'utf8');
   const [, secret] = /^hs256_secret = "(.*)"$/m.exec(toml);
   const [, issuer] = /^issuer = "(.*)"$/m.exec(toml);
   const now = Math.floor(Date.now() / 1000);
-  const claims = { iss: issuer, aud: 'authenticated', sub: subject, role: 'authenticated', email: `${subject}@${org}.example`, iat: now, exp: now + seconds, org_id: org };
+  const claims = { iss: issuer, aud: 'authenticated', sub: subject, session_id: USER, role: 'authenticated', email: `${subject}@${org}.example`, iat: now, exp: now + seconds, org_id: org };
   const part = (value) => Buffer.from(JSON.stringify(value)).toString('base64url');
   const signed = `${part({ alg: 'HS256', typ: 'JWT' })}.${part(claims)}`;
   return `${signed}.${crypto.createHmac('sha256', secret).update(signed).digest('base64url')}`;
@@ -147,7 +148,8 @@ const cases = {
       const [seenA, seenB] = [watch(a, list, { channel: c }), watch(b, list, { channel: c })];
       await until('both', () => seenA.last() && seenB.last());
       const [beforeA, beforeB] = [seenA.last().length, seenB.last().length];
-      await a.mutation(send, { channel: c, body: `${one} says`, orgId: other });
+      // Where the deployment is shared, the argument is ours; on one's own it is the application's.
+      await a.mutation(send, { channel: c, body: `${one} says`, ...(one === 'initech' ? { orgId: other } : {}) });
       await until('its own', () => seenA.last().length === beforeA + 1);
       // A write of B's own comes after whatever A's could have caused.
       await b.mutation(send, { channel: c, body: `${other} says` });
@@ -352,13 +354,14 @@ const cases = {
   async a_token_is_renewed_and_its_end_is_told() {
     const org = await organisation();
     let fetched = 0;
+    const users = Array.from({ length: 5 }, () => crypto.randomUUID());
     const states = [];
     const client = new ConvexClient(base, { ...quiet, expectAuth: true });
     open.push(client);
-    client.setAuth(async () => ((fetched += 1), token(org, { seconds: 3600, subject: `u${fetched}` })), (state) => states.push(state));
+    client.setAuth(async () => ((fetched += 1), token(org, { seconds: 3600, subject: users[fetched - 1] })), (state) => states.push(state));
     const seen = watch(client, ref('messages:whoami'), {});
-    await until('the fresh token', () => fetched >= 2 && seen.last()?.subject === 'u2');
-    assert.deepEqual(states, [true]);
+    await until('the fresh token', () => fetched >= 2 && seen.last()?.subject === users[1]);
+    assert.ok(states.length > 0 && states.every(Boolean), `${states}`);
     // Expired beyond the leeway: nobody's.
     const got = await raw([connect(), authenticate(token(org, { seconds: -60 }))]);
     await until('the answer', () => got.closed);
@@ -484,7 +487,7 @@ const cases = {
     // Node's fetch takes no Host of ours; a raw request does.
     const ask = (method, path, headers = {}, body) => new Promise((resolve, reject) => {
       const url = new URL(base);
-      const request = require('node:http').request({ host: url.hostname, port: url.port, method, path, headers }, (response) => {
+      const request = require('node:http').request({ host: url.hostname, port: url.port, method, path, headers, agent: false }, (response) => {
         const parts = [];
         response.on('data', (part) => parts.push(part)).on('end', () => resolve({ status: response.statusCode, headers: response.headers, text: Buffer.concat(parts).toString() }));
       });
@@ -508,8 +511,8 @@ const cases = {
     assert.equal(large.status, 413);
     const hello = await ask('GET', '/http/hello', { host, 'x-forwarded-for': '6.6.6.6' });
     assert.deepEqual(JSON.parse(hello.text), { hello: 'anonymous', address: '127.0.0.1' });
-    const known = await ask('GET', '/http/hello', { host, authorization: `Bearer ${token('acme', { subject: 'ann' })}` });
-    assert.equal(JSON.parse(known.text).hello, 'ann');
+    const known = await ask('GET', '/http/hello', { host, authorization: `Bearer ${token('acme')}` });
+    assert.equal(JSON.parse(known.text).hello, USER);
     assert.equal((await ask('GET', '/http/hello', { host, authorization: `Bearer ${demo('globex')}` })).status, 401);
     assert.equal((await ask('POST', '/api/query', { host, authorization: `Bearer ${demo('globex')}` }, '{}')).status, 401);
     const preflight = await ask('OPTIONS', '/api/mutation', { host, origin: 'http://page', 'access-control-request-headers': 'authorization' });
