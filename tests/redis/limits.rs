@@ -239,3 +239,15 @@ async fn rates_and_sockets() {
     // A token can be renewed at the cap.
     assert_eq!(client.run(&["AUTH", &house.token("acme")]).await, "+OK");
 }
+
+/// The first command on a new connection waits for a measurement: the connection must not end meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenants_first_command_may_be_one_that_is_refused() {
+    let house = House::start().await;
+    for org in ["acme", "globex", "initech"] {
+        let mut client = house.client(org).await;
+        let reply = client.line("SETBIT k 4294967295 1").await;
+        assert!(reply.starts_with("-OOM "), "{reply}");
+        assert_eq!(client.line("BITCOUNT k").await, ":0");
+    }
+}

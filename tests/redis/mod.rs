@@ -2,7 +2,9 @@
 
 mod basic;
 mod differential;
+mod drivers;
 mod limits;
 mod scripts;
 mod support;
 mod table;
+mod tracking;

@@ -13,7 +13,7 @@ use std::{
 use dynabase::{
     front::redis::{Config, Server, commands},
     identity::{self, Secret, Verifier, mint},
-    net::{ClientTls, Conn, Drain, Peer, Raw, Stream, TlsMode},
+    net::{ClientTls, Conn, Drain, Peer, Raw, ServerTls, Stream, TlsMode},
     quota::Table,
     session::Gate,
     tenant::{
@@ -31,38 +31,49 @@ use tokio::{
 };
 
 const SECRET: &str = "a secret of at least thirty-two bytes, for tests";
-const PLATFORM: &str = "platform-password";
+pub const PLATFORM: &str = "platform-password";
 
 pub struct Redis {
     child: Child,
     pub port: u16,
-    folder: tempfile::TempDir,
+    pub folder: tempfile::TempDir,
+    options: Vec<String>,
+}
+
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port()
 }
 
 impl Redis {
     /// Starts a server; `password` is asked of `default` if it is not empty.
     pub async fn start(password: &str) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
-        let child = Self::spawn(port, folder.path(), password).await;
-        Self { child, port, folder }
+        let mut options = vec!["--databases", "4096"];
+        if !password.is_empty() {
+            options.extend(["--requirepass", password]);
+        }
+        Self::with(tempfile::tempdir().expect("a folder"), free_port(), &options).await
+    }
+
+    /// Starts one with these options.
+    pub async fn with(folder: tempfile::TempDir, port: u16, options: &[&str]) -> Self {
+        let options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
+        let child = Self::spawn(port, folder.path(), &options).await;
+        Self { child, port, folder, options }
     }
 
     /// Starts it once more, empty, after [`Self::kill`].
     pub async fn start_again(&mut self) {
-        self.child = Self::spawn(self.port, self.folder.path(), PLATFORM).await;
+        self.child = Self::spawn(self.port, self.folder.path(), &self.options).await;
     }
 
-    async fn spawn(port: u16, folder: &std::path::Path, password: &str) -> Child {
+    async fn spawn(port: u16, folder: &std::path::Path, options: &[String]) -> Child {
         let mut command = Command::new("redis-server");
         command
-            .args(["--port", &port.to_string(), "--databases", "4096", "--save", "", "--appendonly", "no"])
+            .args(["--port", &port.to_string(), "--save", "", "--appendonly", "no"])
             .args(["--bind", "127.0.0.1", "--dir"])
             .arg(folder)
+            .args(options)
             .stdout(Stdio::null());
-        if !password.is_empty() {
-            command.args(["--requirepass", password]);
-        }
         let child = command.spawn().expect("redis-server is installed");
         while TcpStream::connect(("127.0.0.1", port)).await.is_err() {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -88,6 +99,7 @@ pub struct House {
     pub table: Arc<Table>,
     tenants: HashMap<String, Arc<Tenant>>,
     tiers: String,
+    target: Target,
 }
 
 pub fn tenant(org: &str, tier: Tier, epoch: u64) -> Tenant {
@@ -107,7 +119,22 @@ pub fn names() -> Names {
     Names::new(RootSecret::new(&[7; 32]).expect("32 bytes"), NameStyle::Plain)
 }
 
-async fn front(redis: u16, tenants: &HashMap<String, Arc<Tenant>>, tiers: &str) -> (u16, Arc<Table>) {
+/// The way to a server on this machine.
+pub fn target(port: u16) -> Target {
+    Target {
+        address: format!("127.0.0.1:{port}"),
+        tls: ClientTls::new(TlsMode::Disable, None).expect("no TLS"),
+        user: None,
+        password: Some(Password::new(PLATFORM)),
+    }
+}
+
+async fn front(
+    target: Target,
+    tls: Option<Arc<ServerTls>>,
+    tenants: &HashMap<String, Arc<Tenant>>,
+    tiers: &str,
+) -> (u16, Arc<Table>) {
     let (directory, mut asks) = Directory::new();
     let known = tenants.clone();
     tokio::spawn(async move {
@@ -129,14 +156,8 @@ async fn front(redis: u16, tenants: &HashMap<String, Arc<Tenant>>, tiers: &str) 
     let ticking = Arc::clone(&table);
     tokio::spawn(async move { ticking.run_ticker().await });
     let gate = Arc::new(Gate::new(verifier, Arc::clone(&table), Arc::new(Meters::default()), false));
-    let target = Target {
-        address: format!("127.0.0.1:{}", redis),
-        tls: ClientTls::new(TlsMode::Disable, None).expect("no TLS"),
-        user: None,
-        password: Some(Password::new(PLATFORM)),
-    };
     let upstream = Upstream::new(target, names(), commands::for_acl());
-    let server = Server::new(gate, upstream, None, Config::default(), Drain::new());
+    let server = Server::new(gate, upstream, tls, Config::default(), Drain::new());
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let port = listener.local_addr().expect("bound").port();
     tokio::spawn(async move {
@@ -163,6 +184,12 @@ impl House {
 
     pub async fn with_tiers(tiers: &str) -> Self {
         let redis = Redis::start(PLATFORM).await;
+        let target = target(redis.port);
+        Self::before(redis, target, None, tiers).await
+    }
+
+    /// A front before a server that was started in some other way.
+    pub async fn before(redis: Redis, target: Target, tls: Option<Arc<ServerTls>>, tiers: &str) -> Self {
         let tenants: HashMap<String, Arc<Tenant>> = [
             ("acme", Tier::Free),
             ("globex", Tier::Starter),
@@ -173,13 +200,13 @@ impl House {
         .into_iter()
         .map(|(org, tier)| (org.to_owned(), Arc::new(tenant(org, tier, 1))))
         .collect();
-        let (port, table) = front(redis.port, &tenants, tiers).await;
-        Self { redis, port, table, tenants, tiers: tiers.to_owned() }
+        let (port, table) = front(target.clone(), tls, &tenants, tiers).await;
+        Self { redis, port, table, tenants, tiers: tiers.to_owned(), target }
     }
 
     /// Another dynabase process before the same server: its port.
     pub async fn second_front(&self) -> u16 {
-        front(self.redis.port, &self.tenants, &self.tiers).await.0
+        front(self.target.clone(), None, &self.tenants, &self.tiers).await.0
     }
 
     pub fn token(&self, org: &str) -> String {

@@ -21,7 +21,7 @@ use std::{
 use hashbrown::HashSet;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{Server, commands::Row, keys::Found, refuse, registry::Card};
+use super::{Server, commands::Row, keys::Found, refuse, registry::Card, tracking::Tracking};
 use crate::{
     net::{Peer, Stream, limit::Unauthenticated},
     quota::{Permit, Slot, clock},
@@ -186,6 +186,7 @@ pub struct Client {
     pub(super) subscriber: Option<Own>,
     pub(super) subscriptions: Subscriptions,
     pub(super) watching: bool,
+    pub(super) tracking: Option<Tracking>,
     pub(super) queue: Option<Queue>,
     pub(super) replies: Replies,
     /// The upstream could not be reached just now: commands of this burst get this instead.
@@ -238,6 +239,7 @@ impl Client {
             subscriber: None,
             subscriptions: Subscriptions::default(),
             watching: false,
+            tracking: None,
             queue: None,
             replies: Replies::On,
             down: None,
@@ -521,7 +523,12 @@ impl Client {
     /// Takes as many commands of `bytes` as it can; gives how many bytes are done with.
     fn process(&mut self, bytes: &[u8]) -> (usize, Step) {
         // A connection of our own that holds no state any more goes back as soon as nothing is outstanding.
-        if self.own.is_some() && !self.watching && self.queue.is_none() && self.outbox.lock().unanswered == 0 {
+        if self.own.is_some()
+            && !self.watching
+            && self.tracking.is_none()
+            && self.queue.is_none()
+            && self.outbox.lock().unanswered == 0
+        {
             self.release();
         }
         let link = self.current();

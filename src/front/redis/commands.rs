@@ -199,7 +199,20 @@ pub fn find(name: &[u8], sub: Option<&[u8]>) -> Option<&'static Row> {
 
 /// What a tenant's ACL user may run: what we forward for it, and nothing that an ACL can't confine to its keys.
 pub fn for_acl() -> Vec<&'static str> {
-    let own = ["ping", "echo", "time", "multi", "exec", "discard", "watch", "unwatch", "script|load", "script|exists"];
+    let own = [
+        "ping",
+        "echo",
+        "time",
+        "multi",
+        "exec",
+        "discard",
+        "watch",
+        "unwatch",
+        "script|load",
+        "script|exists",
+        // Tracking is switched on before a connection becomes the tenant's; this only says yes or no to one command.
+        "client|caching",
+    ];
     ROWS.iter()
         .filter(|row| {
             matches!(
@@ -258,7 +271,7 @@ pub static ROWS: &[Row] = &[
     row("bzpopmax", -3, AllButLast, Block, WRITE, Made::None, Shape::First),
     row("bzpopmin", -3, AllButLast, Block, WRITE, Made::None, Shape::First),
     row("client", -2, Nowhere, Container, 0, Made::None, Shape::Raw),
-    row("client|caching", 3, Nowhere, Refuse, 0, Made::None, Shape::Raw),
+    row("client|caching", 3, Nowhere, Local, 0, Made::None, Shape::Raw),
     row("client|capa", -3, Nowhere, Local, 0, Made::None, Shape::Raw),
     row("client|getname", 2, Nowhere, Local, 0, Made::None, Shape::Raw),
     row("client|getredir", 2, Nowhere, Local, 0, Made::None, Shape::Raw),
@@ -274,8 +287,8 @@ pub static ROWS: &[Row] = &[
     row("client|reply", 3, Nowhere, Local, 0, Made::None, Shape::Raw),
     row("client|setinfo", 4, Nowhere, Local, 0, Made::None, Shape::Raw),
     row("client|setname", 3, Nowhere, Local, 0, Made::None, Shape::Raw),
-    row("client|tracking", -3, Nowhere, Refuse, 0, Made::None, Shape::Raw),
-    row("client|trackinginfo", 2, Nowhere, Refuse, 0, Made::None, Shape::Raw),
+    row("client|tracking", -3, Nowhere, Local, 0, Made::None, Shape::Raw),
+    row("client|trackinginfo", 2, Nowhere, Local, 0, Made::None, Shape::Raw),
     row("client|unblock", -3, Nowhere, Refuse, 0, Made::None, Shape::Raw),
     row("client|unpause", 2, Nowhere, Refuse, 0, Made::None, Shape::Raw),
     row("cluster", -2, Nowhere, Container, 0, Made::None, Shape::Raw),
@@ -546,7 +559,7 @@ pub static ROWS: &[Row] = &[
     row("sunion", -2, All, Forward, 0, Made::None, Shape::Raw),
     row("sunionstore", -3, All, Forward, WRITE | GROW, Made::First, Shape::Raw),
     row("sunsubscribe", -1, Nowhere, Subscribe, 0, Made::None, Shape::Raw),
-    row("swapdb", 3, Nowhere, Refuse, WRITE, Made::None, Shape::Raw),
+    row("swapdb", 3, Nowhere, Service, WRITE, Made::None, Shape::Raw),
     row("sync", 1, Nowhere, Refuse, 0, Made::None, Shape::Raw),
     row("time", 1, Nowhere, Local, 0, Made::None, Shape::Raw),
     row("touch", -2, All, Forward, 0, Made::None, Shape::Raw),

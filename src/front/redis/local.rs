@@ -108,7 +108,7 @@ impl Client {
                 out.extend_from_slice(b"+OK\r\n");
             }
             "client|no-evict" | "client|no-touch" | "client|capa" => out.extend_from_slice(b"+OK\r\n"),
-            "client|getredir" => put_integer(&mut out, -1),
+            "client|getredir" => put_integer(&mut out, self.redirect()),
             "client|info" => put_bulk(&mut out, card.line().as_bytes()),
             "client|list" => {
                 let wanted: Vec<i64> = match words.get(2) {
@@ -269,7 +269,7 @@ impl Client {
             ("maxclients", limits.client_sockets.to_string()),
             ("maxmemory", limits.memory.to_string()),
             ("maxmemory-policy", "noeviction".to_owned()),
-            ("notify-keyspace-events", String::new()),
+            ("notify-keyspace-events", self.server.upstream.notifications().to_owned()),
             ("port", "6379".to_owned()),
             ("proto-max-bulk-len", "536870912".to_owned()),
             ("save", String::new()),

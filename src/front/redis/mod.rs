@@ -2,8 +2,8 @@
 //!
 //! [`Server::serve`] is one client from its first byte to its last: `client` holds the conversation, `commands` says
 //! what becomes of each command, `keys` where its keys stand, `request` writes it on with the tenant's prefix and
-//! limits (`rewrite` moves the bytes), `slow` does what needs more than that (logging in, blocking, subscribing), `local` answers what the
-//! server must not be asked.
+//! limits (`rewrite` moves the bytes), `slow` does what needs more than that (logging in, blocking; `subscribe`,
+//! `tracking` and `service` are parts of it), `local` answers what the server must not be asked.
 
 mod client;
 pub mod commands;
@@ -17,6 +17,8 @@ pub mod rewrite;
 mod script;
 mod service;
 mod slow;
+mod subscribe;
+mod tracking;
 
 use std::sync::{Arc, atomic::AtomicUsize};
 

@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering},
 };
 
 use dashmap::DashMap;
@@ -30,6 +30,8 @@ pub struct Card {
     pub patterns: AtomicU32,
     /// Its channel subscriptions.
     pub channels: AtomicU32,
+    /// The server's id of the connection that brings its messages; 0 is none.
+    pub subscriber: AtomicI64,
     /// When it last sent something, in coarse milliseconds.
     pub seen_ms: AtomicU64,
     /// Somebody of its tenant killed it.

@@ -1,5 +1,5 @@
 //! Commands that an ACL can't confine to a tenant, run by the platform's user with every name inside the prefix:
-//! PUBSUB, SORT that follows patterns, COPY, MOVE, FLUSHALL.
+//! PUBSUB, SORT that follows patterns, COPY, MOVE, SWAPDB, FLUSHALL.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -16,6 +16,9 @@ use crate::{
     },
     wire::resp::{Arg, put_array, put_bulk, put_bulk_joined, put_head, put_request, put_status},
 };
+
+/// Keys of both databases that SWAPDB renames: some ten milliseconds of the server's time.
+const SWAP_MAX_KEYS: u64 = 10_000;
 
 impl Client {
     /// PUBSUB, and SORT that follows patterns: every name inside the prefix, run by the platform's user, whom no key
@@ -158,6 +161,51 @@ impl Client {
         put_request(&mut request, &words.iter().map(Vec::as_slice).collect::<Vec<_>>());
         self.relay(source.index, &request, Shape::Raw, &source.prefix.clone()).await;
         target.ledger.done(1);
+    }
+
+    /// SWAPDB between two of the tenant's databases: every key is renamed into the other's prefix and the databases
+    /// change places, in one script, so that nobody sees it half done.
+    pub(super) async fn swap(&mut self, held: &Held) {
+        let mut databases = Vec::new();
+        for (arg, which) in held.args[1..].iter().zip(["first", "second"]) {
+            let Some(number) = keys::number(arg.of(&held.bytes)) else {
+                return self.fail(&format!("ERR invalid {which} DB index"));
+            };
+            let Some(tenancy) = &self.tenancy else { return };
+            match u32::try_from(number) {
+                Ok(number) if number < DATABASES => match tenancy.place.open(number).await {
+                    Ok(database) => databases.push(database),
+                    Err(_) => return self.refuse(&Refusal::UpstreamDown),
+                },
+                _ => return self.fail("ERR DB index is out of range"),
+            }
+        }
+        let [one, two] = &databases[..] else { return };
+        if one.number == two.number {
+            return self.say(b"+OK\r\n");
+        }
+        let script = "local n=0 for i=1,2 do redis.call('SELECT',ARGV[i]) n=n+redis.call('DBSIZE') end \
+             if n>tonumber(ARGV[5]) then return redis.error_reply(ARGV[6]) end \
+             for i=1,2 do redis.call('SELECT',ARGV[i]) \
+             for _,k in ipairs(redis.call('KEYS','*')) do \
+             redis.call('RENAME',k,ARGV[5-i]..string.sub(k,#ARGV[i+2]+1)) end end \
+             redis.call('SWAPDB',ARGV[1],ARGV[2]) return redis.status_reply('OK')";
+        let words: Vec<Vec<u8>> = vec![
+            b"EVAL".to_vec(),
+            script.into(),
+            b"0".to_vec(),
+            one.index.to_string().into(),
+            two.index.to_string().into(),
+            one.prefix.to_vec(),
+            two.prefix.to_vec(),
+            SWAP_MAX_KEYS.to_string().into(),
+            format!("ERR SWAPDB is for databases of at most {SWAP_MAX_KEYS} keys together").into(),
+        ];
+        let mut request = Vec::new();
+        put_request(&mut request, &words.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        self.relay(0, &request, Shape::Raw, &one.prefix).await;
+        self.count().await;
+        self.counted = false;
     }
 
     /// Empties all of the tenant's logical databases, and nothing else.

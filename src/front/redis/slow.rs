@@ -1,10 +1,10 @@
 //! Commands that need more than a look at the table: logging in, other databases, connections of one's own. All
 //! earlier commands are answered when one of these runs, and no later one is taken before it is done.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
 use super::{
-    client::{Client, Held, Own, Replies, Step, Subscriptions, Tenancy},
+    client::{Client, Held, Own, Replies, Step, Tenancy},
     commands::Policy,
     keys,
     refuse::{self, After},
@@ -16,12 +16,9 @@ use crate::{
     refusal::{Limit, Over, Refusal, TokenFault},
     session::Session,
     tenant::{DEFAULT_NAME, Protocol},
-    upstream::redis::{DATABASES, Version, link::How},
-    wire::resp::{put_array, put_bulk, put_bulk_joined, put_error, put_head, put_integer},
+    upstream::redis::{DATABASES, Version},
+    wire::resp::{put_array, put_bulk, put_error, put_head, put_integer},
 };
-
-/// Most names that one client listens to.
-const SUBSCRIPTIONS_MAX: usize = 10_000;
 
 impl Client {
     /// Runs a held command; nothing is outstanding.
@@ -38,6 +35,9 @@ impl Client {
             }
             (_, "reset") => self.reset(),
             (_, "select") => self.select(&held).await,
+            (_, "client|tracking") => self.track(&held).await,
+            (_, "client|caching") => self.caching(&held),
+            (_, "client|trackinginfo") => self.tracking_info(),
             (Policy::Block | Policy::Watch, _) => {
                 if self.acquire().await {
                     self.again(held).await;
@@ -48,6 +48,7 @@ impl Client {
             (Policy::Pubsub | Policy::Sort, _) => self.by_platform(&held).await,
             (Policy::Service, "copy") => self.copy(&held).await,
             (Policy::Service, "move") => self.move_key(&held).await,
+            (Policy::Service, "swapdb") => self.swap(&held).await,
             (Policy::Service, "flushall") => self.flush_all(&held).await,
             _ => self.answer(&held).await,
         }
@@ -114,6 +115,7 @@ impl Client {
             version: (self.version as u32).into(),
             patterns: 0.into(),
             channels: 0.into(),
+            subscriber: 0.into(),
             seen_ms: clock::now_ms().into(),
             killed: false.into(),
             outbox: Arc::clone(&self.outbox),
@@ -133,16 +135,12 @@ impl Client {
         if let Some(own) = self.own.take() {
             own.link.part();
         }
+        self.tracking = None;
         self.end_subscriptions();
         self.shared = None;
         self.watching = false;
         self.queue = None;
         self.replies = Replies::On;
-    }
-
-    fn end_subscriptions(&mut self) {
-        self.subscriptions = Subscriptions::default();
-        self.close_subscriber();
     }
 
     /// As Redis: nothing is left of the session, not even the login.
@@ -198,6 +196,9 @@ impl Client {
             if self.subscriptions.count() > 0 {
                 return self.fail("ERR the protocol can't be changed while subscribed");
             }
+            if self.tracking.is_some() {
+                return self.fail("ERR the protocol can't be changed while tracking is on");
+            }
             self.version = version;
             self.shared = None;
             self.release();
@@ -248,6 +249,9 @@ impl Client {
         if self.watching {
             return self.fail("ERR SELECT is not possible while keys are watched");
         }
+        if self.tracking.is_some() {
+            return self.fail("ERR SELECT is not possible while tracking is on");
+        }
         let Some(tenancy) = &mut self.tenancy else { return };
         match tenancy.place.open(number).await {
             Ok(database) => {
@@ -268,7 +272,7 @@ impl Client {
     }
 
     /// Takes a connection of our own if there is none; false when the refusal was said.
-    async fn acquire(&mut self) -> bool {
+    pub(super) async fn acquire(&mut self) -> bool {
         if self.own.is_some() {
             return true;
         }
@@ -291,7 +295,7 @@ impl Client {
         }
     }
 
-    fn no_connection(&self) -> Refusal {
+    pub(super) fn no_connection(&self) -> Refusal {
         let Some(tenancy) = &self.tenancy else { return Refusal::Internal };
         let slot = tenancy.session.slot();
         let policy = slot.policy();
@@ -324,107 +328,6 @@ impl Client {
         burst.end();
         self.request.reset();
         result
-    }
-
-    async fn subscribe(&mut self, held: &Held) {
-        let Some(tenancy) = &self.tenancy else { return };
-        let prefix = tenancy.place.space.channel_prefix();
-        let names: Vec<Box<[u8]>> = held.args[1..].iter().map(|arg| arg.of(&held.bytes).into()).collect();
-        let subscribes = matches!(held.row.name, "subscribe" | "psubscribe" | "ssubscribe");
-        if subscribes && self.subscriptions.count() + names.len() > SUBSCRIPTIONS_MAX {
-            return self.fail("ERR too many subscriptions");
-        }
-        if self.subscriber.is_none() {
-            if !subscribes {
-                return self.unsubscribed(held.row.name, &names);
-            }
-            let Some(permit) = tenancy.session.slot().connection(Protocol::Redis) else {
-                let refusal = self.no_connection();
-                return self.refuse(&refusal);
-            };
-            match tenancy.place.subscriber(self.version, &self.outbox).await {
-                Ok(link) => self.subscriber = Some(Own { link, version: self.version, _permit: permit }),
-                Err(error) => {
-                    tracing::warn!(%error, "no connection to Redis");
-                    return self.refuse(&Refusal::UpstreamDown);
-                }
-            }
-        }
-        self.change_subscriptions(held, &names, &prefix);
-        if self.drained().await && self.subscriptions.count() == 0 {
-            self.close_subscriber();
-        }
-    }
-
-    /// Sends a change on and remembers it.
-    fn change_subscriptions(&mut self, held: &Held, names: &[Box<[u8]>], prefix: &[u8]) {
-        let subscribes = matches!(held.row.name, "subscribe" | "psubscribe" | "ssubscribe");
-        let set = match held.row.name {
-            "subscribe" | "unsubscribe" => &mut self.subscriptions.channels,
-            "psubscribe" | "punsubscribe" => &mut self.subscriptions.patterns,
-            _ => &mut self.subscriptions.shards,
-        };
-        let confirmations = if names.is_empty() { set.len().max(1) } else { names.len() };
-        if subscribes {
-            set.extend(names.iter().cloned());
-        } else if names.is_empty() {
-            set.clear();
-        } else {
-            names.iter().for_each(|name| {
-                set.remove(name);
-            });
-        }
-        let (patterns, all) = (self.subscriptions.patterns.len(), self.subscriptions.count());
-        self.note(|card| &card.patterns, patterns);
-        self.note(|card| &card.channels, all - patterns);
-        let Some(own) = &self.subscriber else { return };
-        let Some(mut state) = own.link.lock() else { return self.outbox.lose() };
-        put_array(&mut state.out, held.args.len());
-        put_bulk(&mut state.out, held.row.name.as_bytes());
-        names.iter().for_each(|name| put_bulk_joined(&mut state.out, prefix, name));
-        state.expect(&self.outbox, confirmations, 0, How::Confirm);
-        self.outbox.lock().unanswered += confirmations;
-        drop(state);
-        own.link.wake();
-    }
-
-    /// Ends the subscriber's connection without losing the client.
-    fn close_subscriber(&mut self) {
-        if let Some(own) = self.subscriber.take() {
-            own.link.part();
-        }
-    }
-
-    /// The confirmations of an unsubscription from nothing.
-    fn unsubscribed(&mut self, kind: &str, names: &[Box<[u8]>]) {
-        let mut reply = Vec::new();
-        let mut one = |name: Option<&[u8]>| {
-            match self.version {
-                Version::Two => put_array(&mut reply, 3),
-                Version::Three => put_head(&mut reply, b'>', 3),
-            }
-            put_bulk(&mut reply, kind.as_bytes());
-            match (name, self.version) {
-                (Some(name), _) => put_bulk(&mut reply, name),
-                (None, Version::Two) => reply.extend_from_slice(b"$-1\r\n"),
-                (None, Version::Three) => reply.extend_from_slice(b"_\r\n"),
-            }
-            put_integer(&mut reply, 0);
-        };
-        match names {
-            [] => one(None),
-            names => names.iter().for_each(|name| one(Some(name))),
-        }
-        self.say(&reply);
-    }
-
-    fn numpat(&mut self) {
-        let Some(tenancy) = &self.tenancy else { return };
-        let cards = self.server.registry.of(&tenancy.session.identity().org);
-        let patterns: u32 = cards.iter().map(|card| card.patterns.load(Ordering::Relaxed)).sum();
-        let mut reply = Vec::new();
-        put_integer(&mut reply, patterns.into());
-        self.say(&reply);
     }
 }
 

@@ -25,6 +25,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     ledger::Ledger,
+    message,
     outbox::Outbox,
     reply::{Shape, Transaction, strip},
 };
@@ -116,6 +117,10 @@ pub struct Link {
     prefix: Box<[u8]>,
     ledger: Arc<Ledger>,
     used: AtomicU64,
+    /// The server's id of the connection, where somebody asked for it.
+    id: i64,
+    /// Databases whose events a subscriber listens to: the server's number, the tenant's.
+    listened: Mutex<Vec<(u32, u32)>>,
 }
 
 /// What clients append to.
@@ -167,6 +172,11 @@ impl State {
 impl Link {
     /// A link whose task ([`Self::run`]) is to be spawned by the caller.
     pub fn new(role: Role, prefix: &[u8], ledger: Arc<Ledger>) -> Arc<Self> {
+        Self::with_id(role, prefix, ledger, 0)
+    }
+
+    /// The same for a connection that the server knows as `id`.
+    pub fn with_id(role: Role, prefix: &[u8], ledger: Arc<Ledger>, id: i64) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::default(),
             waker: AtomicWaker::new(),
@@ -174,7 +184,22 @@ impl Link {
             prefix: prefix.into(),
             ledger,
             used: AtomicU64::new(0),
+            id,
+            listened: Mutex::default(),
         })
+    }
+
+    /// The server's id of this connection, 0 if it was not asked.
+    pub fn id(&self) -> i64 {
+        self.id
+    }
+
+    /// Says that events of a database may come, and what the tenant calls it.
+    pub fn listen(&self, index: u32, number: u32) {
+        let mut listened = self.listened.lock();
+        if !listened.contains(&(index, number)) {
+            listened.push((index, number));
+        }
     }
 
     /// The state to append to, or `None` once the connection is lost. Call [`Self::wake`] after dropping it.
@@ -228,7 +253,8 @@ impl Link {
             reply: resp::Reply::default(),
             scratch: Vec::new(),
         };
-        let mut look = tokio::time::interval(IDLE_LOOK);
+        // The first look after a pause: a link that is new has not been used either.
+        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + IDLE_LOOK, IDLE_LOOK);
         let mut seen = 0;
         let reason = loop {
             let turn = tokio::select! {
@@ -532,10 +558,12 @@ impl Task<'_> {
             (Some(resp::Item::Many(..)), Some(resp::Item::Bulk(kind))) => kind,
             _ => &[],
         };
-        let pushed = !confirms || matches!(kind, b"message" | b"pmessage" | b"smessage" | b"invalidate");
+        let pushed = !confirms
+            || matches!(kind, b"message" | b"pmessage" | b"smessage" | b"invalidate" | b"tracking-redir-broken");
         let prefix = &self.link.prefix;
+        let listened = self.link.listened.lock().clone();
         if pushed {
-            return client.deliver(0, |out| strip(Shape::Message, frame, prefix, out));
+            return client.deliver(0, |out| message::strip(frame, prefix, &listened, out));
         }
         let is_error = frame.first() == Some(&b'-');
         let mut answered = 1;
@@ -547,7 +575,7 @@ impl Task<'_> {
                 self.retire();
             }
         }
-        client.deliver(answered, |out| strip(Shape::Message, frame, prefix, out));
+        client.deliver(answered, |out| message::strip(frame, prefix, &listened, out));
     }
 
     fn retire(&mut self) {

@@ -9,6 +9,7 @@ mod config;
 pub mod dial;
 pub mod ledger;
 pub mod link;
+pub mod message;
 pub mod outbox;
 mod place;
 pub mod reply;
@@ -68,6 +69,8 @@ pub struct Server {
     pub commands: HashSet<String>,
     /// Its number of logical databases.
     pub databases: u32,
+    /// `notify-keyspace-events`.
+    pub notifications: String,
 }
 
 /// The way to one Redis server. One per process.
@@ -108,7 +111,8 @@ impl Upstream {
                 resp::put_request(&mut ask, &[b"INFO", b"server"]);
                 resp::put_request(&mut ask, &[b"COMMAND"]);
                 resp::put_request(&mut ask, &[b"CONFIG", b"GET", b"databases"]);
-                let answers = self.platform(&ask, 3).await?;
+                resp::put_request(&mut ask, &[b"CONFIG", b"GET", b"notify-keyspace-events"]);
+                let answers = self.platform(&ask, 4).await?;
                 dial::refused(&answers[1])?;
                 let info = String::from_utf8_lossy(&answers[0]).into_owned();
                 let version = info
@@ -120,7 +124,8 @@ impl Upstream {
                 // Names of commands are the only strings of their reply that ACL rules could mean.
                 let commands = dial::strings(&answers[1]).into_iter().map(|name| name.to_lowercase()).collect();
                 let databases = dial::strings(&answers[2]).get(1).and_then(|n| n.parse().ok()).unwrap_or(1);
-                Ok(Server { version, commands, databases })
+                let notifications = dial::strings(&answers[3]).into_iter().nth(1).unwrap_or_default();
+                Ok(Server { version, commands, databases, notifications })
             })
             .await
     }
@@ -128,6 +133,11 @@ impl Upstream {
     /// The server's version if it is known already.
     pub fn version(&self) -> &str {
         self.server.get().map_or("7.0.0", |server| &server.version)
+    }
+
+    /// Which keyspace events the server sends, if it is known already.
+    pub fn notifications(&self) -> &str {
+        self.server.get().map_or("", |server| &server.notifications)
     }
 
     /// Runs requests as the platform's user and gives that many replies. The connection is in database 0 before and

@@ -222,11 +222,10 @@ impl Place {
         {
             return Err(DialError::Slow);
         }
-        match self.log_in(database, version).await {
-            Ok(stream) => {
+        match self.log_in(database, version, &[]).await {
+            Ok((stream, _)) => {
                 *failed = None;
-                let link = Link::new(Role::Shared, &database.prefix, Arc::clone(&database.ledger));
-                tokio::spawn(Arc::clone(&link).run(stream));
+                let link = self.spawn(Role::Shared, database, stream);
                 *slot.link.lock() = Some(Arc::clone(&link));
                 Ok(link)
             }
@@ -268,11 +267,37 @@ impl Place {
                 None => break,
             }
         }
-        let stream = self.log_in(database, version).await?;
-        let role = Role::Dedicated(Arc::clone(client));
+        let (stream, _) = self.log_in(database, version, &[]).await?;
+        Ok(self.spawn(Role::Dedicated(Arc::clone(client)), database, stream))
+    }
+
+    /// A connection for one client on which tracking is on: `request`, which the caller has put inside the prefix, is
+    /// run by the platform's user before the connection becomes the tenant's. Without a link it was refused, as the
+    /// bytes say.
+    ///
+    /// # Errors
+    /// None can be made now.
+    ///
+    /// # Cancel safety
+    /// May be dropped.
+    pub async fn tracking(
+        &self,
+        database: &Database,
+        version: Version,
+        client: &Arc<Outbox>,
+        request: &[u8],
+    ) -> Result<(Option<Arc<Link>>, Vec<u8>), DialError> {
+        let (stream, answer) = self.log_in(database, version, request).await?;
+        if answer.starts_with(b"-") {
+            return Ok((None, answer));
+        }
+        Ok((Some(self.spawn(Role::Dedicated(Arc::clone(client)), database, stream)), answer))
+    }
+
+    fn spawn(&self, role: Role, database: &Database, stream: Stream) -> Arc<Link> {
         let link = Link::new(role, &database.prefix, Arc::clone(&database.ledger));
         tokio::spawn(Arc::clone(&link).run(stream));
-        Ok(link)
+        link
     }
 
     /// A connection that only brings messages: the platform's own login, since an ACL can't confine patterns. The
@@ -286,22 +311,29 @@ impl Place {
     pub async fn subscriber(&self, version: Version, client: &Arc<Outbox>) -> Result<Arc<Link>, DialError> {
         let attempt = async {
             let mut stream = self.upstream.target.platform().await?;
-            if version == Version::Three {
-                let answers = dial::exchange(&mut stream, b"*2\r\n$5\r\nHELLO\r\n$1\r\n3\r\n", 1).await?;
-                dial::refused(&answers[0])?;
-            }
-            Ok(stream)
+            let mut ask = Vec::new();
+            put_request(&mut ask, &[b"HELLO", (version as u8).to_string().as_bytes()]);
+            put_request(&mut ask, &[b"CLIENT", b"ID"]);
+            let answers = dial::exchange(&mut stream, &ask, 2).await?;
+            answers.iter().try_for_each(|answer| dial::refused(answer))?;
+            Ok((stream, dial::integer(&answers[1]).unwrap_or(0)))
         };
-        let stream = tokio::time::timeout(CONNECT_TIMEOUT, attempt).await.unwrap_or(Err(DialError::Slow))?;
+        let (stream, id) = tokio::time::timeout(CONNECT_TIMEOUT, attempt).await.unwrap_or(Err(DialError::Slow))?;
         let prefix = self.space.channel_prefix();
-        let link = Link::new(Role::Subscriber(Arc::clone(client)), &prefix, Arc::new(Ledger::new(0)));
+        let link = Link::with_id(Role::Subscriber(Arc::clone(client)), &prefix, Arc::new(Ledger::new(0)), id);
         tokio::spawn(Arc::clone(&link).run(stream));
         Ok(link)
     }
 
     /// Connects as the platform, goes into the database, becomes the tenant's user: one round trip. A user that the
     /// server has forgotten (it was restarted without its ACL file) is made again.
-    async fn log_in(&self, database: &Database, version: Version) -> Result<Stream, DialError> {
+    /// `first` is a request that the platform's user runs before, if it is not empty; its answer comes back.
+    async fn log_in(
+        &self,
+        database: &Database,
+        version: Version,
+        first: &[u8],
+    ) -> Result<(Stream, Vec<u8>), DialError> {
         let password = self.password();
         let attempt = || async {
             let mut stream = self.upstream.target.connect().await?;
@@ -309,6 +341,7 @@ impl Place {
             let mut replies = self.upstream.target.put_login(&mut hello);
             put_request(&mut hello, &[b"SELECT", database.index.to_string().as_bytes()]);
             put_request(&mut hello, &[b"DBSIZE"]);
+            hello.extend_from_slice(first);
             let user = self.space.user.as_bytes();
             match version {
                 Version::Two => put_request(&mut hello, &[b"AUTH", user, password.expose().as_bytes()]),
@@ -317,14 +350,16 @@ impl Place {
                 }
             }
             replies += 3;
+            let extra = usize::from(!first.is_empty());
             let mark = database.ledger.mark();
-            let answers = dial::exchange(&mut stream, &hello, replies).await?;
+            let mut answers = dial::exchange(&mut stream, &hello, replies + extra).await?;
+            let answer = if extra > 0 { answers.remove(replies - 1) } else { Vec::new() };
             answers.iter().try_for_each(|answer| dial::refused(answer))?;
             let keys = answers.get(replies - 2).and_then(|answer| dial::integer(answer));
             if let Some(keys) = keys.and_then(|n| u64::try_from(n).ok()) {
                 database.ledger.counted(keys, mark);
             }
-            Ok(stream)
+            Ok((stream, answer))
         };
         let bounded =
             || async { tokio::time::timeout(CONNECT_TIMEOUT, attempt()).await.unwrap_or(Err(DialError::Slow)) };

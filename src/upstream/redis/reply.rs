@@ -20,7 +20,7 @@ pub enum Shape {
     Streams,
     /// Keys and values alternate in a flat array (PUBSUB NUMSUB).
     Pairs,
-    /// A message or confirmation: the second element is a channel; in a `pmessage` the third too.
+    /// A message or confirmation ([`super::message`]).
     Message,
     /// `nil` becomes 0 and `OK` becomes 1 (a SETNX that was sent as SET … NX).
     SetNx,
@@ -79,36 +79,8 @@ pub fn strip(shape: Shape, reply: &[u8], prefix: &[u8], out: &mut Vec<u8>) {
             }
             _ => out.extend_from_slice(reply),
         },
-        Shape::Message => message(reply, prefix, out),
+        Shape::Message => super::message::strip(reply, prefix, &[], out),
     }
-}
-
-fn message(reply: &[u8], prefix: &[u8], out: &mut Vec<u8>) {
-    let mut cursor = Cursor { rest: reply };
-    if head(&mut cursor, out) == 0 {
-        return;
-    }
-    let kind = match cursor.item() {
-        Some(Item::Bulk(kind)) => kind,
-        Some(Item::Other(kind)) => {
-            out.extend_from_slice(kind);
-            return out.extend_from_slice(cursor.rest);
-        }
-        _ => return,
-    };
-    put_bulk(out, kind);
-    match kind {
-        b"pong" => {}
-        b"invalidate" => {
-            keys(&mut cursor, prefix, out);
-        }
-        b"pmessage" => {
-            name(&mut cursor, prefix, out);
-            name(&mut cursor, prefix, out);
-        }
-        _ => name(&mut cursor, prefix, out),
-    }
-    out.extend_from_slice(cursor.rest);
 }
 
 fn keys(cursor: &mut Cursor<'_>, prefix: &[u8], out: &mut Vec<u8>) {
