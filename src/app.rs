@@ -172,7 +172,8 @@ impl App {
             mongodb = Some((upstream_parts, Arc::clone(&server)));
             fronts.push((Front::Mongodb(server), &config.listen.mongodb));
         }
-        let behind = front::http::Fronts { neon: neon_front };
+        let convex = config.convex()?.map(|upstream| front::convex::Server::new(Arc::clone(&gate), upstream));
+        let behind = front::http::Fronts { neon: neon_front, convex };
         let mut http_tls = None;
         if behind.any() {
             if let Some(settings) = &config.tls {

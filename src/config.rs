@@ -176,6 +176,8 @@ pub struct Upstream {
     pub neon: upstream::neon::Config,
     /// `[upstream.mongodb]`.
     pub mongodb: upstream::mongo::Config,
+    /// `[upstream.convex]`.
+    pub convex: upstream::convex::Config,
 }
 
 /// `[log]`.
@@ -261,7 +263,7 @@ const SECRETS: [&str; 6] = [
 const FURTHER_SECRETS: [&str; 2] = ["identity.hs256_secret", "admin.token"];
 
 /// Keys that name a file or folder: relative ones are meant from the configuration's folder.
-const PATHS: [&str; 12] = [
+const PATHS: [&str; 13] = [
     "tiers",
     "tls.cert_file",
     "tls.key_file",
@@ -274,6 +276,7 @@ const PATHS: [&str; 12] = [
     "upstream.redis.ca_file",
     "upstream.mongodb.ca_file",
     "upstream.neon.ca_file",
+    "upstream.convex.ca_file",
     "admin.token_file",
 ];
 
@@ -390,7 +393,18 @@ impl Config {
         if let Err(what) = self.upstream.mongodb.target() {
             need(false, "upstream.mongodb.url", what);
         }
+        for (key, what) in self.upstream.convex.faults() {
+            need(false, &format!("upstream.convex.{key}"), what);
+        }
         faults
+    }
+
+    /// The way to Convex deployments, if there are any.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration.
+    pub fn convex(&self) -> Result<Option<std::sync::Arc<upstream::convex::Upstream>>, String> {
+        upstream::convex::Upstream::new(&self.upstream.convex, self.names()?)
     }
 
     /// The way to Redis, if it is configured.

@@ -222,8 +222,18 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
     let places: Vec<(String, String)> =
         databases.map(|database| (database.to_owned(), names.postgres(&which.org, database).database)).collect();
     let keys: Vec<String> = keys.iter().map(|record| service_key::fingerprint(&record.key.hash)).collect();
+    let upstream = config.convex().map_err(Failure::usage)?;
+    let convex = upstream.as_ref().and_then(|upstream| Some((upstream, upstream.deployment(&record.tenant)?)));
     if as_json {
         let mut described = described(&record);
+        if let Some((upstream, deployment)) = &convex {
+            described["convex"] = json!({
+                "deployment": deployment.origin.to_string(),
+                "shared": deployment.org_argument.is_some(),
+                "audience": deployment.audience,
+                "auth_config": upstream.auth_config(deployment),
+            });
+        }
         described["service_keys"] = json!(keys);
         described["postgres"] = json!({
             "role": names.base(&which.org),
@@ -248,7 +258,14 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
         ["postgres role".into(), names.base(&which.org)],
     ];
     rows.extend(places.into_iter().map(|(logical, physical)| [format!("postgres {logical}"), physical]));
+    if let Some((_, deployment)) = &convex {
+        let how = if deployment.org_argument.is_some() { "shared" } else { "its own" };
+        rows.push(["convex deployment".into(), format!("{} ({how})", deployment.origin)]);
+    }
     print(table(["", ""], &rows).trim_start());
+    if let Some((upstream, deployment)) = &convex {
+        print(format_args!("\nconvex/auth.config.ts of that deployment:\n\n{}", upstream.auth_config(deployment)));
+    }
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use std::{fmt, sync::Arc};
 use serde::{Deserialize, Serialize};
 
 pub use namespace::{Names, Namespace};
-pub use route::{Branch, Home, Isolation, NeonRoute, Project, Routes};
+pub use route::{Branch, ConvexRoute, Home, Isolation, NeonRoute, Project, Routes, Sharing};
 pub use tier::{Expiry, Limits, OverRate, PoolMode, SqlLimits, Tier, Tiers};
 
 /// Longest organisation id in bytes; also keeps every derived name under Postgres' 63 bytes.

@@ -268,6 +268,14 @@ impl Names {
         Password(data_encoding::BASE64URL_NOPAD.encode(tag.as_ref()))
     }
 
+    /// The seed of a signing key of the platform's own; another `attempt` gives another.
+    pub fn signing_seed(&self, purpose: &str, attempt: u32) -> [u8; 32] {
+        let tag = self.root.derive(&["signing", purpose, &attempt.to_string()]);
+        let mut seed = [0; 32];
+        seed.copy_from_slice(&tag.as_ref()[..32]);
+        seed
+    }
+
     /// 20 lower-case base32 characters: 100 bits.
     fn short(&self, parts: &[&str]) -> String {
         let mut text = BASE32_NOPAD.encode(self.root.derive(parts).as_ref()).to_ascii_lowercase();

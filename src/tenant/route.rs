@@ -93,6 +93,32 @@ pub enum Isolation {
     Database,
 }
 
+/// Whether a Convex deployment is one tenant's or many tenants'.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sharing {
+    /// One tenant's own.
+    #[serde(rename = "deployment")]
+    Own,
+    /// Shared: the organisation is written into the arguments of every call.
+    Shared,
+}
+
+/// A tenant's Convex deployment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConvexRoute {
+    /// Its address: `https://happy-animal-123.convex.cloud`, `http://convex-acme:3210`.
+    pub url: String,
+    /// Whether it is the tenant's alone.
+    #[serde(default = "own")]
+    pub isolation: Sharing,
+}
+
+fn own() -> Sharing {
+    Sharing::Own
+}
+
 /// The `routes` of an organisation's document. What is absent follows the tier or the configuration.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -106,6 +132,9 @@ pub struct Routes {
     /// The Neon home.
     #[serde(skip_serializing_if = "NeonRoute::is_empty")]
     pub neon: NeonRoute,
+    /// Instead of the configuration's deployment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub convex: Option<ConvexRoute>,
 }
 
 impl Routes {

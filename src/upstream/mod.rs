@@ -1,5 +1,6 @@
 //! The way out to real databases.
 
+pub mod convex;
 pub mod mongo;
 pub mod neon;
 pub mod postgres;

@@ -34,6 +34,8 @@ pub struct Ready {
     pub redis_url: String,
     /// And for MongoDB.
     pub mongodb_url: String,
+    /// Convex, if it is there: the shared deployment, and what else is known of the double.
+    pub convex: Option<(String, Option<Value>)>,
     /// The demo tenants.
     pub tenants: Vec<Demo>,
 }
@@ -44,7 +46,7 @@ impl Ready {
         let mut text = String::from("\ndynabase is ready. Paste one of these; the tokens hold for 24 hours.\n");
         for demo in &self.tenants {
             text.push_str(&format!(
-                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n    mongosh '{}'\n    neon         {}\n    {}\n    service key  {}\n",
+                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n    mongosh '{}'\n    neon         {}\n    {}\n{}    service key  {}\n",
                 demo.org,
                 demo.tier,
                 self.postgres(demo),
@@ -52,6 +54,7 @@ impl Ready {
                 self.mongodb(demo),
                 self.neon(demo),
                 self.curl(demo),
+                self.convex(demo),
                 demo.service_key
             ));
         }
@@ -89,7 +92,7 @@ impl Ready {
                 })
             })
             .collect();
-        json!({
+        let mut json = json!({
             "pid": std::process::id(),
             "ports": {
                 "postgres": self.ports.postgres, "redis": self.ports.redis, "mongodb": self.ports.mongodb,
@@ -102,7 +105,28 @@ impl Ready {
             },
             "catalog": {"kind": "mongodb", "url": self.mongodb_url, "database": catalog::DATABASE},
             "tenants": tenants,
-        })
+        });
+        if let Some((url, double)) = &self.convex {
+            json["ports"]["http"] = self.ports.http.into();
+            json["upstreams"]["convex"] = url.as_str().into();
+            json["convex"] = double.clone().unwrap_or_default();
+            for tenant in json["tenants"].as_array_mut().into_iter().flatten() {
+                tenant["urls"]["convex"] = self.http().into();
+            }
+        }
+        json
+    }
+
+    /// How a Convex client is made in a few words: its address takes no token.
+    fn convex(&self, demo: &Demo) -> String {
+        match &self.convex {
+            Some(_) => format!("    new ConvexHttpClient(\"{}\", {{ auth: \"{}\" }})\n", self.http(), demo.token),
+            None => String::new(),
+        }
+    }
+
+    fn http(&self) -> String {
+        format!("http://127.0.0.1:{}", self.ports.http)
     }
 
     fn postgres(&self, demo: &Demo) -> String {

@@ -82,13 +82,15 @@ pub struct Config {
 pub struct Fronts {
     /// Neon.
     pub neon: Option<Arc<neon::Server>>,
+    /// Convex: everything that is not another's.
+    pub convex: Option<Arc<super::convex::Server>>,
 }
 
 impl Fronts {
     /// Whether there is anything to open the door for.
     pub fn any(&self) -> bool {
-        let Self { neon } = self;
-        neon.is_some()
+        let Self { neon, convex } = self;
+        neon.is_some() || convex.is_some()
     }
 }
 
@@ -258,10 +260,11 @@ impl Server {
     /// Answers one request, by its owner.
     async fn answer(self: &Arc<Self>, request: Request<Incoming>, client: &Client) -> Response<Body> {
         let owner = owner(request.uri().path(), upgrade::is_asked(&request));
-        let Fronts { neon } = &self.fronts;
-        let response = match (owner, neon) {
-            (Owner::Neon, Some(neon)) => neon.handle(request, client).await,
-            (Owner::Neon, None) | (Owner::Convex, _) => absent(owner),
+        let Fronts { neon, convex } = &self.fronts;
+        let response = match (owner, neon, convex) {
+            (Owner::Neon, Some(neon), _) => neon.handle(request, client).await,
+            (Owner::Convex, _, Some(convex)) => convex.handle(request, client).await,
+            (Owner::Neon, None, _) | (Owner::Convex, _, None) => absent(owner),
         };
         metrics::counter!(
             "dynabase_http_responses_total", "owner" => owner.label(), "status" => class(response.status())
