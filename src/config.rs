@@ -263,7 +263,7 @@ const SECRETS: [&str; 6] = [
 const FURTHER_SECRETS: [&str; 2] = ["identity.hs256_secret", "admin.token"];
 
 /// Keys that name a file or folder: relative ones are meant from the configuration's folder.
-const PATHS: [&str; 13] = [
+const PATHS: [&str; 14] = [
     "tiers",
     "tls.cert_file",
     "tls.key_file",
