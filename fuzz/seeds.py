@@ -121,7 +121,21 @@ RESP = {
     "error": b"\1-NOGROUP No such key 'org:a:k'\r\n",
 }
 
-SEEDS = {"startup": STARTUP, "frontend": FRONTEND, "backend": BACKEND, "ledger": LEDGER, "configuration": CONFIGURATION,
+VERSION = b'{"querySet":1,"identity":1,"ts":"AAAAAAAAAAA="}'
+CONVEX = {
+    "connect": b'{"sessionId":"s","maxObservedTimestamp":"AAAAAAAAAAA=","connectionCount":1,"lastCloseReason":null,"type":"Connect"}',
+    "authenticate": b'{"type":"Authenticate","baseVersion":0,"tokenType":"User","value":"a.b.c"}',
+    "queries": b'{"type":"ModifyQuerySet","baseVersion":0,"newVersion":1,"modifications":[{"type":"Add","queryId":0,'
+    b'"udfPath":"m:l","args":[{"a":1}]},{"queryId":2,"type":"Remove"}]}',
+    "mutation": b'{"args":[{"orgId":"b"}],"componentPath":null,"requestId":3,"type":"Mutation","udfPath":"m:s"}',
+    "arguments": b'[{"orgId":"b","x":{"y":["\\"",1]}}]',
+    "object": b'{"a":{}}',
+    "transition": b'{"type":"Transition","startVersion":' + VERSION + b',"endVersion":' + VERSION + b',"modifications":[]}',
+    "chunk": b'{"type":"TransitionChunk","chunk":"{\\"type\\":\\"Tra","partNumber":0,"totalParts":2,"transitionId":"x"}',
+    "answer": b'{"type":"MutationResponse","requestId":3,"success":false,"result":"no","ts":null,"logLines":[]}',
+}
+
+SEEDS = {"convex": CONVEX, "startup": STARTUP, "frontend": FRONTEND, "backend": BACKEND, "ledger": LEDGER, "configuration": CONFIGURATION,
          "conversation": CONVERSATION, "token": TOKEN, "resp": RESP, "redis_rewrite": REWRITE}
 for target, seeds in SEEDS.items():
     folder = CORPUS / target

@@ -52,6 +52,7 @@ const TIDY_EVERY: Duration = Duration::from_secs(5);
 enum Front {
     Postgres(Arc<front::postgres::Server>),
     Redis(Arc<front::redis::Server>),
+    Mongodb(Arc<front::mongo::Server>),
     Http(Arc<front::http::Server>),
 }
 
@@ -67,6 +68,8 @@ pub struct App {
     recorder: PrometheusHandle,
     postgres: Arc<upstream::postgres::Upstream>,
     coordinator: Coordinator,
+    mongodb: Option<(Arc<upstream::mongo::Upstream>, Arc<front::mongo::Server>)>,
+    neon: Option<Arc<upstream::postgres::Upstream>>,
     doors: Vec<(Front, Listener)>,
     tls: Option<Arc<ServerTls>>,
     /// The same certificates, with HTTP's protocols.
@@ -121,6 +124,7 @@ impl App {
         let gate =
             Arc::new(Gate::new(Arc::clone(&verifier), Arc::clone(&table), Arc::clone(&meters), config.allow_plaintext));
         let postgres = upstream::postgres::Upstream::new(&config.upstream.postgres, config.names()?)?;
+        let neon = config.upstream.neon.upstream(config.names()?)?;
         let tls = match &config.tls {
             Some(settings) => {
                 Some(Arc::new(ServerTls::load(settings, &["postgresql"]).map_err(|error| error.to_string())?))
@@ -135,6 +139,7 @@ impl App {
         let postgres_front = front::postgres::Server::new(
             Arc::clone(&gate),
             Arc::clone(&postgres),
+            neon.clone(),
             tls.clone(),
             settings,
             drain.clone(),
@@ -147,13 +152,31 @@ impl App {
             };
             Listener::bind(&settings).map_err(|error| error.to_string())
         };
+        let neon_front = match (&neon, config.upstream.neon.provisioner()?) {
+            (Some(neon), Some(provisioner)) => {
+                let (catalog, neon, names) = (catalog.clone(), Arc::clone(neon), config.names()?);
+                let branches = upstream::neon::Branches::new(catalog, provisioner, neon, names);
+                Some(front::neon::Server::new(Arc::clone(&postgres_front), branches))
+            }
+            _ => None,
+        };
         let mut fronts = vec![(Front::Postgres(postgres_front), &config.listen.postgres)];
         if let Some(redis) = config.redis()? {
             let settings = front::redis::Config { login_timeout: config.listen.handshake_timeout };
-            let server = front::redis::Server::new(gate, redis, tls.clone(), settings, drain.clone());
+            let server = front::redis::Server::new(Arc::clone(&gate), redis, tls.clone(), settings, drain.clone());
             fronts.push((Front::Redis(server), &config.listen.redis));
         }
-        let behind = front::http::Fronts::default();
+        let mut mongodb = None;
+        if let Some(upstream) = config.mongodb()? {
+            let issuer = identity.issuer.clone();
+            let settings = front::mongo::Config { login_timeout: config.listen.handshake_timeout, issuer };
+            let upstream_parts = Arc::clone(&upstream);
+            let server = front::mongo::Server::new(Arc::clone(&gate), upstream, tls.clone(), settings, drain.clone())?;
+            mongodb = Some((upstream_parts, Arc::clone(&server)));
+            fronts.push((Front::Mongodb(server), &config.listen.mongodb));
+        }
+        let convex = config.convex()?.map(|upstream| front::convex::Server::new(Arc::clone(&gate), upstream));
+        let behind = front::http::Fronts { neon: neon_front, convex };
         let mut http_tls = None;
         if behind.any() {
             if let Some(settings) = &config.tls {
@@ -181,6 +204,8 @@ impl App {
             recorder,
             postgres,
             coordinator,
+            mongodb,
+            neon,
             doors,
             tls,
             http_tls,
@@ -230,6 +255,18 @@ impl App {
             postgres.run_maintenance().await;
             "the upstream's maintenance"
         });
+        if let Some((upstream, server)) = self.mongodb {
+            parts.spawn(async move {
+                tokio::join!(upstream.run_maintenance(), server.run_maintenance());
+                "MongoDB's maintenance"
+            });
+        }
+        if let Some(neon) = self.neon.clone() {
+            parts.spawn(async move {
+                neon.run_maintenance().await;
+                "the maintenance of Neon homes"
+            });
+        }
         let (table, verifier) = (Arc::clone(&self.table), Arc::clone(&self.verifier));
         let _ = tokio::time::timeout(KEYS_WAIT, self.verifier.reload()).await;
         parts.spawn(async move {
@@ -268,6 +305,11 @@ impl App {
             match front {
                 Front::Postgres(server) => {
                     tracing::info!(%address, "listening for PostgreSQL clients");
+                    let serve = move |conn| Arc::clone(&server).serve(conn);
+                    accepting.spawn(listen::run(listener, limits, drain, serve));
+                }
+                Front::Mongodb(server) => {
+                    tracing::info!(%address, "listening for MongoDB clients");
                     let serve = move |conn| Arc::clone(&server).serve(conn);
                     accepting.spawn(listen::run(listener, limits, drain, serve));
                 }

@@ -172,8 +172,12 @@ pub struct Upstream {
     pub postgres: upstream::postgres::Config,
     /// `[upstream.redis]`.
     pub redis: upstream::redis::Config,
+    /// `[upstream.neon]`.
+    pub neon: upstream::neon::Config,
     /// `[upstream.mongodb]`.
     pub mongodb: upstream::mongo::Config,
+    /// `[upstream.convex]`.
+    pub convex: upstream::convex::Config,
 }
 
 /// `[log]`.
@@ -246,14 +250,20 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// Keys whose value may stand in a file of its own, `<key>_file`.
-const SECRETS: [&str; 5] =
-    ["names.root_secret", "catalog.url", "upstream.postgres.url", "upstream.redis.url", "upstream.mongodb.url"];
+const SECRETS: [&str; 6] = [
+    "names.root_secret",
+    "catalog.url",
+    "upstream.postgres.url",
+    "upstream.redis.url",
+    "upstream.mongodb.url",
+    "upstream.neon.url",
+];
 
 /// Secrets whose own module reads the file.
 const FURTHER_SECRETS: [&str; 2] = ["identity.hs256_secret", "admin.token"];
 
 /// Keys that name a file or folder: relative ones are meant from the configuration's folder.
-const PATHS: [&str; 12] = [
+const PATHS: [&str; 14] = [
     "tiers",
     "tls.cert_file",
     "tls.key_file",
@@ -265,6 +275,8 @@ const PATHS: [&str; 12] = [
     "upstream.postgres.ca_file",
     "upstream.redis.ca_file",
     "upstream.mongodb.ca_file",
+    "upstream.neon.ca_file",
+    "upstream.convex.ca_file",
     "admin.token_file",
 ];
 
@@ -372,13 +384,27 @@ impl Config {
         for (key, what) in self.upstream.postgres.faults() {
             need(false, &format!("upstream.postgres.{key}"), what);
         }
+        for (key, what) in self.upstream.neon.faults() {
+            need(false, &format!("upstream.neon.{key}"), what);
+        }
         if let Err(what) = self.upstream.redis.target() {
             need(false, "upstream.redis.url", what);
         }
         if let Err(what) = self.upstream.mongodb.target() {
             need(false, "upstream.mongodb.url", what);
         }
+        for (key, what) in self.upstream.convex.faults() {
+            need(false, &format!("upstream.convex.{key}"), what);
+        }
         faults
+    }
+
+    /// The way to Convex deployments, if there are any.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration.
+    pub fn convex(&self) -> Result<Option<std::sync::Arc<upstream::convex::Upstream>>, String> {
+        upstream::convex::Upstream::new(&self.upstream.convex, self.names()?)
     }
 
     /// The way to Redis, if it is configured.
@@ -409,6 +435,15 @@ impl Config {
             participants = participants.with(std::sync::Arc::new(participant::Redis::new(redis)));
         }
         Ok(transition::Coordinator::new(catalog, tiers, participants))
+    }
+
+    /// The way to MongoDB, if it is configured.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration: not after [`Self::load`].
+    pub fn mongodb(&self) -> Result<Option<std::sync::Arc<upstream::mongo::Upstream>>, String> {
+        let names = self.names()?;
+        Ok(self.upstream.mongodb.target()?.map(|target| upstream::mongo::Upstream::new(target, names)))
     }
 
     /// Reads the tiers' file.

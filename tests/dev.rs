@@ -12,7 +12,8 @@ use tokio_postgres::NoTls;
 /// Longest start, on a busy machine.
 const START: Duration = Duration::from_secs(120);
 
-struct Dev(Child);
+/// A running one, killed when dropped.
+pub struct Dev(Child);
 
 impl Drop for Dev {
     fn drop(&mut self) {
@@ -21,7 +22,8 @@ impl Drop for Dev {
     }
 }
 
-fn start(folder: &Path, offset: u16) -> (Dev, Value) {
+/// Starts it; gives what its ready file says.
+pub fn start(folder: &Path, offset: u16) -> (Dev, Value) {
     let ready = folder.join("ready.json");
     let child = Command::new(env!("CARGO_BIN_EXE_dynabase"))
         .args(["dev", "--port-offset", &offset.to_string(), "--data-dir"])
@@ -60,7 +62,7 @@ async fn ask(url: &str, question: &str) -> String {
 }
 
 /// A free run of ports for the listeners, far from the defaults.
-fn offset() -> u16 {
+pub fn offset() -> u16 {
     20_000 + u16::try_from(std::process::id() % 20_000).expect("below 20 000")
 }
 

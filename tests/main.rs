@@ -1,6 +1,7 @@
 //! One binary for all integration tests: linking is the slow part.
 
 mod confinement;
+mod convex;
 mod dev;
 mod floors;
 mod postgres;

@@ -3,6 +3,7 @@
 //!
 //! All of it lives in one folder, marked as ours; nothing else is touched.
 
+mod convex;
 mod folder;
 pub mod mongo;
 pub mod postgres;
@@ -25,7 +26,7 @@ use self::{
 use super::{Failure, key, place, tenant, token};
 use crate::{
     app::{self, App},
-    catalog::Catalog,
+    catalog::{Catalog, Expect},
     config::{Config, Runtime},
     tenant::{
         DEFAULT_NAME, Names, OrgId, Tier,
@@ -49,12 +50,15 @@ pub(super) struct Arguments {
     /// Where everything lives; made on the first start, used again on the next
     #[arg(long, value_name = "DIR", default_value = "dynabase-dev")]
     data_dir: PathBuf,
-    /// Added to every port (PostgreSQL 6432, Redis 6380, admin 9900)
+    /// Added to every port (PostgreSQL 6432, Redis 6380, MongoDB 27018, HTTP 8080, admin 9900)
     #[arg(long, value_name = "N", default_value_t = 0)]
     port_offset: u16,
     /// Written, as JSON, once every listener accepts
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
+    /// A Convex deployment that all tenants share, instead of the double that is started otherwise
+    #[arg(long, value_name = "URL")]
+    convex_url: Option<String>,
     /// Begin with an empty folder; only wipes one that an earlier `dynabase dev` made
     #[arg(long)]
     reset: bool,
@@ -65,6 +69,8 @@ pub(super) struct Arguments {
 struct Ports {
     postgres: u16,
     redis: u16,
+    mongodb: u16,
+    http: u16,
     admin: u16,
 }
 
@@ -74,7 +80,13 @@ impl Ports {
             base.checked_add(offset)
                 .ok_or_else(|| Failure::usage(format_args!("--port-offset {offset} leads beyond port 65535")))
         };
-        Ok(Self { postgres: port(6432)?, redis: port(6380)?, admin: port(9900)? })
+        Ok(Self {
+            postgres: port(6432)?,
+            redis: port(6380)?,
+            mongodb: port(27018)?,
+            http: port(8080)?,
+            admin: port(9900)?,
+        })
     }
 }
 
@@ -117,13 +129,19 @@ async fn start(
     )?;
     eprintln!("starting Redis …");
     let redis = start_redis(redis, folder, &secrets).await?;
-    let config = configure(folder, ports, &secrets, &server, &redis, &mongo)?;
+    let double = plan_convex(arguments, folder, &secrets)?;
+    let convex_url = arguments.convex_url.clone().or_else(|| double.as_ref().map(convex::Plan::url));
+    let config = configure(folder, ports, &secrets, &server, &redis, &mongo, convex_url.as_deref())?;
     app::log_to_stderr(&config.log).map_err(Failure::usage)?;
+    let convex = start_convex(&config, double.as_ref()).await?;
     let catalog = place::catalog(&config).await?;
     catalog.init().await.map_err(Failure::failed)?;
     let mut tenants = Vec::new();
     for (org, tier) in DEMO {
         tenants.push(demo(&config, &catalog, folder, org, tier).await?);
+        if let Some(double) = &double {
+            route_convex(&catalog, double, org).await?;
+        }
     }
     drop(catalog);
     let ready = Ready {
@@ -132,12 +150,16 @@ async fn start(
         postgres_url: server.url(),
         redis_url: redis.url(),
         mongodb_url: mongo.url(),
+        convex: convex_url.map(|url| (url, double.as_ref().map(convex::Plan::described))),
         tenants,
     };
     let log = |name: &str| folder.path().join(name).join(format!("{name}.log"));
     let mut children: Vec<(&str, PathBuf, Box<dyn Child>)> =
         vec![("PostgreSQL", log("postgres"), Box::new(server)), ("Redis", log("redis"), Box::new(redis))];
     children.push(("MongoDB", log("mongodb"), Box::new(mongo)));
+    if let Some(convex) = convex {
+        children.push(("the Convex double", log("convex"), Box::new(convex)));
+    }
     let app = App::build(config, Some(folder.config())).await.map_err(Failure::failed)?;
     let serving = app.run(|| {
         super::print(ready.table());
@@ -195,6 +217,54 @@ impl Child for mongo::Server {
     }
 }
 
+impl Child for convex::Server {
+    fn ended(&mut self) -> bool {
+        convex::Server::ended(self)
+    }
+
+    fn stop(&mut self) -> Result<(), String> {
+        convex::Server::stop(self)
+    }
+}
+
+/// The Convex double, unless there is a deployment to use. A machine without Node has all the rest.
+fn plan_convex(arguments: &Arguments, folder: &Folder, secrets: &Secrets) -> Result<Option<convex::Plan>, Failure> {
+    if arguments.convex_url.is_some() {
+        return Ok(None);
+    }
+    let key = platform_password(secrets, "convex platform")?;
+    match convex::Plan::new(&folder.path().join("convex"), key) {
+        Ok(plan) => Ok(Some(plan)),
+        Err(missing) => {
+            eprintln!("there will be no Convex: {missing}");
+            Ok(None)
+        }
+    }
+}
+
+async fn start_convex(config: &Config, double: Option<&convex::Plan>) -> Result<Option<convex::Server>, Failure> {
+    let (Some(double), Some(upstream)) = (double, config.convex().map_err(Failure::usage)?) else { return Ok(None) };
+    eprintln!("starting the Convex double …");
+    let public_url = config.upstream.convex.public_url.as_deref().unwrap_or_default();
+    double.start(&upstream, public_url).await.map(Some).map_err(Failure::failed)
+}
+
+/// Says in a tenant's record where its deployment is this time: the double's ports are new on each start.
+async fn route_convex(catalog: &Catalog, double: &convex::Plan, org: &str) -> Result<(), Failure> {
+    let org = OrgId::parse(org).ok_or_else(|| Failure::failed("a demo tenant's name"))?;
+    let mut record = catalog.get(&org).await.map_err(|fault| key::unknown(&org, &fault))?;
+    let (present, wanted) = (&mut record.tenant.routes.convex, double.route(&org));
+    // A deployment that somebody entered by hand stays.
+    let ours = present.as_ref().is_none_or(|route| route.url.starts_with("http://127.0.0.1:"));
+    if !ours || *present == wanted {
+        return Ok(());
+    }
+    *present = wanted;
+    let epoch = record.tenant.epoch;
+    record.tenant.epoch += 1;
+    catalog.put(record, Expect::Epoch(epoch)).await.map_err(Failure::failed)
+}
+
 /// Waits until one of them has ended; gives its name and its log.
 async fn first_ended<'a>(children: &mut [(&'a str, PathBuf, Box<dyn Child>)]) -> (&'a str, PathBuf) {
     loop {
@@ -231,24 +301,36 @@ fn configure(
     server: &Server,
     redis: &redis::Server,
     mongo: &mongo::Server,
+    convex_url: Option<&str>,
 ) -> Result<Config, Failure> {
+    let convex = convex_url.map_or_else(String::new, |url| {
+        format!(
+            "[upstream.convex]\npublic_url = \"http://127.0.0.1:{}\"\nurl = {url:?}\ndomain = \"localhost\"\n\n",
+            ports.http
+        )
+    });
     let text = format!(
         "# Written by `dynabase dev` on each start; tiers.toml beside it is yours to change (SIGHUP reloads it).\n\
          tiers = \"tiers.toml\"\n\n\
-         [listen]\npostgres = \"127.0.0.1:{}\"\nredis = \"127.0.0.1:{}\"\ndrain_timeout = \"5s\"\n\n\
+         [listen]\npostgres = \"127.0.0.1:{}\"\nredis = \"127.0.0.1:{}\"\nmongodb = \"127.0.0.1:{}\"\n\
+         http = \"127.0.0.1:{}\"\ndrain_timeout = \"5s\"\n\n\
          [identity]\nissuer = \"https://dev.dynabase.invalid/auth/v1\"\nhs256_secret = {:?}\n\n\
          [catalog]\nkind = \"mongodb\"\nurl = {:?}\n\n\
          [names]\nroot_secret = {:?}\n\n\
-         [upstream.postgres]\nurl = {:?}\nmax_connections = 250\n\n\
+         [upstream.postgres]\nurl = {:?}\nmax_connections = 180\n\n\
+         [upstream.neon]\nurl = {:?}\nmax_connections = 100\n\n\
          [upstream.redis]\nurl = {:?}\n\n\
-         [upstream.mongodb]\nurl = {:?}\n\n\
+         [upstream.mongodb]\nurl = {:?}\n\n{convex}\
          [admin]\nlisten = \"127.0.0.1:{}\"\ntoken = {:?}\n\n\
          [log]\nfilter = \"warn,dynabase=info\"\n",
         ports.postgres,
         ports.redis,
+        ports.mongodb,
+        ports.http,
         secrets.hs256_secret,
         mongo.url(),
         secrets.root_secret,
+        server.local_url(),
         server.local_url(),
         redis.url(),
         mongo.url(),

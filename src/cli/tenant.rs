@@ -8,7 +8,7 @@ use crate::{
     catalog::{Catalog, Expect, Fault, Record},
     config::Config,
     identity::service_key,
-    tenant::{DEFAULT_NAME, OrgId, Status, Tenant, Tier},
+    tenant::{DEFAULT_NAME, OrgId, Protocol, Status, Tenant, Tier},
     upstream::postgres::Provisioner,
 };
 
@@ -152,11 +152,26 @@ async fn provision(config: &Config, tenant: &Tenant) -> Result<(), Failure> {
     };
     eprintln!("{}: postgres: {made}", tenant.org);
     report.warnings.iter().for_each(|warning| eprintln!("{}: postgres: warning: {warning}", tenant.org));
+    if let Some(neon) = config.upstream.neon.provisioner().map_err(Failure::usage)? {
+        let limits = tiers.limits(tenant.tier).sql(Protocol::Neon);
+        let report = neon.ensure(tenant, &names, limits).await.map_err(|error| {
+            Failure::failed(format_args!("neon: {error}\nMend that and run the command again: it goes on."))
+        })?;
+        eprintln!("{}: neon: role and {} new database(s)", tenant.org, report.created_databases.len());
+    }
     if let Some(redis) = config.redis().map_err(Failure::usage)? {
         redis.provision(&tenant.org, tenant.generation).await.map_err(redis_failure)?;
         eprintln!("{}: redis: user and database are there", tenant.org);
     }
+    if let Some(mongodb) = config.mongodb().map_err(Failure::usage)? {
+        mongodb.provision(&tenant.org, tenant.generation).await.map_err(mongodb_failure)?;
+        eprintln!("{}: mongodb: user and rights are there", tenant.org);
+    }
     Ok(())
+}
+
+fn mongodb_failure(error: crate::upstream::mongo::Error) -> Failure {
+    Failure::failed(format_args!("mongodb: {error}\nMend that and run the command again: it goes on."))
 }
 
 fn redis_failure(error: crate::upstream::redis::DialError) -> Failure {
@@ -207,8 +222,18 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
     let places: Vec<(String, String)> =
         databases.map(|database| (database.to_owned(), names.postgres(&which.org, database).database)).collect();
     let keys: Vec<String> = keys.iter().map(|record| service_key::fingerprint(&record.key.hash)).collect();
+    let upstream = config.convex().map_err(Failure::usage)?;
+    let convex = upstream.as_ref().and_then(|upstream| Some((upstream, upstream.deployment(&record.tenant)?)));
     if as_json {
         let mut described = described(&record);
+        if let Some((upstream, deployment)) = &convex {
+            described["convex"] = json!({
+                "deployment": deployment.origin.to_string(),
+                "shared": deployment.org_argument.is_some(),
+                "audience": deployment.audience,
+                "auth_config": upstream.auth_config(deployment),
+            });
+        }
         described["service_keys"] = json!(keys);
         described["postgres"] = json!({
             "role": names.base(&which.org),
@@ -233,7 +258,14 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
         ["postgres role".into(), names.base(&which.org)],
     ];
     rows.extend(places.into_iter().map(|(logical, physical)| [format!("postgres {logical}"), physical]));
+    if let Some((_, deployment)) = &convex {
+        let how = if deployment.org_argument.is_some() { "shared" } else { "its own" };
+        rows.push(["convex deployment".into(), format!("{} ({how})", deployment.origin)]);
+    }
     print(table(["", ""], &rows).trim_start());
+    if let Some((upstream, deployment)) = &convex {
+        print(format_args!("\nconvex/auth.config.ts of that deployment:\n\n{}", upstream.auth_config(deployment)));
+    }
     Ok(())
 }
 
@@ -279,9 +311,19 @@ async fn delete(which: &Which) -> Result<(), Failure> {
     provisioner(&config)?.drop(&tenant, &names).await.map_err(|error| {
         Failure::failed(format_args!("postgres: {error}\nMend that and run the command again: it goes on."))
     })?;
+    if let Some(neon) = config.upstream.neon.provisioner().map_err(Failure::usage)? {
+        eprintln!("{}: neon: dropping databases and role …", which.org);
+        neon.drop(&tenant, &names).await.map_err(|error| {
+            Failure::failed(format_args!("neon: {error}\nMend that and run the command again: it goes on."))
+        })?;
+    }
     if let Some(redis) = config.redis().map_err(Failure::usage)? {
         eprintln!("{}: redis: removing keys and user …", which.org);
         redis.remove(&which.org, true).await.map_err(redis_failure)?;
+    }
+    if let Some(mongodb) = config.mongodb().map_err(Failure::usage)? {
+        eprintln!("{}: mongodb: removing databases, documents and user …", which.org);
+        mongodb.remove(&which.org, true).await.map_err(mongodb_failure)?;
     }
     for record in key::of(&catalog, &which.org).await? {
         match catalog.revoke_key(&record.key.hash).await {

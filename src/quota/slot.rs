@@ -1,8 +1,11 @@
 //! One tenant's live limits, counters and sessions.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -11,7 +14,7 @@ use parking_lot::Mutex;
 
 use super::{
     Live, Permit, Place, Stop, clock,
-    rate::{Present, Rate},
+    rate::{DEBT_MAX, Present, Rate},
 };
 use crate::{
     refusal::{Limit, Over},
@@ -64,6 +67,8 @@ pub struct Slot {
     /// Swapped only under the lock of `live`, so that a session that enters either is seen by the change or sees it.
     policy: ArcSwap<Policy>,
     lanes: [Lane; Protocol::ALL.len()],
+    /// Convex queries subscribed over all sockets.
+    subscriptions: Place,
     /// Bytes stored per protocol, as last sampled.
     stored: [AtomicU64; Protocol::ALL.len()],
     live: Mutex<HashMap<u64, Arc<Live>>>,
@@ -75,6 +80,7 @@ impl Slot {
             org: policy.tenant.org.clone(),
             lanes: Protocol::ALL.map(|protocol| Lane::new(policy.limits.rate(protocol))),
             policy: ArcSwap::from_pointee(policy),
+            subscriptions: Place::default(),
             stored: Default::default(),
             live: Mutex::default(),
         }
@@ -110,6 +116,48 @@ impl Slot {
     pub fn charge(&self, protocol: Protocol, now_ns: u64, units: u64) {
         let lane = &self.lanes[protocol as usize];
         lane.rate.charge(now_ns, units, lane.pace.pace());
+    }
+
+    /// Charges `units` requests that ran before and run again through no fault of their caller's: a reconnecting
+    /// client's subscriptions. They may run into debt, as far as a debt goes ([`super::rate::DEBT_MAX`]).
+    pub fn repeat(&self, protocol: Protocol, now_ns: u64, units: u64) -> Result<(), Over> {
+        let lane = &self.lanes[protocol as usize];
+        let furthest = Duration::from_nanos(lane.pace.pace().tolerance_ns) + DEBT_MAX;
+        if lane.rate.owed(now_ns) >= furthest {
+            return self.admit(protocol, now_ns, units);
+        }
+        self.charge(protocol, now_ns, units);
+        Ok(())
+    }
+
+    /// Takes a place among the tenant's subscribed Convex queries.
+    pub fn subscription(self: &Arc<Self>) -> Result<Permit<Slot>, Over> {
+        let policy = self.policy.load();
+        let max = policy.limits.convex.subscriptions;
+        Permit::take(self, |slot| &slot.subscriptions, max).ok_or_else(|| Over {
+            limit: Limit::Subscriptions,
+            tier: policy.tenant.tier,
+            max: max.into(),
+            in_use: self.subscriptions().into(),
+            retry_after: None,
+        })
+    }
+
+    /// Convex queries subscribed now.
+    pub fn subscriptions(&self) -> u32 {
+        self.subscriptions.taken()
+    }
+
+    /// Takes a place among the Convex mutations and actions under way.
+    pub fn write(self: &Arc<Self>) -> Result<Permit<Slot>, Over> {
+        let policy = self.policy.load();
+        self.connection(Protocol::Convex).ok_or_else(|| Over {
+            limit: Limit::InFlight,
+            tier: policy.tenant.tier,
+            max: policy.limits.convex.in_flight_writes.into(),
+            in_use: self.connections(Protocol::Convex).into(),
+            retry_after: None,
+        })
     }
 
     /// Takes a client socket's place.

@@ -5,12 +5,12 @@ use std::{
     time::SystemTime,
 };
 
-use super::Session;
+use super::{Session, Visit};
 use crate::{
     identity::{Identity, Proof, Verifier},
     quota::{Live, Table, clock},
     refusal::Refusal,
-    tenant::{Expiry, Protocol, Status},
+    tenant::{Expiry, OrgId, Protocol, Status},
     usage::Meters,
 };
 
@@ -90,6 +90,35 @@ impl Gate {
             return Err(Refusal::Suspended);
         }
         Ok(session)
+    }
+
+    /// Who a credential speaks for, without admitting anybody.
+    ///
+    /// # Errors
+    /// The credential's fault.
+    ///
+    /// # Cancel safety
+    /// May be dropped at any point.
+    pub async fn identify(&self, credential: &[u8]) -> Result<Arc<Identity>, Refusal> {
+        self.verifier.verify(credential).await
+    }
+
+    /// Lets a request in that carries no credential by its protocol's design (a file by its unguessable address, a
+    /// webhook): for one short request to what the tenant itself made public, counted as the tenant's.
+    ///
+    /// # Errors
+    /// The first check that says no.
+    ///
+    /// # Cancel safety
+    /// Dropping it before the end leaves nothing behind.
+    pub async fn visit(&self, org: &OrgId, protocol: Protocol) -> Result<Visit, Refusal> {
+        let slot = self.table.slot(org).await?;
+        if slot.policy().tenant.status != Status::Active {
+            return Err(Refusal::Suspended);
+        }
+        let place = slot.client(protocol).map_err(Refusal::OverLimit)?;
+        let meter = self.meters.meter(slot.org(), protocol);
+        Ok(Visit { slot, meter, _place: place })
     }
 
     /// Takes a new credential for a session in its place, so that a token can be renewed at the cap of sockets.

@@ -33,6 +33,11 @@ impl Session {
         &self.identity
     }
 
+    /// What its client speaks.
+    pub fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
     /// The tenant's live limits and counters.
     pub fn slot(&self) -> &Arc<Slot> {
         &self.slot
@@ -44,7 +49,7 @@ impl Session {
     }
 
     /// The tenant's counters for this protocol.
-    pub fn meter(&self) -> &Meter {
+    pub fn meter(&self) -> &Arc<Meter> {
         &self.meter
     }
 
@@ -68,6 +73,27 @@ impl Session {
             Stop::Suspended => Refusal::Suspended,
             Stop::Shed | Stop::Draining => Refusal::Draining,
         }
+    }
+}
+
+/// One request without a credential, in its place among the tenant's client sockets. It opens nothing that a
+/// credential is needed for.
+#[derive(Debug)]
+pub struct Visit {
+    slot: Arc<Slot>,
+    meter: Arc<Meter>,
+    _place: Permit<Slot>,
+}
+
+impl Visit {
+    /// The tenant's live limits and counters.
+    pub fn slot(&self) -> &Arc<Slot> {
+        &self.slot
+    }
+
+    /// The tenant's counters for this protocol.
+    pub fn meter(&self) -> &Arc<Meter> {
+        &self.meter
     }
 }
 

@@ -13,8 +13,8 @@ use std::{fmt, sync::Arc};
 use serde::{Deserialize, Serialize};
 
 pub use namespace::{Names, Namespace};
-pub use route::{Home, Isolation, Routes};
-pub use tier::{Expiry, Limits, OverRate, PoolMode, Tier, Tiers};
+pub use route::{Branch, ConvexRoute, Home, Isolation, NeonRoute, Project, Routes, Sharing};
+pub use tier::{Expiry, Limits, OverRate, PoolMode, SqlLimits, Tier, Tiers};
 
 /// Longest organisation id in bytes; also keeps every derived name under Postgres' 63 bytes.
 const ORG_ID_MAX_BYTES: usize = 48;
@@ -170,6 +170,21 @@ impl Tenant {
     /// Whether `database` is one of the tenant's logical databases.
     pub fn has_database(&self, database: &str) -> bool {
         database == DEFAULT_NAME || self.databases.iter().any(|d| d == database)
+    }
+
+    /// Whether `database` is one of the tenant's logical databases in its home of `protocol`: in the Neon home also
+    /// `<database>@<branch>`.
+    pub fn has_database_in(&self, protocol: Protocol, database: &str) -> bool {
+        self.has_database(database)
+            || protocol == Protocol::Neon
+                && database.rsplit_once('@').is_some_and(|(database, branch)| {
+                    self.has_database(database) && self.routes.neon.branch(branch).is_some()
+                })
+    }
+
+    /// Where the Postgres port finds the tenant's databases.
+    pub fn home(&self, limits: &Limits) -> Home {
+        self.routes.postgres.unwrap_or(limits.postgres.home)
     }
 }
 

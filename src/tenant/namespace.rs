@@ -10,7 +10,7 @@ use aws_lc_rs::hmac;
 use data_encoding::BASE32_NOPAD;
 use serde::Deserialize;
 
-use super::{DEFAULT_NAME, Isolation, OrgId};
+use super::{DEFAULT_NAME, Isolation, OrgId, Protocol};
 
 /// Longest identifier that PostgreSQL keeps (NAMEDATALEN - 1); longer ones are cut silently.
 const IDENTIFIER_MAX_BYTES: usize = 63;
@@ -233,10 +233,22 @@ impl Names {
         }
     }
 
-    /// Role and physical database of a logical database name. The caller has checked that the tenant has it
-    /// ([`super::Tenant::has_database`]).
+    /// Role and physical database of a logical database name in the tenant's main home. The caller has checked that
+    /// the tenant has it ([`super::Tenant::has_database`]).
     pub fn postgres(&self, org: &OrgId, database: &str) -> Namespace {
-        let role = self.base(org);
+        self.sql(Protocol::Postgres, org, database)
+    }
+
+    /// Role and physical database of a logical database name in the tenant's home of `protocol`: the Neon one for
+    /// [`Protocol::Neon`], where `<database>@<branch>` is a name too, else the main one. Homes share no name, so that
+    /// both may lie on one server. The caller has checked that the tenant has it
+    /// ([`super::Tenant::has_database_in`]).
+    pub fn sql(&self, protocol: Protocol, org: &OrgId, database: &str) -> Namespace {
+        let role = match (protocol, self.style) {
+            (Protocol::Neon, NameStyle::Plain) => format!("neon_org_{org}"),
+            (Protocol::Neon, NameStyle::Opaque) => format!("n_{}", self.short(&["neon name", org.as_str()])),
+            _ => self.base(org),
+        };
         let physical = if database == DEFAULT_NAME {
             role.clone()
         } else {
@@ -254,6 +266,14 @@ impl Names {
     pub fn password(&self, purpose: &str, org: &OrgId, generation: u32) -> Password {
         let tag = self.root.derive(&["password", purpose, org.as_str(), &generation.to_string()]);
         Password(data_encoding::BASE64URL_NOPAD.encode(tag.as_ref()))
+    }
+
+    /// The seed of a signing key of the platform's own; another `attempt` gives another.
+    pub fn signing_seed(&self, purpose: &str, attempt: u32) -> [u8; 32] {
+        let tag = self.root.derive(&["signing", purpose, &attempt.to_string()]);
+        let mut seed = [0; 32];
+        seed.copy_from_slice(&tag.as_ref()[..32]);
+        seed
     }
 
     /// 20 lower-case base32 characters: 100 bits.
@@ -284,9 +304,11 @@ mod tests {
             for (o, d) in
                 [("a", "app"), ("a", "b"), ("a_b", "app"), ("a-b", "app"), ("a", "b_c"), ("a_b", "c"), ("b", "app")]
             {
-                let place = names.postgres(&org(o), d);
-                assert!(seen.insert(place.database.clone()), "{place:?}");
-                assert!(place.database.len() <= 63);
+                for protocol in [Protocol::Postgres, Protocol::Neon] {
+                    let place = names.sql(protocol, &org(o), d);
+                    assert!(seen.insert(place.database.clone()), "{place:?}");
+                    assert!(place.database.len() <= 63);
+                }
             }
             let long = org(&"x".repeat(48));
             assert_ne!(

@@ -3,7 +3,9 @@
 //! The contract of every decoder here: `Ok(None)` means "not enough bytes yet" and is a normal answer; a length is
 //! checked against its cap before anything is allocated or waited for; an [`Error`] is the peer's fault.
 
+pub mod convex;
 pub mod mongo;
+pub mod neon;
 pub mod postgres;
 pub mod resp;
 

@@ -40,6 +40,9 @@ pub fn error(status: StatusCode, code: &str, message: &str) -> Response<Body> {
     json(status, json!({"code": code, "message": message}).to_string())
 }
 
+/// Bytes of a body over its cap that are still taken from the client.
+const DISCARD_MAX: usize = 64 << 20;
+
 /// Why a body could not be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadError {
@@ -54,7 +57,8 @@ pub enum ReadError {
 /// Reads a whole body of at most `max_bytes`, which has to be there `within`.
 ///
 /// # Errors
-/// What kept it from being read. On [`ReadError::TooLarge`] what follows was not read.
+/// What kept it from being read. On [`ReadError::TooLarge`] what follows was read and thrown away, up to
+/// [`DISCARD_MAX`] bytes: most clients look at the answer only when all they have to say is said.
 ///
 /// # Cancel safety
 /// Dropping it loses what was read.
@@ -65,13 +69,14 @@ pub async fn read(body: Incoming, max_bytes: usize, within: Duration) -> Result<
 async fn collect(mut body: Incoming, max_bytes: usize) -> Result<Bytes, ReadError> {
     let said = body.size_hint().upper();
     if body.size_hint().lower() > max_bytes as u64 {
-        return Err(ReadError::TooLarge);
+        return Err(discard(body).await);
     }
     let mut whole = BytesMut::new();
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame.map_err(|_| ReadError::Gone)?.into_data() else { continue };
         if data.len() > max_bytes - whole.len() {
-            return Err(ReadError::TooLarge);
+            drop(whole);
+            return Err(discard(body).await);
         }
         // The usual body is one piece, and is not copied.
         if whole.is_empty() && body.is_end_stream() {
@@ -84,4 +89,15 @@ async fn collect(mut body: Incoming, max_bytes: usize) -> Result<Bytes, ReadErro
         whole.extend_from_slice(&data);
     }
     Ok(whole.freeze())
+}
+
+/// Takes the rest of a body that is too large.
+async fn discard(mut body: Incoming) -> ReadError {
+    let mut left = DISCARD_MAX;
+    while let Some(Ok(frame)) = body.frame().await {
+        let len = frame.data_ref().map_or(0, Bytes::len);
+        let Some(rest) = left.checked_sub(len) else { break };
+        left = rest;
+    }
+    ReadError::TooLarge
 }

@@ -38,6 +38,11 @@ impl Client {
         Self { id, peer, transport, drain, unauthenticated: Arc::new(Mutex::new(unauthenticated)), _held: held }
     }
 
+    /// Its place among its network's strangers, for a WebSocket that will find out who it is by itself.
+    pub fn take_stranger(&self) -> Option<Unauthenticated> {
+        self.unauthenticated.lock().take()
+    }
+
     /// Notes that a request on this connection was admitted: it no longer counts among its network's strangers.
     pub fn admitted(&self) {
         self.unauthenticated.lock().take();

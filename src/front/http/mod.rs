@@ -34,6 +34,7 @@ use tokio::io::AsyncReadExt;
 
 pub use self::{body::Body, client::Client};
 use self::{client::Held, patient::Patient};
+use super::neon;
 use crate::{
     net::{Conn, Drain, ServerTls, Stream, accept_tls},
     quota::clock,
@@ -78,13 +79,18 @@ pub struct Config {
 
 /// The fronts behind the door: those that are configured.
 #[derive(Debug, Default)]
-pub struct Fronts {}
+pub struct Fronts {
+    /// Neon.
+    pub neon: Option<Arc<neon::Server>>,
+    /// Convex: everything that is not another's.
+    pub convex: Option<Arc<super::convex::Server>>,
+}
 
 impl Fronts {
     /// Whether there is anything to open the door for.
     pub fn any(&self) -> bool {
-        let Self {} = self;
-        false
+        let Self { neon, convex } = self;
+        neon.is_some() || convex.is_some()
     }
 }
 
@@ -254,11 +260,12 @@ impl Server {
     /// Answers one request, by its owner.
     async fn answer(self: &Arc<Self>, request: Request<Incoming>, client: &Client) -> Response<Body> {
         let owner = owner(request.uri().path(), upgrade::is_asked(&request));
-        let Fronts {} = &self.fronts;
-        let response = match owner {
-            Owner::Neon | Owner::Convex => absent(owner),
+        let Fronts { neon, convex } = &self.fronts;
+        let response = match (owner, neon, convex) {
+            (Owner::Neon, Some(neon), _) => neon.handle(request, client).await,
+            (Owner::Convex, _, Some(convex)) => convex.handle(request, client).await,
+            (Owner::Neon, None, _) | (Owner::Convex, _, None) => absent(owner),
         };
-        tracing::trace!(conn = client.id, owner = owner.label(), "http request");
         metrics::counter!(
             "dynabase_http_responses_total", "owner" => owner.label(), "status" => class(response.status())
         )

@@ -9,6 +9,7 @@ use hyper::{
     upgrade::OnUpgrade,
 };
 use hyper_util::{rt::TokioIo, server::conn::auto::upgrade::downcast};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
@@ -77,12 +78,26 @@ impl Upgrading {
     /// # Cancel safety
     /// Dropping it closes the connection.
     pub async fn socket(self) -> io::Result<WebSocketStream<Stream>> {
+        self.socket_over(|stream| stream).await
+    }
+
+    /// The same over what `wrap` makes of the byte stream. What the client sent with its request is not read through it.
+    ///
+    /// # Errors
+    /// As [`Self::socket`].
+    ///
+    /// # Cancel safety
+    /// As [`Self::socket`].
+    pub async fn socket_over<S>(self, wrap: impl FnOnce(Stream) -> S) -> io::Result<WebSocketStream<S>>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
         let upgraded = self.upgrade.await.map_err(io::Error::other)?;
         let parts = downcast::<TokioIo<Patient>>(upgraded)
             .map_err(|_| io::Error::other("an upgraded connection of another kind"))?;
         let stream = parts.io.into_inner().into_inner();
         let early = parts.read_buf.to_vec();
-        Ok(WebSocketStream::from_partially_read(stream, early, Role::Server, Some(self.config)).await)
+        Ok(WebSocketStream::from_partially_read(wrap(stream), early, Role::Server, Some(self.config)).await)
     }
 }
 

@@ -3,7 +3,7 @@
 //! A read takes what has come, in as few system calls as that takes. What came behind a request for TLS goes to the
 //! TLS handshake and nowhere else, so that bytes slipped in before TLS never reach the conversation behind it.
 
-use std::io;
+use std::{io, sync::Arc};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -16,7 +16,8 @@ use crate::{
     net::{Stream, tls::accept_tls},
     refusal::{Refusal, TokenFault},
     session::{Session, Transport},
-    tenant::Protocol,
+    tenant::{Home, Protocol},
+    upstream::postgres::Upstream,
     wire::postgres::{
         self as wire, HEAD,
         backend::{self, Report, Severity},
@@ -60,6 +61,8 @@ impl From<crate::wire::Error> for Early {
 pub struct Admitted {
     /// Its session.
     pub session: Session,
+    /// Where its tenant's databases are.
+    pub upstream: Arc<Upstream>,
     /// What it asked for.
     pub options: Options,
     /// The minor protocol version that both speak.
@@ -96,7 +99,12 @@ impl Intake {
 }
 
 /// Brings a connection to an admitted session. `stream` is the plain socket at first and the TLS stream afterwards.
-pub async fn admit(server: &Server, stream: &mut Option<Stream>, local: bool) -> Result<Admitted, Early> {
+pub async fn admit(
+    server: &Server,
+    stream: &mut Option<Stream>,
+    local: bool,
+    protocol: Protocol,
+) -> Result<Admitted, Early> {
     let mut intake = Intake(Vec::new());
     let login = loop {
         let startup = match read_startup(server, stream, &mut intake).await? {
@@ -105,7 +113,10 @@ pub async fn admit(server: &Server, stream: &mut Option<Stream>, local: bool) ->
         };
         match startup {
             Startup::Ssl => ask_tls(server, stream, &mut intake).await?,
-            Startup::Gss => open(stream)?.write_all(b"N").await?,
+            Startup::Gss => {
+                open(stream)?.write_all(b"N").await?;
+                open(stream)?.flush().await?;
+            }
             Startup::Cancel { pid, secret } => {
                 server.keys.cancel(pid, &secret);
                 return Err(Early::Gone("cancel_request"));
@@ -130,25 +141,86 @@ pub async fn admit(server: &Server, stream: &mut Option<Stream>, local: bool) ->
         Auth::Password => password(stream, &mut intake).await?,
         Auth::Bearer => bearer(stream, &mut intake, &server.config.openid_configuration).await?,
     };
-    let session = server.gate.admit(&token, Protocol::Postgres).await.map_err(|refusal| match refusal {
-        Refusal::BadToken(_) => Early::Refused(refuse::wrong_password(&options.user), refusal.kind()),
-        Refusal::Suspended => Early::Refused(refuse::suspended_login(), refusal.kind()),
-        other => refused(other),
-    })?;
+    let (session, upstream) = enter(server, &token, protocol, &options)
+        .await
+        .map_err(|denied| Early::Refused(denied.report(&options), denied.reason()))?;
+    Ok(Admitted { session, upstream, options, minor, early: intake.0 })
+}
+
+/// Why a caller was not let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Denied {
+    /// The gate, or what stands behind it, said no.
+    Refusal(Refusal),
+    /// The credential is good and does not stand for that user.
+    UnknownUser,
+    /// The tenant has no such database.
+    UnknownDatabase,
+}
+
+impl Denied {
+    /// What the client is told.
+    pub fn report(&self, options: &Options) -> Report {
+        match self {
+            Denied::Refusal(Refusal::BadToken(_)) | Denied::UnknownUser => refuse::wrong_password(&options.user),
+            Denied::Refusal(Refusal::Suspended) => refuse::suspended_login(),
+            Denied::Refusal(refusal) => refuse::fatal(refusal),
+            Denied::UnknownDatabase => refuse::unknown_database(&options.database),
+        }
+    }
+
+    /// The metric label.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Denied::Refusal(refusal) => refusal.kind(),
+            Denied::UnknownUser => "unknown_user",
+            Denied::UnknownDatabase => "unknown_database",
+        }
+    }
+}
+
+impl From<Refusal> for Denied {
+    fn from(refusal: Refusal) -> Self {
+        Denied::Refusal(refusal)
+    }
+}
+
+/// From a credential to a session that may use the user and database that it asks for, and where those are.
+pub async fn enter(
+    server: &Server,
+    token: &[u8],
+    protocol: Protocol,
+    options: &Options,
+) -> Result<(Session, Arc<Upstream>), Denied> {
+    let session = server.gate.admit(token, protocol).await?;
     // A drain that began meanwhile has told every session that was there; this one was not.
     if server.drain.is_draining() {
-        return Err(refused(Refusal::Draining));
+        return Err(Refusal::Draining.into());
     }
     let policy = session.slot().policy();
+    let home = match protocol {
+        Protocol::Neon => Home::Neon,
+        _ => policy.tenant.home(&policy.limits),
+    };
     let allowed = session.identity().user.as_deref().is_none_or(|user| user == options.user);
     if !allowed || !policy.tenant.has_user(&options.user) {
-        return Err(Early::Refused(refuse::wrong_password(&options.user), "unknown_user"));
+        return Err(Denied::UnknownUser);
     }
-    if !policy.tenant.has_database(&options.database) {
-        return Err(Early::Refused(refuse::unknown_database(&options.database), "unknown_database"));
+    if !policy.tenant.has_database_in(home.protocol(), &options.database) {
+        return Err(Denied::UnknownDatabase);
     }
     drop(policy);
-    Ok(Admitted { session, options, minor, early: intake.0 })
+    let upstream = match home {
+        Home::Main => Arc::clone(&server.upstream),
+        Home::Neon => match &server.neon {
+            Some(neon) => Arc::clone(neon),
+            None => {
+                tracing::error!(org = %session.slot().org(), "its home is neon, and there is no [upstream.neon]");
+                return Err(Refusal::UpstreamDown.into());
+            }
+        },
+    };
+    Ok((session, upstream))
 }
 
 fn refused(refusal: Refusal) -> Early {
@@ -193,11 +265,13 @@ async fn read_startup(
 
 async fn ask_tls(server: &Server, stream: &mut Option<Stream>, intake: &mut Intake) -> Result<(), Early> {
     let plain = open(stream)?;
-    if plain.is_tls() {
+    if matches!(plain, Stream::Tls(_)) {
         return Err(Early::Refused(refuse::plain(Severity::Fatal, "08P01", "TLS is on already"), "protocol"));
     }
-    let Some(tls) = &server.tls else {
+    // A WebSocket has its TLS outside.
+    let Some(tls) = server.tls.as_ref().filter(|_| matches!(plain, Stream::Plain(_))) else {
         plain.write_all(b"N").await?;
+        plain.flush().await?;
         return Ok(());
     };
     plain.write_all(b"S").await?;

@@ -19,6 +19,7 @@
 mod cancel;
 mod conversation;
 mod handshake;
+mod inside;
 mod ledger;
 mod options;
 mod out;
@@ -32,6 +33,12 @@ mod statement;
 #[doc(hidden)]
 pub use conversation::script::play as fuzz_conversation;
 
+pub(super) use self::{
+    handshake::Denied,
+    inside::Line,
+    options::{Options, clean},
+};
+
 use std::{
     sync::{Arc, atomic::AtomicU64},
     time::Duration,
@@ -44,8 +51,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::{
     net::{Conn, Stream, drain::Drain, tls::ServerTls},
     refusal::Refusal,
-    session::Gate,
-    tenant::unit,
+    session::{Gate, Session, Transport},
+    tenant::{Protocol, unit},
     upstream::postgres::Upstream,
     wire::postgres::backend::Report,
 };
@@ -89,6 +96,8 @@ impl Config {
 pub struct Server {
     gate: Arc<Gate>,
     upstream: Arc<Upstream>,
+    /// The tenants' Neon homes.
+    neon: Option<Arc<Upstream>>,
     tls: Option<Arc<ServerTls>>,
     config: Config,
     drain: Drain,
@@ -99,10 +108,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// A front that admits through `gate` and leads to `upstream`.
+    /// A front that admits through `gate` and leads to `upstream`, or to `neon` where a tenant's home is there.
     pub fn new(
         gate: Arc<Gate>,
         upstream: Arc<Upstream>,
+        neon: Option<Arc<Upstream>>,
         tls: Option<Arc<ServerTls>>,
         config: Config,
         drain: Drain,
@@ -110,6 +120,7 @@ impl Server {
         Arc::new(Self {
             gate,
             upstream,
+            neon,
             tls,
             config,
             drain,
@@ -121,9 +132,15 @@ impl Server {
 
     /// Serves one connection, first byte to last.
     pub fn serve(self: Arc<Self>, conn: Conn) -> impl Future<Output = ()> + Send {
+        self.serve_as(Protocol::Postgres, conn)
+    }
+
+    /// Serves one connection, first byte to last, as a session of `protocol`: [`Protocol::Neon`] leads to the Neon
+    /// home whatever the tenant's record says.
+    pub(super) fn serve_as(self: Arc<Self>, protocol: Protocol, conn: Conn) -> impl Future<Output = ()> + Send {
         // A login needs much more space than a session that sleeps: boxed, it is gone once the session begins. Made
         // out here, as an argument of an async block would keep its place beside it.
-        let opening = Box::pin(self.open(conn));
+        let opening = Box::pin(self.begin(protocol, conn));
         async move {
             if let Some(relay) = opening.await {
                 relay.run().await;
@@ -132,30 +149,55 @@ impl Server {
     }
 
     /// Brings a connection to a session that has been greeted; `None` when it has ended before.
-    async fn open(self: Arc<Self>, conn: Conn) -> Option<Box<relay::Relay>> {
+    async fn begin(self: Arc<Self>, protocol: Protocol, conn: Conn) -> Option<Box<relay::Relay>> {
         let Conn { id, peer, local, stream, unauthenticated } = conn;
         let mut stream = Some(stream);
-        let admitted = handshake::admit(&self, &mut stream, local);
+        let admitted = handshake::admit(&self, &mut stream, local, protocol);
         let early = tokio::time::timeout(self.config.handshake_timeout, admitted)
             .await
             .unwrap_or(Err(handshake::Early::Gone("handshake_timeout")));
         drop(unauthenticated);
         let reason = match early {
             Ok(admitted) => match stream {
-                Some(stream) => return relay::begin(self, id, peer, stream, admitted).await,
+                Some(stream) => return relay::begin(self, (id, peer), stream, admitted, relay::Told::Line).await,
                 None => "tls_failed",
             },
             Err(handshake::Early::Gone(reason)) => reason,
             Err(handshake::Early::Refused(report, reason)) => {
-                metrics::counter!("dynabase_refusals_total", "protocol" => "postgres", "reason" => reason).increment(1);
+                metrics::counter!("dynabase_refusals_total", "protocol" => protocol.label(), "reason" => reason)
+                    .increment(1);
                 if let Some(stream) = &mut stream {
                     farewell(stream, &[], &report).await;
                 }
                 reason
             }
         };
-        tracing::info!(conn = id, %peer, reason, "postgres connection ended before a session");
+        tracing::info!(conn = id, %peer, reason, protocol = protocol.label(), "postgres connection ended before a session");
         None
+    }
+
+    /// Where the connections that are counted as `protocol` lead.
+    fn upstream(&self, protocol: Protocol) -> &Arc<Upstream> {
+        match (protocol, &self.neon) {
+            (Protocol::Neon, Some(neon)) => neon,
+            _ => &self.upstream,
+        }
+    }
+
+    /// Whether a credential may travel over `transport`.
+    ///
+    /// # Errors
+    /// [`Refusal::PlaintextToken`].
+    pub(super) fn may_carry(&self, transport: Transport) -> Result<(), Refusal> {
+        self.gate.may_carry(transport)
+    }
+
+    /// Admits a caller who asks for no database.
+    pub(super) async fn admit(&self, token: &[u8], protocol: Protocol) -> Result<Session, Refusal> {
+        if self.drain.is_draining() {
+            return Err(Refusal::Draining);
+        }
+        self.gate.admit(token, protocol).await
     }
 
     /// What the clients of a physical database share.
@@ -186,8 +228,9 @@ async fn farewell(stream: &mut Stream, last: &[u8], report: &Report) {
     let _ = tokio::time::timeout(LINGER, goodbye).await;
 }
 
-fn count_refusal(refusal: &Refusal) {
-    metrics::counter!("dynabase_refusals_total", "protocol" => "postgres", "reason" => refusal.kind()).increment(1);
+fn count_refusal(protocol: Protocol, refusal: &Refusal) {
+    metrics::counter!("dynabase_refusals_total", "protocol" => protocol.label(), "reason" => refusal.kind())
+        .increment(1);
 }
 
 #[cfg(test)]

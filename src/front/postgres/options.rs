@@ -105,7 +105,7 @@ impl Options {
 }
 
 /// PostgreSQL keeps names printable ASCII and cuts them.
-fn clean(name: &str) -> String {
+pub fn clean(name: &str) -> String {
     name.bytes().map(|b| if (32..127).contains(&b) { char::from(b) } else { '?' }).take(NAME_MAX).collect()
 }
 

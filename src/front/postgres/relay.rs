@@ -34,8 +34,8 @@ use crate::{
     quota::{Stop, clock},
     refusal::{Limit, Over, Refusal},
     session::Session,
-    tenant::{PoolMode, Protocol},
-    upstream::postgres::{Home, Lease, Pool, Taken},
+    tenant::PoolMode,
+    upstream::postgres::{Home, Lease, Pool, Taken, Upstream},
     wire::postgres::{
         backend::{Report, Severity},
         head,
@@ -102,6 +102,7 @@ pub(super) struct Relay {
     server: Arc<Server>,
     id: u64,
     peer: Peer,
+    told: Told,
     session: Session,
     /// The cancel key that the client was told.
     _key: cancel::Key,
@@ -204,22 +205,31 @@ impl Pending {
     }
 }
 
+/// What the log is told of a session's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Told {
+    /// A line.
+    Line,
+    /// Nothing: it was one request of a connection that has its own line.
+    Nothing,
+}
+
 /// Makes an admitted client's session and greets it; `None` when it has ended before.
 pub(super) async fn begin(
     server: Arc<Server>,
-    id: u64,
-    peer: Peer,
+    (id, peer): (u64, Peer),
     mut stream: Stream,
     admitted: Admitted,
+    told: Told,
 ) -> Option<Box<Relay>> {
-    let Admitted { session, options, minor, early } = admitted;
-    let reason = match link::begin(&server, &mut stream, &session, options, minor, early).await {
+    let Admitted { session, upstream, options, minor, early } = admitted;
+    let reason = match link::begin(&server, &upstream, &mut stream, &session, options, minor, early).await {
         Ok(begun) => {
             if let Some((key, hello)) = begun.greeting(&server.keys, &session)
                 && stream.write_all(&hello).await.is_ok()
                 && stream.flush().await.is_ok()
             {
-                return Some(Box::new(begun.into_relay(server, (id, peer), session, stream, key)));
+                return Some(Box::new(begun.into_relay(server, (id, peer, told), session, stream, key)));
             }
             "client_gone"
         }
@@ -228,17 +238,20 @@ pub(super) async fn begin(
             reason
         }
     };
-    log_end(id, peer, &session, reason, [0; 3]);
+    if told == Told::Line {
+        log_end(id, peer, &session, reason, [0; 3]);
+    }
     None
 }
 
 /// The one line about a session, at its end. `sums`: bytes in, bytes out, transactions.
 fn log_end(id: u64, peer: Peer, session: &Session, reason: &'static str, sums: [u64; 3]) {
     let [bytes_in, bytes_out, transactions] = sums;
-    metrics::counter!("dynabase_connections_ended_total", "protocol" => "postgres", "reason" => reason).increment(1);
+    let protocol = session.protocol().label();
+    metrics::counter!("dynabase_connections_ended_total", "protocol" => protocol, "reason" => reason).increment(1);
     let milliseconds = clock::now_ms().saturating_sub(session.live().opened_ms);
     tracing::info!(
-        conn = id, %peer, org = %session.slot().org(), subject = %session.identity().subject, reason, bytes_in,
+        conn = id, %peer, org = %session.slot().org(), subject = %session.identity().subject, protocol, reason, bytes_in,
         bytes_out, transactions, seconds = Duration::from_millis(milliseconds).as_secs_f64(), "postgres session ended"
     );
 }
@@ -272,7 +285,15 @@ impl Relay {
         }
     }
 
+    /// Where its connections lead.
+    fn upstream(&self) -> &Arc<Upstream> {
+        self.server.upstream(self.pool.protocol())
+    }
+
     fn log(&self, reason: &'static str) {
+        if self.told == Told::Nothing {
+            return;
+        }
         let sums = [self.bytes_in, self.bytes_out, self.transactions];
         log_end(self.id, self.peer, &self.session, reason, sums);
     }
@@ -462,9 +483,9 @@ impl Relay {
 
     fn over_storage(&self) -> Option<Over> {
         let slot = self.session.slot();
-        let used = slot.stored(Protocol::Postgres);
+        let used = slot.stored(self.pool.protocol());
         let policy = slot.policy();
-        let max = policy.limits.postgres.storage;
+        let max = policy.limits.sql(self.pool.protocol()).storage;
         (used >= max).then(|| Over {
             limit: Limit::Storage,
             tier: policy.tenant.tier,
@@ -601,7 +622,7 @@ impl Relay {
             Some(at) => at,
             None if busy || !idle => {
                 let policy = self.session.slot().policy();
-                let limits = &policy.limits.postgres;
+                let limits = policy.limits.sql(self.pool.protocol());
                 let limit = if busy { limits.statement_timeout } else { limits.idle_in_transaction_timeout };
                 clock::now_ms() + u64::try_from(limit.as_millis()).unwrap_or(u64::MAX / 2)
             }
@@ -630,7 +651,7 @@ impl Relay {
         if self.cancelling.is_some() || self.conversation.ledger().is_settled() || link.key.is_empty() {
             return;
         }
-        let upstream = Arc::clone(&self.server.upstream);
+        let upstream = Arc::clone(self.upstream());
         let key = link.key.clone();
         self.cancelling = Some(tokio::spawn(async move { upstream.cancel(&key).await }));
     }
@@ -647,7 +668,7 @@ impl Relay {
             return Ok(());
         }
         let policy = Arc::clone(&self.session.slot().policy());
-        let limits = &policy.limits.postgres;
+        let limits = policy.limits.sql(self.pool.protocol());
         let over = |limit, max: Duration| Over {
             limit,
             tier: policy.tenant.tier,
@@ -664,7 +685,7 @@ impl Relay {
         }
         let refusal = over(Limit::StatementTimeout, limits.statement_timeout);
         if self.timed_out.is_none() {
-            count_refusal(&Refusal::OverLimit(refusal));
+            count_refusal(self.session.protocol(), &Refusal::OverLimit(refusal));
             let at = clock::now_ms() + u64::try_from(CANCEL_GRACE.as_millis()).unwrap_or(0);
             self.timed_out = Some(Box::new((self.conversation.errors(), at)));
             self.armed = UNARMED;
@@ -676,7 +697,7 @@ impl Relay {
         if let Some(link) = &self.link
             && let Some(pid) = link.pid()
         {
-            self.server.upstream.terminate(pid, &self.home.place.role).await;
+            self.upstream().terminate(pid, &self.home.place.role).await;
         }
         Err(self.end(&Refusal::OverLimit(refusal)).await)
     }
@@ -687,7 +708,7 @@ impl Relay {
 
     /// Ends the session with a FATAL report, where the client is between two messages.
     async fn end(&mut self, refusal: &Refusal) -> &'static str {
-        count_refusal(refusal);
+        count_refusal(self.session.protocol(), refusal);
         self.say_goodbye(&refuse::fatal(refusal)).await;
         refusal.kind()
     }
@@ -742,7 +763,7 @@ impl Relay {
         } else if ledger.is_settled() || lease.key.is_empty() {
             drop(lease);
         } else {
-            let (upstream, home) = (Arc::clone(&self.server.upstream), Arc::clone(&self.home));
+            let (upstream, home) = (Arc::clone(self.upstream()), Arc::clone(&self.home));
             tokio::spawn(async move { link::abandon(&upstream, lease, &home.place.role).await });
         }
     }

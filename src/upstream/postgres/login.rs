@@ -10,11 +10,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::{
     connection::{Connection, Parameters},
     dial::{DialError, Target},
-    scram::{self, Binding, Exchange, Keys},
 };
 use crate::{
     net::{Stream, stream::Raw},
     tenant::{Namespace, namespace::Password},
+    upstream::scram::{self, Binding, Exchange, Keys},
     wire::postgres::{self as wire, HEAD, backend},
 };
 
@@ -23,6 +23,11 @@ const MESSAGE_MAX: usize = 64 * 1024;
 
 /// Most bytes of a whole login.
 const LOGIN_MAX: usize = 1024 * 1024;
+
+/// What Neon's edge says while a compute is on its way. Quotas and endpoints that are not there have other words, and
+/// trying again would only make it worse.
+const WAKING: [&str; 3] =
+    ["Couldn't connect to compute node", "Too many database connection attempts", "Too many connections attempts"];
 
 /// Why an upstream connection could not be had.
 #[derive(Debug)]
@@ -52,7 +57,12 @@ impl ConnectError {
         match self {
             ConnectError::Dial(error) => error.retry == super::Retry::Soon,
             ConnectError::Io(_) => true,
-            ConnectError::Refused { code, .. } => matches!(code.as_str(), "57P03" | "53300" | "57P01" | "57P02"),
+            ConnectError::Refused { code, message } => match code.as_str() {
+                "57P03" | "53300" | "57P01" | "57P02" => true,
+                // Neon's edge has one code for everything; the compute is being woken, or too many want that.
+                "XX000" => WAKING.iter().any(|words| message.contains(words)),
+                _ => false,
+            },
             ConnectError::Timeout | ConnectError::Protocol(_) | ConnectError::Scram(_) => false,
         }
     }
@@ -201,7 +211,7 @@ impl Conversation {
             None => Binding::None,
         };
         let mechanism = binding.mechanism();
-        let (mut exchange, first) = Exchange::new(binding).map_err(ConnectError::Scram)?;
+        let (mut exchange, first) = Exchange::new(binding, "").map_err(ConnectError::Scram)?;
         let mut out = Vec::new();
         wire::put(&mut out, b'p', |out| {
             wire::put_cstr(out, mechanism.as_bytes());

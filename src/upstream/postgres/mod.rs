@@ -10,7 +10,6 @@ mod dial;
 mod login;
 mod pool;
 mod provision;
-mod scram;
 mod size;
 
 use std::{sync::Arc, time::Duration};
@@ -42,12 +41,11 @@ const TIDY_EVERY: Duration = Duration::from_secs(1);
 /// Longest time for a cancel request, from dialling to the server's closing.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The purpose under which Postgres passwords are derived.
-const PURPOSE: &str = "postgres";
-
 /// One PostgreSQL server and every tenant's pool of connections to it.
 #[derive(Debug)]
 pub struct Upstream {
+    /// Which of the tenants' homes lie here.
+    protocol: Protocol,
     target: Target,
     names: Names,
     budget: Arc<pool::Budget>,
@@ -56,7 +54,7 @@ pub struct Upstream {
     provisioner: Provisioner,
     /// Some pool's role has limits that no longer follow its tier.
     stale: Arc<Notify>,
-    connect_timeout: Duration,
+    patience: pool::Patience,
     idle_timeout: Duration,
     storage_interval: Duration,
 }
@@ -67,15 +65,33 @@ impl Upstream {
     /// # Errors
     /// What is wrong with the configuration, in words.
     pub fn new(config: &Config, names: Names) -> Result<Arc<Self>, String> {
+        Self::of(Protocol::Postgres, config, names, Duration::ZERO)
+    }
+
+    /// The server that `config` describes, as the place of the tenants' Neon homes. It may sleep, and may take
+    /// `waking` to wake up.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of_neon_homes(config: &Config, names: Names, waking: Duration) -> Result<Arc<Self>, String> {
+        Self::of(Protocol::Neon, config, names, waking)
+    }
+
+    fn of(protocol: Protocol, config: &Config, names: Names, waking: Duration) -> Result<Arc<Self>, String> {
+        let provisioner = match protocol {
+            Protocol::Neon => Provisioner::of_neon_homes(config.admin()?),
+            _ => Provisioner::new(config.admin()?),
+        };
         Ok(Arc::new(Self {
+            protocol,
             target: config.target()?,
             names,
             budget: pool::Budget::new(config.max_connections),
             pools: DashMap::new(),
             maintenance: Maintenance::new(config.admin()?),
-            provisioner: Provisioner::new(config.admin()?),
+            provisioner,
             stale: Arc::default(),
-            connect_timeout: config.connect_timeout,
+            patience: pool::Patience { connect: config.connect_timeout, waking },
             idle_timeout: config.idle_timeout,
             storage_interval: config.storage_interval,
         }))
@@ -85,7 +101,7 @@ impl Upstream {
     pub fn pool(&self, slot: &Arc<Slot>) -> Arc<Pool> {
         let make = || {
             let (slot, budget, stale) = (Arc::clone(slot), Arc::clone(&self.budget), Arc::clone(&self.stale));
-            Pool::new(slot, self.target.clone(), budget, self.connect_timeout, stale)
+            Pool::new(slot, self.protocol, self.target.clone(), budget, self.patience, stale)
         };
         if let Some(pool) = self.pools.get(slot.org())
             && Arc::ptr_eq(pool.slot(), slot)
@@ -104,8 +120,8 @@ impl Upstream {
     pub fn home(&self, pool: &Pool, tenant: &Tenant, database: &str) -> Arc<Home> {
         let generation = tenant.generation;
         pool.home(database, generation, || {
-            let place = self.names.postgres(&tenant.org, database);
-            let password = self.names.password(PURPOSE, &tenant.org, generation);
+            let place = self.names.sql(self.protocol, &tenant.org, database);
+            let password = self.names.password(self.protocol.label(), &tenant.org, generation);
             Home { logical: database.into(), generation, database: place.database.as_str().into(), place, password }
         })
     }
@@ -142,9 +158,16 @@ impl Upstream {
         let tenant = Arc::clone(&slot.policy().tenant);
         let mut bytes = 0;
         for database in std::iter::once(DEFAULT_NAME).chain(tenant.databases.iter().map(String::as_str)) {
-            bytes += self.maintenance.database_bytes(&self.names.postgres(&tenant.org, database).database).await?;
+            let place = self.names.sql(self.protocol, &tenant.org, database);
+            bytes += self.maintenance.database_bytes(&place.database).await?;
+            if self.protocol == Protocol::Neon {
+                for branch in &tenant.routes.neon.branches {
+                    let place = self.names.sql(self.protocol, &tenant.org, &format!("{database}@{}", branch.name));
+                    bytes += self.maintenance.database_bytes(&place.database).await?;
+                }
+            }
         }
-        slot.set_stored(Protocol::Postgres, bytes);
+        slot.set_stored(self.protocol, bytes);
         Ok(bytes)
     }
 
@@ -194,7 +217,7 @@ impl Upstream {
         for pool in self.pools() {
             let Some(limits) = pool.stale_ceilings() else { continue };
             let tenant = Arc::clone(&pool.slot().policy().tenant);
-            match self.provisioner.ensure(&tenant, &self.names, &limits.postgres).await {
+            match self.provisioner.ensure(&tenant, &self.names, limits.sql(self.protocol)).await {
                 Ok(_) => pool.set_ceilings(limits),
                 Err(error) => {
                     tracing::warn!(org = %tenant.org, %error, "the role's own limits could not follow its tier");

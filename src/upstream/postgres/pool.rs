@@ -24,18 +24,18 @@ use std::{
 use parking_lot::Mutex;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, ReadBuf},
-    sync::{Notify, oneshot},
+    sync::{Notify, Semaphore, oneshot},
 };
 
 use super::{
     connection::Connection,
     dial::Target,
     login::{self, ConnectError},
-    scram::Keys,
 };
 use crate::{
     quota::{Permit, Place, Slot, clock},
     tenant::{Limits, Namespace, Protocol, namespace::Password},
+    upstream::scram::Keys,
     wire::postgres::{self as wire, HEAD, backend, frontend::TERMINATE},
 };
 
@@ -49,8 +49,21 @@ const SOILED_IDLE: Duration = Duration::from_secs(1);
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 
+/// A server that was reached this recently is awake: the shortest time after which one goes to sleep is a minute.
+const AWAKE: Duration = Duration::from_secs(30);
+
 /// Bytes an idle server may have sent before we look; more, and it is closed.
 const IDLE_READ: usize = 4096;
+
+/// How long connecting may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// One attempt, login included.
+    pub connect: Duration,
+    /// All attempts together, beyond a client's time in the queue, where the server may have to wake up first; zero
+    /// where it never sleeps.
+    pub waking: Duration,
+}
 
 /// Where a client's connections lead: role, database, password. One for all clients of a database ([`Pool::home`]).
 #[derive(Debug, PartialEq, Eq)]
@@ -167,10 +180,16 @@ impl Drop for Places {
 #[derive(Debug)]
 pub struct Pool {
     slot: Arc<Slot>,
+    /// What its connections are counted as.
+    protocol: Protocol,
     target: Target,
     budget: Arc<Budget>,
     keys: Mutex<Option<Keys>>,
-    connect_timeout: Duration,
+    patience: Patience,
+    /// One at a time while the server may be asleep.
+    waking: Semaphore,
+    /// When it was last seen awake.
+    awake: Mutex<Option<Instant>>,
     /// The numbers that the role's own limits follow; and who is told that they don't any more.
     ceilings: Mutex<Arc<Limits>>,
     stale: Arc<Notify>,
@@ -294,23 +313,27 @@ impl Drop for Turn {
 }
 
 impl Pool {
-    /// A pool of connections to `target` for the tenant of `slot`. `stale` is notified when the role's own limits no
+    /// A pool of connections to `target` for the tenant of `slot`, counted as `protocol`'s. `stale` is notified when the role's own limits no
     /// longer follow the tier ([`Self::stale_ceilings`]).
     pub fn new(
         slot: Arc<Slot>,
+        protocol: Protocol,
         target: Target,
         budget: Arc<Budget>,
-        connect_timeout: Duration,
+        patience: Patience,
         stale: Arc<Notify>,
     ) -> Arc<Self> {
         let pool = Arc::new(Self {
             ceilings: Mutex::new(Arc::clone(&slot.policy().limits)),
             stale,
             slot,
+            protocol,
             target,
             budget,
             keys: Mutex::default(),
-            connect_timeout,
+            patience,
+            waking: Semaphore::new(1),
+            awake: Mutex::new(None),
             homes: Mutex::default(),
             state: Mutex::default(),
         });
@@ -325,6 +348,11 @@ impl Pool {
     /// Where its connections lead.
     pub fn target(&self) -> &Target {
         &self.target
+    }
+
+    /// What its connections are counted as.
+    pub fn protocol(&self) -> Protocol {
+        self.protocol
     }
 
     /// The tenant's slot.
@@ -417,7 +445,7 @@ impl Pool {
                 Ok(Ok(Grant::Places(places))) => places,
                 Ok(Err(_)) | Err(_) if self.tenant_has_room() => return Err(TakeError::ServerFull),
                 Ok(Err(_)) | Err(_) => {
-                    return Err(TakeError::TenantFull { in_use: self.slot.connections(Protocol::Postgres) });
+                    return Err(TakeError::TenantFull { in_use: self.slot.connections(self.protocol) });
                 }
             },
         };
@@ -426,16 +454,27 @@ impl Pool {
 
     /// Connects, trying again while the server is starting or full and `deadline` has not passed. Nothing of a
     /// client has been sent, so that trying again is always safe.
+    ///
+    /// A server that sleeps is woken by one connection; the others wait for it. Its client's time in the queue is one
+    /// thing and waking another: a compute that starts takes as long as it takes.
     async fn connect(self: &Arc<Self>, home: &Home, places: Places, deadline: Instant) -> Result<Lease, ConnectError> {
+        let deadline = deadline.max(Instant::now() + self.patience.waking);
+        let _turn = match self.is_awake() {
+            true => None,
+            false => tokio::time::timeout_at(deadline.into(), self.waking.acquire()).await.ok().and_then(Result::ok),
+        };
         let login = login::Login { place: &home.place, password: &home.password, keys: &self.keys };
         let mut pause = RETRY_MIN;
         loop {
             let left = deadline.saturating_duration_since(Instant::now()).max(RETRY_MIN);
-            let error = match login::connect(&self.target, &login, self.connect_timeout.min(left)).await {
-                Ok(connection) => return Ok(Lease { held: Some(Box::new(Held { connection, places })) }),
+            let error = match login::connect(&self.target, &login, self.patience.connect.min(left)).await {
+                Ok(connection) => {
+                    *self.awake.lock() = Some(Instant::now());
+                    return Ok(Lease { held: Some(Box::new(Held { connection, places })) });
+                }
                 Err(error) => error,
             };
-            metrics::counter!("dynabase_upstream_errors_total", "protocol" => "postgres", "step" => error.step())
+            metrics::counter!("dynabase_upstream_errors_total", "protocol" => self.protocol.label(), "step" => error.step())
                 .increment(1);
             if !error.retry() || Instant::now() + pause >= deadline {
                 tracing::warn!(org = %self.slot.org(), upstream = %self.target.address(), %error, "could not connect upstream");
@@ -446,11 +485,16 @@ impl Pool {
         }
     }
 
+    /// Whether the server need not be woken: it never sleeps, or was awake a moment ago.
+    fn is_awake(&self) -> bool {
+        self.patience.waking.is_zero() || self.awake.lock().is_some_and(|at| at.elapsed() < AWAKE)
+    }
+
     fn give(mut held: Box<Held>) {
         let pool = Arc::clone(&held.places.pool);
         let policy = pool.slot.policy();
-        let open = pool.slot.connections(Protocol::Postgres);
-        let over_tier = open > policy.limits.connections(Protocol::Postgres);
+        let open = pool.slot.connections(pool.protocol);
+        let over_tier = open > policy.limits.connections(pool.protocol);
         let outdated = !Arc::ptr_eq(&held.places.limits, &policy.limits);
         drop(policy);
         let hungry = pool.budget.waiting.load(Ordering::Relaxed) > 0;
@@ -501,14 +545,14 @@ impl Pool {
     }
 
     fn places(self: &Arc<Self>) -> Option<Places> {
-        let tenant = self.slot.connection(Protocol::Postgres)?;
+        let tenant = self.slot.connection(self.protocol)?;
         let server = Permit::take(&self.budget, |budget| &budget.used, self.budget.max)?;
         let limits = Arc::clone(&self.slot.policy().limits);
         Some(Places { held: Some((tenant, server)), pool: Arc::clone(self), limits })
     }
 
     fn tenant_has_room(&self) -> bool {
-        self.slot.connections(Protocol::Postgres) < self.slot.policy().limits.connections(Protocol::Postgres)
+        self.slot.connections(self.protocol) < self.slot.policy().limits.connections(self.protocol)
     }
 
     fn close_oldest_idle(&self) {
@@ -527,11 +571,11 @@ impl Pool {
         let mut doomed = Vec::new();
         let mut state = self.state.lock();
         let limits = Arc::clone(&self.slot.policy().limits);
-        let cap = limits.connections(Protocol::Postgres);
+        let cap = limits.connections(self.protocol);
         if self.stale_ceilings().is_some() {
             self.stale.notify_one();
         }
-        let mut over = self.slot.connections(Protocol::Postgres).saturating_sub(cap);
+        let mut over = self.slot.connections(self.protocol).saturating_sub(cap);
         let mut kept = Vec::with_capacity(state.idle.len());
         let now_ms = clock::now_ms();
         for mut idle in state.idle.drain(..) {
@@ -553,6 +597,16 @@ impl Pool {
         if waiting {
             self.wake();
         }
+    }
+
+    /// Closes the idle connections to one physical database, so that it can be copied.
+    pub fn close_idle(&self, database: &str) {
+        let mut state = self.state.lock();
+        let (doomed, kept): (Vec<Idle>, _) =
+            state.idle.drain(..).partition(|idle| &*idle.held.connection.database == database);
+        state.idle = kept;
+        drop(state);
+        doomed.into_iter().for_each(|idle| close(idle.held));
     }
 
     /// Whether nobody needs this pool: no connection, nobody waiting.

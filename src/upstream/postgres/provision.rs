@@ -4,6 +4,8 @@
 //! does the rest. A tenant's database is closed to everybody until its privileges are right, and its own role is let
 //! in last. The tenant never owns its database: an owner could let others in and lift limits.
 
+mod branch;
+
 use std::{fmt, time::Duration};
 
 use aws_lc_rs::{digest, hmac, pbkdf2};
@@ -13,10 +15,7 @@ use super::{
     Admin, AdminError,
     admin::{Connection, quoted},
 };
-use crate::tenant::{DEFAULT_NAME, Names, Namespace, Tenant, namespace::Password, tier::PostgresLimits};
-
-/// The purpose under which a tenant's PostgreSQL password is derived ([`Names::password`]).
-pub const PASSWORD_PURPOSE: &str = "postgres";
+use crate::tenant::{DEFAULT_NAME, Names, Namespace, Protocol, SqlLimits, Tenant, namespace::Password};
 
 /// How much later than the proxy the server itself ends a statement or an idle transaction: the proxy's error, with
 /// the tier's numbers in it, is the one a client should see.
@@ -41,6 +40,8 @@ const SCRAM_ROUNDS: u32 = 4096;
 #[derive(Clone, Debug)]
 pub struct Provisioner {
     admin: Admin,
+    /// Of which home.
+    protocol: Protocol,
 }
 
 /// What [`Provisioner::ensure`] found to do.
@@ -94,9 +95,14 @@ impl From<AdminError> for ProvisionError {
 }
 
 impl Provisioner {
-    /// Works with this login.
+    /// Works with this login, on the tenants' main homes.
     pub fn new(admin: Admin) -> Self {
-        Self { admin }
+        Self { admin, protocol: Protocol::Postgres }
+    }
+
+    /// Works with this login, on the tenants' Neon homes.
+    pub fn of_neon_homes(admin: Admin) -> Self {
+        Self { admin, protocol: Protocol::Neon }
     }
 
     /// Makes the tenant's role and all of its databases what they should be.
@@ -110,17 +116,19 @@ impl Provisioner {
         &self,
         tenant: &Tenant,
         names: &Names,
-        limits: &PostgresLimits,
+        limits: impl Into<SqlLimits>,
     ) -> Result<Report, ProvisionError> {
-        let place = names.postgres(&tenant.org, DEFAULT_NAME);
-        let password = names.password(PASSWORD_PURPOSE, &tenant.org, tenant.generation);
+        let limits = limits.into();
+        let place = names.sql(self.protocol, &tenant.org, DEFAULT_NAME);
+        // The purpose of a password is the protocol's label: as `Upstream::home` derives it.
+        let password = names.password(self.protocol.label(), &tenant.org, tenant.generation);
         let client = self.open().await?;
         let mut report = Report::default();
         self.close_shared(&client, &mut report).await?;
         lock(&client, tenant_lock(&place.role)).await?;
-        self.role(&client, &place.role, &password, limits, &mut report).await?;
+        self.role(&client, &place.role, &password, &limits, &mut report).await?;
         for database in logical_databases(tenant) {
-            self.database(&client, &names.postgres(&tenant.org, database), &mut report).await?;
+            self.database(&client, &names.sql(self.protocol, &tenant.org, database), None, &mut report).await?;
         }
         Ok(report)
     }
@@ -133,7 +141,7 @@ impl Provisioner {
     /// # Cancel safety
     /// As [`Self::ensure`].
     pub async fn drop(&self, tenant: &Tenant, names: &Names) -> Result<(), ProvisionError> {
-        let role = names.base(&tenant.org);
+        let role = names.sql(self.protocol, &tenant.org, DEFAULT_NAME).role;
         let client = self.open().await?;
         lock(&client, tenant_lock(&role)).await?;
         if role_exists(&client, &role).await? {
@@ -143,7 +151,7 @@ impl Provisioner {
             client.query(END, &[&role]).await.map_err(AdminError::sql("ending the tenant's sessions"))?;
         }
         let mut databases: Vec<String> =
-            logical_databases(tenant).map(|database| names.postgres(&tenant.org, database).database).collect();
+            logical_databases(tenant).map(|it| names.sql(self.protocol, &tenant.org, it).database).collect();
         databases.extend(forgotten_databases(&client, &role).await?);
         for database in databases {
             let drop = format!("drop database if exists {} with (force)", quoted(&database));
@@ -199,7 +207,7 @@ impl Provisioner {
         client: &Connection,
         role: &str,
         password: &Password,
-        limits: &PostgresLimits,
+        limits: &SqlLimits,
         report: &mut Report,
     ) -> Result<(), ProvisionError> {
         let name = quoted(role);
@@ -230,11 +238,12 @@ impl Provisioner {
         }
     }
 
-    /// One database, closed until it is right.
+    /// One database, closed until it is right; a copy of `template`, if there is one.
     async fn database(
         &self,
         client: &Connection,
         place: &Namespace,
+        template: Option<&str>,
         report: &mut Report,
     ) -> Result<(), ProvisionError> {
         let (database, role) = (quoted(&place.database), quoted(&place.role));
@@ -242,8 +251,8 @@ impl Provisioner {
             .await?
         {
             // template0 carries nothing that somebody added to template1.
-            let create =
-                format!("create database {database} template template0 encoding 'UTF8' allow_connections false");
+            let from = template.map_or_else(|| "template0 encoding 'UTF8'".to_owned(), quoted);
+            let create = format!("create database {database} template {from} allow_connections false");
             run(client, "creating a database", &create).await?;
             report.created_databases.push(place.database.clone());
         }

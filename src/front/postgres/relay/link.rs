@@ -9,14 +9,14 @@ use std::{
 use futures_util::future::{Either, select};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{Pending, Relay, next_kind};
+use super::{Pending, Relay, Told, next_kind};
 use crate::{
     front::postgres::{Server, cancel, conversation::Conversation, count_refusal, options::Options, out::Out, refuse},
     net::{Peer, Stream},
     quota::clock,
     refusal::{Limit, Over, Refusal},
     session::Session,
-    tenant::{OverRate, PoolMode},
+    tenant::{OverRate, PoolMode, Protocol},
     upstream::postgres::{
         Connection, Home, Lease, Pool, TakeError, Taken, Upstream,
         connection::{Parameters, Value},
@@ -68,7 +68,7 @@ impl Begun {
     pub(super) fn into_relay(
         self,
         server: Arc<Server>,
-        (id, peer): (u64, Peer),
+        (id, peer, told): (u64, Peer, Told),
         session: Session,
         client: Stream,
         key: cancel::Key,
@@ -77,6 +77,7 @@ impl Begun {
             server,
             id,
             peer,
+            told,
             session,
             _key: key,
             client,
@@ -109,6 +110,7 @@ impl Begun {
 /// a server, which also says whether the parameters are good.
 pub(super) async fn begin(
     server: &Arc<Server>,
+    upstream: &Upstream,
     client: &mut Stream,
     session: &Session,
     options: Options,
@@ -116,10 +118,10 @@ pub(super) async fn begin(
     mut early: Vec<u8>,
 ) -> Result<Begun, (Report, &'static str)> {
     let policy = Arc::clone(&session.slot().policy());
-    let limits = &policy.limits.postgres;
-    let mode = options.pool_mode.unwrap_or(limits.pool_mode);
-    let pool = server.upstream.pool(session.slot());
-    let home = server.upstream.home(&pool, &policy.tenant, &options.database);
+    let mode = options.pool_mode.unwrap_or(policy.limits.postgres.pool_mode);
+    let pool = upstream.pool(session.slot());
+    let limits = policy.limits.sql(pool.protocol());
+    let home = upstream.home(&pool, &policy.tenant, &options.database);
     let shared = server.shared(&home.database);
 
     let bare = shared.intern(options.settings);
@@ -132,8 +134,9 @@ pub(super) async fn begin(
     let reported = match known {
         Some(reported) => reported,
         None => {
+            let protocol = session.protocol();
             let refused = |refusal: Refusal| {
-                count_refusal(&refusal);
+                count_refusal(protocol, &refusal);
                 (refuse::fatal(&refusal), refusal.kind())
             };
             let deadline = Instant::now() + limits.queue_timeout;
@@ -151,7 +154,8 @@ pub(super) async fn begin(
                 }
                 Either::Right(_) => return Err((refuse::fatal(&Refusal::Draining), "client_gone")),
             };
-            let mut lease = taken.map_err(|error| refused(take_refusal(session, &error, limits.queue_timeout)))?;
+            let mut lease =
+                taken.map_err(|error| refused(take_refusal(session, pool.protocol(), &error, limits.queue_timeout)))?;
             let scratch =
                 Conversation::new(session.live().id, minor, Arc::clone(&shared), Arc::clone(&bare), Arc::default());
             let script = scratch.preparation(&lease.remote);
@@ -203,14 +207,14 @@ pub(super) async fn begin(
 }
 
 /// The refusal for a lease that was not to be had.
-fn take_refusal(session: &Session, error: &TakeError, waited: Duration) -> Refusal {
+fn take_refusal(session: &Session, home: Protocol, error: &TakeError, waited: Duration) -> Refusal {
     match error {
         TakeError::TenantFull { in_use } => {
             let policy = session.slot().policy();
             Refusal::OverLimit(Over {
                 limit: Limit::Connections,
                 tier: policy.tenant.tier,
-                max: policy.limits.postgres.connections.into(),
+                max: policy.limits.connections(home).into(),
                 in_use: (*in_use).into(),
                 retry_after: Some(waited),
             })
@@ -312,7 +316,7 @@ impl Relay {
     /// Waits for a connection and prepares it. Meanwhile the client may cancel, go away, or be told to stop.
     pub(super) async fn wait_for_link(&mut self, taken: Taken) -> Result<(), &'static str> {
         let waited = Instant::now();
-        let limit = self.session.slot().policy().limits.postgres.queue_timeout;
+        let limit = self.session.slot().policy().limits.sql(self.pool.protocol()).queue_timeout;
         let deadline = waited + limit;
         let outcome = self.link_or_signal(taken, deadline).await;
         let micros = u64::try_from(waited.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -320,11 +324,11 @@ impl Relay {
         let mut lease = match outcome {
             Waited::Lease(lease) => lease,
             Waited::Refused(error) => {
-                let refusal = take_refusal(&self.session, &error, limit);
+                let refusal = take_refusal(&self.session, self.pool.protocol(), &error, limit);
                 if matches!(error, TakeError::Connect(_)) {
                     return Err(self.end(&refusal).await);
                 }
-                count_refusal(&refusal);
+                count_refusal(self.session.protocol(), &refusal);
                 return self.refuse(&refuse::error(&refusal)).await;
             }
             Waited::Cancelled => {
@@ -408,7 +412,7 @@ impl Relay {
 
     /// The next request is over the rate: it waits where the tier says so, else it is refused.
     pub(super) async fn over_rate(&mut self, over: Over) -> Result<(), &'static str> {
-        let rate = self.session.slot().policy().limits.postgres.rate;
+        let rate = *self.session.slot().policy().limits.rate(self.session.protocol());
         let wait = over.retry_after.unwrap_or_default();
         let began = Instant::now();
         let waited = began - **self.delayed.get_or_insert_with(|| Box::new(began));
@@ -422,7 +426,7 @@ impl Relay {
         }
         self.delayed = None;
         let refusal = Refusal::OverLimit(over);
-        count_refusal(&refusal);
+        count_refusal(self.session.protocol(), &refusal);
         self.refuse(&refuse::error(&refusal)).await
     }
 

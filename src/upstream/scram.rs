@@ -85,13 +85,13 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    /// Starts an exchange; the second value is the client-first-message.
-    pub fn new(binding: Binding) -> Result<(Self, String), Fault> {
+    /// Starts an exchange as `user` (empty for PostgreSQL, which has it from the startup packet); the second value is the
+    /// client-first-message.
+    pub fn new(binding: Binding, user: &str) -> Result<(Self, String), Fault> {
         let mut random = [0; 18];
         rand::fill(&mut random).map_err(|_| Fault::Random)?;
         let nonce = STANDARD.encode(random);
-        // PostgreSQL takes the user from the startup packet and ignores this one.
-        let first_bare = format!("n=,r={nonce}");
+        let first_bare = format!("n={},r={nonce}", user.replace('=', "=3D").replace(',', "=2C"));
         let first = format!("{}{first_bare}", binding.header());
         Ok((Self { binding, nonce, first_bare, expected: None }, first))
     }
@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn an_exchange_proves_both_sides_and_keeps_the_keys() {
-        let (mut exchange, first) = Exchange::new(Binding::None).unwrap();
+        let (mut exchange, first) = Exchange::new(Binding::None, "").unwrap();
         assert!(first.starts_with("n,,n=,r="));
         let (server_first, server_keys) = server_answer(&exchange, "secret", 4096);
         let mut keys = None;
@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn a_hostile_server_is_found_out() {
         let answer = |first: &dyn Fn(&Exchange) -> String| {
-            let (mut exchange, _) = Exchange::new(Binding::None).unwrap();
+            let (mut exchange, _) = Exchange::new(Binding::None, "").unwrap();
             let first = first(&exchange);
             exchange.answer(first.as_bytes(), &Password::new("p"), &mut None).map(|_| exchange)
         };

@@ -1,0 +1,521 @@
+//! Calls, files and HTTP actions: one request in, one out.
+//!
+//! The caller is admitted, the call is counted (a batch as many), the organisation is written in where the deployment is
+//! shared, and our own token takes the place of the caller's. The answer goes through as it comes; the request's places
+//! are held until its last byte has gone.
+
+use std::{
+    borrow::Cow,
+    io,
+    ops::Range,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::{
+    HeaderMap, Method, Request, Response,
+    body::{Body as HttpBody, Frame, Incoming, SizeHint},
+    header::{self, HeaderName, HeaderValue},
+    http::uri::PathAndQuery,
+};
+
+use super::{Server, bearer, endpoint::Endpoint, forwarded, query, say_where};
+use crate::{
+    front::http::{
+        Body, Client,
+        body::{self, ReadError},
+    },
+    quota::{Permit, Slot, clock},
+    refusal::{Refusal, TokenFault},
+    session::{Session, Visit},
+    tenant::{OrgId, Protocol},
+    upstream::convex::{Claims, Deployment, DialError, REQUEST_TOKEN_TTL, Sending},
+    usage::Meter,
+    wire::convex::rewrite,
+};
+
+/// What may stand around a payload: Convex allows its functions' bodies so many bytes more than their arguments.
+const ENVELOPE_BYTES: u64 = 2000;
+
+/// Longest time for a body that is read whole.
+const BODY_WITHIN: Duration = Duration::from_secs(30);
+
+/// Most queries in one batch.
+const BATCH_MAX: usize = 1000;
+
+/// Headers that go on with a call or a file.
+const CALL_HEADERS: [HeaderName; 12] = [
+    HeaderName::from_static("convex-client"),
+    HeaderName::from_static("digest"),
+    header::USER_AGENT,
+    header::CONTENT_TYPE,
+    header::ACCEPT,
+    header::ACCEPT_ENCODING,
+    header::ORIGIN,
+    header::RANGE,
+    header::IF_RANGE,
+    header::IF_NONE_MATCH,
+    header::IF_MODIFIED_SINCE,
+    header::CACHE_CONTROL,
+];
+
+/// Headers of one connection, and those that say where a client is, which we alone say.
+const OWN_HEADERS: [&str; 17] = [
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "content-length",
+    "host",
+    "authorization",
+    "forwarded",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+    "x-real-ip",
+];
+
+/// Who asks.
+enum Caller {
+    /// The bearer of this credential.
+    Known(Box<Session>, Vec<u8>),
+    /// Nobody, at a tenant's own host; with what an application may take for a credential of its own.
+    Nobody(Visit, Option<HeaderValue>),
+}
+
+impl Caller {
+    fn slot(&self) -> &Arc<Slot> {
+        match self {
+            Caller::Known(session, _) => session.slot(),
+            Caller::Nobody(visit, _) => visit.slot(),
+        }
+    }
+
+    fn meter(&self) -> &Arc<Meter> {
+        match self {
+            Caller::Known(session, _) => session.meter(),
+            Caller::Nobody(visit, _) => visit.meter(),
+        }
+    }
+}
+
+/// What goes on.
+struct Outgoing {
+    path: PathAndQuery,
+    body: Sending,
+    /// Function calls that it is.
+    units: u64,
+    /// Whether it counts among the writes under way.
+    write: bool,
+    /// What its body may have at most, and whether that turned out to be too little.
+    max_bytes: u64,
+    over: Arc<AtomicBool>,
+}
+
+impl Server {
+    /// Relays one request.
+    pub(super) async fn relay(
+        &self,
+        endpoint: Endpoint,
+        request: Request<Incoming>,
+        client: &Client,
+    ) -> Result<Response<Body>, Refusal> {
+        let host_org = self.host_org(&request)?;
+        let caller = self.caller(endpoint, request.headers(), host_org.as_ref(), client).await?;
+        let slot = Arc::clone(caller.slot());
+        let deployment = self
+            .upstream
+            .deployment(&slot.policy().tenant)
+            .ok_or(Refusal::Forbidden { what: "this organization has no Convex deployment" })?;
+        let method = request.method().clone();
+        let headers = match endpoint {
+            Endpoint::HttpAction => end_to_end(request.headers(), client),
+            _ => forwarded(request.headers(), client.peer, &CALL_HEADERS),
+        };
+        let outgoing = outgoing(endpoint, request, &deployment, &slot, caller.meter()).await?;
+        let place = match outgoing.write {
+            true => Some(slot.write().map_err(Refusal::OverLimit)?),
+            false => None,
+        };
+        slot.admit(Protocol::Convex, clock::now_ns(), outgoing.units).map_err(Refusal::OverLimit)?;
+        self.send(method, headers, outgoing, &deployment, caller, place).await
+    }
+
+    /// Who asks: by token; without one only where the protocol has none, and only at a tenant's own host.
+    async fn caller(
+        &self,
+        endpoint: Endpoint,
+        headers: &HeaderMap,
+        host_org: Option<&OrgId>,
+        client: &Client,
+    ) -> Result<Caller, Refusal> {
+        let action = endpoint == Endpoint::HttpAction;
+        let authorization = headers.get(header::AUTHORIZATION);
+        let token = match bearer(headers) {
+            // A webhook's own scheme.
+            Err(Refusal::BadToken(_)) if action && host_org.is_some() => None,
+            other => other?,
+        };
+        if let Some(token) = token {
+            self.gate.may_carry(client.transport)?;
+            let theirs = |org: &OrgId| host_org.is_none_or(|host| host == org);
+            match self.gate.identify(token).await {
+                Ok(identity) if theirs(&identity.org) => {
+                    let session = self.gate.admit(token, Protocol::Convex).await?;
+                    client.admitted();
+                    return Ok(Caller::Known(Box::new(session), token.to_vec()));
+                }
+                Ok(_) => return Err(Refusal::BadToken(TokenFault::BadOrg)),
+                // For an HTTP action a bad token is no token, as at Convex.
+                Err(Refusal::BadToken(_)) if action && host_org.is_some() => {}
+                Err(refusal) => return Err(refusal),
+            }
+        }
+        let open =
+            matches!(endpoint, Endpoint::HttpAction | Endpoint::Upload | Endpoint::Download | Endpoint::Timestamp);
+        match host_org {
+            Some(org) if open => {
+                // A token that is none here is not shown to the application either: it may be one elsewhere.
+                let own = authorization.filter(|value| action && !looks_like_a_token(value)).cloned();
+                let visit = self.gate.visit(org, Protocol::Convex).await?;
+                Ok(Caller::Nobody(visit, own))
+            }
+            _ => Err(Refusal::BadToken(TokenFault::Malformed)),
+        }
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        mut headers: HeaderMap,
+        outgoing: Outgoing,
+        deployment: &Deployment,
+        caller: Caller,
+        place: Option<Permit<Slot>>,
+    ) -> Result<Response<Body>, Refusal> {
+        let authorization = match &caller {
+            Caller::Known(session, credential) => {
+                let identity = session.identity();
+                let longest = SystemTime::now() + REQUEST_TOKEN_TTL;
+                let until = identity.expires_at.map_or(longest, |at| at.min(longest));
+                let claims = Claims { subject: &identity.subject, org: &identity.org, credential };
+                let own = self.upstream.token(deployment, &claims, until);
+                Some(HeaderValue::try_from(format!("Bearer {own}")).map_err(|_| Refusal::Internal)?)
+            }
+            Caller::Nobody(_, own) => own.clone(),
+        };
+        if let Some(value) = authorization {
+            headers.insert(header::AUTHORIZATION, value);
+        }
+        let mut request = Request::new(outgoing.body);
+        *request.method_mut() = method;
+        *request.uri_mut() = deployment.origin.uri(outgoing.path);
+        *request.headers_mut() = headers;
+        let meter = Arc::clone(caller.meter());
+        meter.requests.fetch_add(outgoing.units, Ordering::Relaxed);
+        let answer = self.upstream.request(request).await;
+        if outgoing.over.load(Ordering::Relaxed) {
+            return Err(Refusal::TooLarge { max_bytes: outgoing.max_bytes });
+        }
+        let answer = answer.map_err(|error| {
+            tracing::warn!(org = %caller.slot().org(), %error, "convex deployment");
+            match error {
+                DialError::Slow => Refusal::UpstreamSlow,
+                DialError::Unreachable(_) | DialError::Broken(_) | DialError::Refused(_) => Refusal::UpstreamDown,
+            }
+        })?;
+        let (mut parts, body) = answer.into_parts();
+        for name in &OWN_HEADERS[..9] {
+            parts.headers.remove(*name);
+        }
+        meter.errors.fetch_add(u64::from(parts.status.is_server_error()), Ordering::Relaxed);
+        let body = Answering { body, meter, _caller: caller, _place: place };
+        Ok(Response::from_parts(parts, body.boxed()))
+    }
+}
+
+/// Three parts with dots between: a JSON web token, or one of our own keys.
+fn looks_like_a_token(value: &HeaderValue) -> bool {
+    let bytes = value.as_bytes();
+    bytes.iter().filter(|b| **b == b'.').count() == 2 || memchr::memmem::find(bytes, b"dyk_").is_some()
+}
+
+/// An HTTP action's headers: all that are the application's.
+fn end_to_end(from: &HeaderMap, client: &Client) -> HeaderMap {
+    let mut headers = from.clone();
+    // RFC 9110, 7.6.1: what Connection names is for one connection too.
+    let named: Vec<String> = from
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(',').map(|name| name.trim().to_ascii_lowercase()))
+        .collect();
+    for name in named.iter().map(String::as_str).chain(OWN_HEADERS) {
+        headers.remove(name);
+    }
+    say_where(&mut headers, client.peer);
+    headers
+}
+
+/// What goes on of a request.
+async fn outgoing(
+    endpoint: Endpoint,
+    request: Request<Incoming>,
+    deployment: &Deployment,
+    slot: &Arc<Slot>,
+    meter: &Arc<Meter>,
+) -> Result<Outgoing, Refusal> {
+    let (payload, upload) = {
+        let limits = &slot.policy().limits.convex;
+        (limits.payload, limits.upload)
+    };
+    let own = Own { name: deployment.org_argument.as_deref(), org: slot.org().as_str() };
+    let (parts, incoming) = request.into_parts();
+    let path = parts.uri.path().to_owned();
+    let asked = parts.uri.query().unwrap_or_default();
+    let over = Arc::new(AtomicBool::new(false));
+    let (path, body, units, write): (String, Sending, u64, bool) = match endpoint {
+        Endpoint::QueryByUrl => (query_url(asked, &own)?, empty(), 1, false),
+        Endpoint::Download => (path, empty(), 1, false),
+        Endpoint::Timestamp => (path, empty(), 1, false),
+        Endpoint::Upload => {
+            let token = query::pairs(asked).find(|(key, _)| key == "token").map(|(_, value)| query::encode(&value));
+            let token = token.ok_or(Refusal::Malformed { what: "an upload needs its token" })?;
+            let body = arriving(incoming, &parts.headers, upload, &over, meter)?;
+            (format!("{path}?token={token}"), body, 1, true)
+        }
+        Endpoint::HttpAction => {
+            let body = arriving(incoming, &parts.headers, payload, &over, meter)?;
+            let path = if asked.is_empty() { path } else { format!("{path}?{asked}") };
+            (path, body, 1, true)
+        }
+        Endpoint::Query | Endpoint::Write | Endpoint::Run | Endpoint::Batch => {
+            if parts.headers.contains_key(header::CONTENT_ENCODING) {
+                return Err(Refusal::Malformed { what: "a call's body may not be compressed" });
+            }
+            let max = usize::try_from(payload.saturating_add(ENVELOPE_BYTES)).unwrap_or(usize::MAX);
+            let bytes = body::read(incoming, max, BODY_WITHIN).await.map_err(|error| match error {
+                ReadError::TooLarge => Refusal::TooLarge { max_bytes: payload },
+                ReadError::TooSlow | ReadError::Gone => Refusal::Malformed { what: "the body did not come" },
+            })?;
+            meter.bytes_in.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            let text = std::str::from_utf8(&bytes).map_err(|_| Refusal::Malformed { what: "the body is no text" })?;
+            let (rewritten, units) = match endpoint {
+                Endpoint::Batch => own.batch(text)?,
+                _ => (own.call(text)?, 1),
+            };
+            let sent = rewritten.map_or_else(|| bytes.clone(), Bytes::from);
+            (path, Full::new(sent).map_err(|never| match never {}).boxed_unsync(), units, writes(endpoint))
+        }
+        Endpoint::About | Endpoint::Keys | Endpoint::Preflight | Endpoint::Sync => return Err(Refusal::Internal),
+    };
+    let path = PathAndQuery::try_from(path).map_err(|_| Refusal::Malformed { what: "the path can't be read" })?;
+    let max_bytes = if endpoint == Endpoint::Upload { upload } else { payload };
+    Ok(Outgoing { path, body, units, write, max_bytes, over })
+}
+
+/// `/api/run` may call anything.
+fn writes(endpoint: Endpoint) -> bool {
+    matches!(endpoint, Endpoint::Write | Endpoint::Run)
+}
+
+fn empty() -> Sending {
+    Full::new(Bytes::new()).map_err(|never| match never {}).boxed_unsync()
+}
+
+/// The organisation's argument, where the deployment has one.
+struct Own<'a> {
+    name: Option<&'a str>,
+    org: &'a str,
+}
+
+impl Own<'_> {
+    /// A call's body as it goes on; `None` as it came.
+    fn call(&self, text: &str) -> Result<Option<String>, Refusal> {
+        let [args, component] = rewrite::body(text, ["args", "componentPath"]).map_err(malformed)?;
+        if component.is_some_and(|at| &text[at] != "null") {
+            return Err(Refusal::Forbidden { what: "functions of components are for administrators" });
+        }
+        let Some(name) = self.name else { return Ok(None) };
+        let args = args.ok_or(Refusal::Malformed { what: "a call needs args" })?;
+        let own = rewrite::with_argument(&text[args.clone()], name, self.org).map_err(malformed)?;
+        Ok(Some(rewrite::replace(text, &args, &own)))
+    }
+
+    /// A batch's body as it goes on, and how many calls it is.
+    fn batch(&self, text: &str) -> Result<(Option<String>, u64), Refusal> {
+        let [queries] = rewrite::body(text, ["queries"]).map_err(malformed)?;
+        let queries: Range<usize> = queries.ok_or(Refusal::Malformed { what: "a batch needs queries" })?;
+        let calls = rewrite::elements(text, &queries, BATCH_MAX).map_err(malformed)?;
+        let rewritten: Vec<Cow<'_, str>> = calls
+            .iter()
+            .map(|at| Ok(self.call(&text[at.clone()])?.map_or(Cow::Borrowed(&text[at.clone()]), Cow::Owned)))
+            .collect::<Result<_, Refusal>>()?;
+        let body =
+            self.name.map(|_| rewrite::replace(text, &queries, &rewrite::array(rewritten.iter().map(AsRef::as_ref))));
+        Ok((body, calls.len() as u64))
+    }
+}
+
+fn malformed(error: crate::wire::Error) -> Refusal {
+    Refusal::Malformed { what: error.what }
+}
+
+/// A query's URL, with the names that a query has and no others.
+fn query_url(asked: &str, own: &Own<'_>) -> Result<String, Refusal> {
+    let mut url = String::from("/api/query");
+    let mut begin = '?';
+    for name in ["path", "args", "format"] {
+        let mut values = query::pairs(asked).filter(|(key, _)| key == name).map(|(_, value)| value);
+        let (value, more) = (values.next(), values.next());
+        if more.is_some() {
+            return Err(Refusal::Malformed { what: "a parameter twice" });
+        }
+        let value = match (name, own.name, value) {
+            ("args", Some(argument), value) => {
+                let args = value.unwrap_or(Cow::Borrowed("{}"));
+                Some(Cow::Owned(rewrite::with_argument(&args, argument, own.org).map_err(malformed)?))
+            }
+            (_, _, value) => value,
+        };
+        if let Some(value) = value {
+            url.push(begin);
+            url.push_str(&format!("{name}={}", query::encode(&value)));
+            begin = '&';
+        }
+    }
+    Ok(url)
+}
+
+/// A body that goes on as it comes.
+fn arriving(
+    body: Incoming,
+    headers: &HeaderMap,
+    max_bytes: u64,
+    over: &Arc<AtomicBool>,
+    meter: &Arc<Meter>,
+) -> Result<Sending, Refusal> {
+    let said = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    if said.is_some_and(|said| said > max_bytes) || body.size_hint().lower() > max_bytes {
+        return Err(Refusal::TooLarge { max_bytes });
+    }
+    let (over, meter) = (Arc::clone(over), Arc::clone(meter));
+    Ok(Arriving { body, left: max_bytes, over, meter }.boxed_unsync())
+}
+
+/// A client's body, counted on its way: one that is longer than it may be breaks off.
+struct Arriving {
+    body: Incoming,
+    left: u64,
+    over: Arc<AtomicBool>,
+    meter: Arc<Meter>,
+}
+
+impl HttpBody for Arriving {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        let Some(frame) = ready!(Pin::new(&mut self.body).poll_frame(cx)) else { return Poll::Ready(None) };
+        let frame = frame.map_err(io::Error::other)?;
+        let len = frame.data_ref().map_or(0, |data| data.len() as u64);
+        let Some(left) = self.left.checked_sub(len) else {
+            self.over.store(true, Ordering::Relaxed);
+            return Poll::Ready(Some(Err(io::Error::other("longer than it may be"))));
+        };
+        self.left = left;
+        self.meter.bytes_in.fetch_add(len, Ordering::Relaxed);
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A deployment's body on its way to the client; holds the request's places.
+struct Answering {
+    body: Incoming,
+    meter: Arc<Meter>,
+    _caller: Caller,
+    _place: Option<Permit<Slot>>,
+}
+
+impl HttpBody for Answering {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        let Some(frame) = ready!(Pin::new(&mut self.body).poll_frame(cx)) else { return Poll::Ready(None) };
+        let frame = frame.map_err(io::Error::other)?;
+        let len = frame.data_ref().map_or(0, |data| data.len() as u64);
+        self.meter.bytes_out.fetch_add(len, Ordering::Relaxed);
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHARED: Own<'static> = Own { name: Some("orgId"), org: "acme" };
+    const OWN: Own<'static> = Own { name: None, org: "acme" };
+
+    #[test]
+    fn a_batch_counts_and_is_written_into_as_its_queries() {
+        let text = r#"{"queries":[{"path":"a:b","args":[{}]},{"args":{"orgId":"globex"},"path":"a:c"}],"x":1}"#;
+        assert_eq!(OWN.batch(text), Ok((None, 2)));
+        let (body, units) = SHARED.batch(text).expect("good");
+        assert_eq!(units, 2);
+        assert_eq!(
+            body.as_deref(),
+            Some(
+                r#"{"queries":[{"path":"a:b","args":[{"orgId":"acme"}]},{"args":{"orgId":"acme"},"path":"a:c"}],"x":1}"#
+            )
+        );
+        for bad in [r#"{"queries":[{"path":"a","args":[{}],"componentPath":"c"}]}"#, r#"{"queries":1}"#, "{}", "[]"] {
+            assert!(SHARED.batch(bad).is_err() && OWN.batch(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_url_asks_for_its_own_organisation_and_nothing_more() {
+        let asked = "path=a%3Ab&args=%7B%22orgId%22%3A%22globex%22%7D&adminKey=x&componentPath=c";
+        let url = query_url(asked, &SHARED).expect("good");
+        assert_eq!(url, "/api/query?path=a%3Ab&args=%7B%22orgId%22%3A%22acme%22%7D");
+        assert!(query_url("args={}&%61rgs={}", &OWN).is_err(), "which of the two would count?");
+    }
+
+    #[test]
+    fn only_what_is_no_token_is_an_applications_own() {
+        for (value, token) in
+            [("Bearer a.b.c", true), ("Bearer dyk_abc", true), ("Basic eDp5", false), ("Bearer whsec_x", false)]
+        {
+            assert_eq!(looks_like_a_token(&HeaderValue::from_static(value)), token, "{value}");
+        }
+    }
+}

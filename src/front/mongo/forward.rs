@@ -1,0 +1,408 @@
+//! A rewritten request on its way: its turn, its connection, its time, its reply.
+//!
+//! ```text
+//! ids hidden ─► turn (a transaction brings its own) ─► connection ─► sent ─► reply mapped ─► client
+//!                  │ over queue_timeout: 462             │ over the tier's time: 50, connection closed
+//!                  └ client gone ──────────────────────── └ client gone: connection closed, transaction aborted
+//! ```
+//!
+//! A connection on which a reply is outstanding is closed, at which the server ends the operation.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use ::bson::{Document as Tree, doc};
+
+use super::{
+    client::{Asked, Client},
+    commands::{Home, ReplyRule},
+    mask::Mask,
+    refuse::{self, After, Answer, Repeat},
+    reply::{Mapping, Seen},
+    rewrite::{Forward, Prepare},
+    tenancy::{self, Open, SessionId, Tenancy, Way},
+    turn::Turn,
+};
+use crate::{
+    quota::clock,
+    refusal::{Limit, Over, Refusal},
+    session::Session,
+    upstream::mongo::{Error, Lease, Upstream, account, connection},
+    wire::mongo::bson::{Document, kind},
+};
+
+/// How much later than the server our own timer ends an operation.
+const GRACE: Duration = Duration::from_millis(500);
+
+/// `CursorNotFound`.
+const CURSOR_NOT_FOUND: i64 = 43;
+
+/// Flags and the kind of the first section, behind the header.
+const FLAGS_AT: usize = 16;
+
+/// What a request holds while it runs.
+struct Held {
+    /// Its own turn; `None` where a transaction has it or none is needed.
+    _turn: Option<Turn>,
+    /// Its transaction.
+    transaction: Option<(SessionId, Open)>,
+}
+
+/// How it ended.
+enum Outcome {
+    Replied(Lease),
+    Failed(Error),
+    Late,
+    Gone,
+}
+
+/// Sends a request on and answers it.
+pub async fn run(
+    client: &mut Client,
+    asked: Asked,
+    tenancy: &Arc<Tenancy>,
+    way: &Arc<Way>,
+    forward: &Forward<'_>,
+    sent: &mut Vec<u8>,
+) -> After {
+    let repeat = match (forward.transaction, forward.row.name) {
+        (_, "commitTransaction") => Repeat::Commit,
+        (Some(_), _) => Repeat::Transaction,
+        (None, _) if forward.retryable => Repeat::Retryable,
+        _ => Repeat::Plain,
+    };
+    // Every request is sent with an answer wanted: one reply, and its turn ends with it.
+    sent[FLAGS_AT..FLAGS_AT + 4].fill(0);
+    let Some(session_id) = hide(&tenancy.mask, forward, sent) else {
+        tracing::error!(conn = client.id, "an id can't be hidden");
+        return client.answer(asked, &refuse::render(&Refusal::Internal, Repeat::Plain)).await;
+    };
+    let mut held = match hold(client, tenancy, way, forward, session_id).await {
+        Ok(Some(held)) => held,
+        Ok(None) => return After::Close,
+        Err(over) => {
+            client.count_refused();
+            return client.answer(asked, &refuse::render(&Refusal::OverLimit(over), repeat)).await;
+        }
+    };
+    let Some(session) = &client.session else { return After::Close };
+    let policy = Arc::clone(&session.slot().policy());
+    let limits = &policy.limits.mongodb;
+    session.meter().transactions.fetch_add(1, Ordering::Relaxed);
+    let server = Arc::clone(&client.server);
+    let mut reply = Vec::new();
+    let outcome = {
+        let work = exchange(&server.upstream, tenancy, way, forward, sent, &mut reply);
+        tokio::select! {
+            biased;
+            done = work => done.map_or_else(Outcome::Failed, Outcome::Replied),
+            () = client.inbox.gone() => Outcome::Gone,
+            () = tokio::time::sleep(limits.timeout + GRACE) => Outcome::Late,
+        }
+    };
+    let answer = match outcome {
+        Outcome::Replied(lease) => {
+            lease.release();
+            return replied(client, asked, tenancy, way, forward, held, sent, &reply).await;
+        }
+        Outcome::Gone => {
+            abort_later(client, held.transaction.take());
+            return After::Close;
+        }
+        Outcome::Late => {
+            let max = u64::try_from(limits.timeout.as_millis()).unwrap_or(u64::MAX);
+            let tier = policy.tenant.tier;
+            let over = Over { limit: Limit::StatementTimeout, tier, max, in_use: max, retry_after: None };
+            refuse::render(&Refusal::OverLimit(over), repeat)
+        }
+        Outcome::Failed(Error::Refused { code, message }) if code == account::TOO_MANY_DATABASES => {
+            Answer::new(code, "Unauthorized", message)
+        }
+        Outcome::Failed(error) => {
+            tracing::warn!(conn = client.id, %error, command = forward.row.name, "the upstream failed");
+            refuse::render(&Refusal::UpstreamDown, repeat)
+        }
+    };
+    abort_later(client, held.transaction.take());
+    drop(held);
+    if let Some(session) = &client.session {
+        session.meter().errors.fetch_add(1, Ordering::Relaxed);
+    }
+    client.answer(asked, &answer).await
+}
+
+/// Permutes the ids in a request; gives the session's as the server will know it, `Some(None)` without one.
+fn hide(mask: &Mask, forward: &Forward<'_>, sent: &mut [u8]) -> Option<Option<SessionId>> {
+    let session_at = |sent: &mut [u8], at: usize| {
+        let place: &mut SessionId = sent.get_mut(at..at + 16)?.try_into().ok()?;
+        mask.session(place).ok()?;
+        Some(*place)
+    };
+    let session = match forward.lsid {
+        Some(at) => Some(session_at(sent, at)?),
+        None => None,
+    };
+    for &at in &forward.ids {
+        if matches!(forward.row.name, "endSessions" | "killSessions" | "refreshSessions") {
+            session_at(sent, at)?;
+        } else {
+            let place: &mut [u8; 8] = sent.get_mut(at..at + 8)?.try_into().ok()?;
+            *place = mask.cursor_back(i64::from_le_bytes(*place)).ok()?.to_le_bytes();
+        }
+    }
+    Some(session)
+}
+
+/// Takes what the request needs to run; `None` when the client has gone meanwhile.
+async fn hold(
+    client: &mut Client,
+    tenancy: &Arc<Tenancy>,
+    way: &Arc<Way>,
+    forward: &Forward<'_>,
+    session_id: Option<SessionId>,
+) -> Result<Option<Held>, Over> {
+    let none = Held { _turn: None, transaction: None };
+    let starts = match (forward.transaction, session_id) {
+        (Some(transaction), Some(id)) if transaction.starts => {
+            tenancy.replace_transaction(&id);
+            Some((id, transaction.number))
+        }
+        (Some(transaction), Some(id)) => {
+            if let Some(open) = tenancy.take_transaction(&id, transaction.number) {
+                return Ok(Some(Held { _turn: None, transaction: Some((id, open)) }));
+            }
+            None
+        }
+        _ => None,
+    };
+    // What gives things back does not wait for a turn.
+    if matches!(
+        forward.row.name,
+        "endSessions" | "killSessions" | "refreshSessions" | "startSession" | "killCursors" | "abortTransaction"
+    ) {
+        return Ok(Some(none));
+    }
+    let Client { session: Some(session), inbox, .. } = client else { return Ok(None) };
+    let turn = tokio::select! {
+        biased;
+        turn = tenancy.turns.take(session.meter()) => turn?,
+        () = inbox.gone() => return Ok(None),
+    };
+    Ok(Some(match starts {
+        Some((id, number)) => {
+            let open = Open { number, turn, client: client.id, way: Arc::clone(way), used_ms: clock::now_ms() };
+            Held { _turn: None, transaction: Some((id, open)) }
+        }
+        None => Held { _turn: Some(turn), ..none },
+    }))
+}
+
+/// Sends the request and reads the reply; gives the connection, which is whole again.
+async fn exchange(
+    upstream: &Upstream,
+    tenancy: &Tenancy,
+    way: &Way,
+    forward: &Forward<'_>,
+    sent: &mut [u8],
+    reply: &mut Vec<u8>,
+) -> Result<Lease, Error> {
+    if let Some(prepare) = &forward.prepare {
+        prepared(upstream, tenancy, way, forward.database, prepare).await?;
+    }
+    for database in further_databases(forward, sent, way) {
+        way.open(upstream, &database).await?;
+    }
+    let database = (forward.row.home == Home::Data || forward.database != "admin").then_some(forward.database);
+    let mut lease = way.lease(upstream, database).await?;
+    lease.connection.exchange(sent, reply).await?;
+    Ok(lease)
+}
+
+/// Logical databases beyond the request's own that a bulk write names: the tenant's user needs its rights on them.
+fn further_databases(forward: &Forward<'_>, sent: &[u8], way: &Way) -> Vec<String> {
+    let mut found = Vec::new();
+    if forward.reply != ReplyRule::BulkWrite {
+        return found;
+    }
+    let Some((head, payload)) = sent.split_first_chunk() else { return found };
+    let Ok(message) = crate::wire::mongo::Message::parse(head, payload) else { return found };
+    let mut note = |namespace: Document<'_>| {
+        let name = namespace.get("ns").ok().flatten().and_then(|it| it.str()).and_then(|it| it.split_once('.'));
+        if let Some(logical) = name.and_then(|(physical, _)| way.place.logical(physical))
+            && !found.iter().any(|known| known == logical)
+        {
+            found.push(logical.to_owned());
+        }
+    };
+    for (_, documents) in message.sections().iter().filter(|(name, _)| *name == "nsInfo") {
+        let mut documents = *documents;
+        while let Ok((document, rest)) = Document::split(documents) {
+            note(document);
+            documents = rest;
+        }
+    }
+    if let Ok(Some(list)) = message.body.get("nsInfo") {
+        list.array().into_iter().flatten().map_while(Result::ok).filter_map(|it| it.document()).for_each(note);
+    }
+    found
+}
+
+/// Makes a shared collection what the request needs it to be; once per collection and process.
+async fn prepared(
+    upstream: &Upstream,
+    tenancy: &Tenancy,
+    way: &Way,
+    database: &str,
+    prepare: &Prepare<'_>,
+) -> Result<(), Error> {
+    let Some(physical) = way.place.physical(database) else { return Ok(()) };
+    let (collection, command): (&str, Tree) = match prepare {
+        Prepare::Images { collection } => {
+            let on = doc! { "enabled": true };
+            (collection, doc! { "collMod": *collection, "changeStreamPreAndPostImages": on, "$db": &physical })
+        }
+        Prepare::MergeIndex { collection } => {
+            let index = doc! { "key": { "org_id": 1, "_id": 1 }, "name": "org_id_1__id_1", "unique": true };
+            (collection, doc! { "createIndexes": *collection, "indexes": [index], "$db": &physical })
+        }
+    };
+    let what = (
+        std::mem::discriminant(prepare) == std::mem::discriminant(&Prepare::Images { collection: "" }),
+        format!("{physical}.{collection}"),
+    );
+    if tenancy.is_prepared(&what) {
+        return Ok(());
+    }
+    match account::run(upstream, command.clone()).await {
+        // Not there yet: made first.
+        Err(error) if error.code() == Some(26) => {
+            let make = doc! { "create": collection, "$db": &physical };
+            match account::run(upstream, make).await {
+                Err(error) if error.code() == Some(48) => {}
+                other => drop(other?),
+            }
+            account::run(upstream, command).await?;
+        }
+        other => drop(other?),
+    }
+    tenancy.set_prepared(what);
+    Ok(())
+}
+
+/// Maps a reply, keeps the books, answers.
+#[allow(clippy::too_many_arguments, reason = "everything that one request was")]
+async fn replied(
+    client: &mut Client,
+    asked: Asked,
+    tenancy: &Arc<Tenancy>,
+    way: &Arc<Way>,
+    forward: &Forward<'_>,
+    mut held: Held,
+    sent: &[u8],
+    reply: &[u8],
+) -> After {
+    let Some(session) = &client.session else { return After::Close };
+    let mapping = Mapping {
+        rule: forward.reply,
+        isolation: way.isolation,
+        org: session.slot().org(),
+        place: &way.place,
+        mask: &tenancy.mask,
+        failed: &forward.failed,
+        ordered: forward.ordered,
+    };
+    let mut out = Vec::with_capacity(reply.len() + 64);
+    Client::begin(asked, &mut out);
+    let mapped = connection::body(reply).and_then(|body| mapping.put(body, &mut out));
+    let seen = match mapped {
+        Ok(seen) => seen,
+        Err(fault) => {
+            tracing::error!(conn = client.id, %fault, command = forward.row.name, "a reply that can't be mapped");
+            abort_later(client, held.transaction.take());
+            return client.answer(asked, &refuse::render(&Refusal::Internal, Repeat::Plain)).await;
+        }
+    };
+    if !seen.ok {
+        session.meter().errors.fetch_add(1, Ordering::Relaxed);
+    }
+    if seen.topology {
+        client.server.upstream.renew();
+    }
+    let over = books(client, session, tenancy, way, forward, &seen, sent);
+    if let Some((id, open)) = held.transaction.take() {
+        let ends = matches!(forward.row.name, "commitTransaction" | "abortTransaction");
+        if !ends && !seen.transient {
+            let open = Open { client: client.id, used_ms: clock::now_ms(), ..open };
+            tenancy.keep_transaction(id, open);
+        }
+    }
+    drop(held);
+    if !Client::waits(asked) {
+        return After::Stay;
+    }
+    match over {
+        Some(over) => client.answer(asked, &refuse::render(&Refusal::OverLimit(over), Repeat::Plain)).await,
+        None => client.send(asked, out).await,
+    }
+}
+
+/// The tenant's open cursors after a reply; the limit, when the reply opened one too many. That one is closed.
+fn books(
+    client: &Client,
+    session: &Session,
+    tenancy: &Arc<Tenancy>,
+    way: &Arc<Way>,
+    forward: &Forward<'_>,
+    seen: &Seen,
+    sent: &[u8],
+) -> Option<Over> {
+    let asked_for = forward.ids.first().and_then(|&at| sent.get(at..at + 8)?.try_into().ok()).map(i64::from_le_bytes);
+    match (forward.row.name, asked_for) {
+        ("getMore", Some(id)) if seen.code == Some(CURSOR_NOT_FOUND) => tenancy.drop_cursor(id),
+        ("getMore", Some(id)) if matches!(seen.cursor, Some((0, _))) => tenancy.drop_cursor(id),
+        ("killCursors", _) => forward
+            .ids
+            .iter()
+            .filter_map(|&at| sent.get(at..at + 8)?.try_into().ok())
+            .for_each(|id| tenancy.drop_cursor(i64::from_le_bytes(id))),
+        _ => {}
+    }
+    let (id, namespace) = seen.cursor.as_ref().filter(|(id, _)| *id != 0)?;
+    let policy = session.slot().policy();
+    let max = usize::try_from(policy.limits.mongodb.cursors).unwrap_or(usize::MAX);
+    if tenancy.keep_cursor(*id, namespace, way, max) {
+        return None;
+    }
+    let (server, way, id, namespace) = (Arc::clone(&client.server), Arc::clone(way), *id, namespace.clone());
+    client.server.later(async move { tenancy::kill_cursor(&server.upstream, &way, id, &namespace).await });
+    Some(Over {
+        limit: Limit::Cursors,
+        tier: policy.tenant.tier,
+        max: u64::try_from(max).unwrap_or(u64::MAX),
+        in_use: u64::try_from(tenancy.cursors()).unwrap_or(u64::MAX),
+        retry_after: None,
+    })
+}
+
+/// Ends a transaction whose request has failed here: its client may never do it, and it holds locks.
+fn abort_later(client: &Client, transaction: Option<(SessionId, Open)>) {
+    let Some((id, open)) = transaction else { return };
+    let server = Arc::clone(&client.server);
+    client.server.later(async move { tenancy::abort(&server.upstream, &id, open).await });
+}
+
+/// A statement that was refused ends its transaction, as the server's own errors do.
+pub fn abort_refused(client: &Client, tenancy: &Arc<Tenancy>, body: Document<'_>) {
+    let found = || {
+        let number = body.get("txnNumber").ok()??.whole()?;
+        body.get("autocommit").ok()??.bool().filter(|auto| !auto)?;
+        let lsid = body.get("lsid").ok()??.document()?;
+        let id = lsid.get("id").ok()??;
+        let mut id: SessionId = (id.kind == kind::BINARY).then(|| id.binary())??.1.try_into().ok()?;
+        tenancy.mask.session(&mut id).ok()?;
+        Some((id, tenancy.take_transaction(&id, number)?))
+    };
+    abort_later(client, found());
+}

@@ -1,0 +1,117 @@
+use ::bson::{Bson, RawDocumentBuf, doc, rawdoc};
+
+use super::*;
+use crate::tenant::{
+    Names, OrgId,
+    namespace::{NameStyle, RootSecret},
+};
+
+fn map(rule: ReplyRule, failed: &[Failed], reply: ::bson::Document) -> (::bson::Document, Seen) {
+    let names = Names::new(RootSecret::new(&[7; 32]).expect("long enough"), NameStyle::Plain);
+    let org = OrgId::parse("acme").expect("an org");
+    let place = names.mongodb(&org, Isolation::Database);
+    let mask = mask();
+    let mapping =
+        Mapping { rule, isolation: Isolation::Database, org: &org, place: &place, mask: &mask, failed, ordered: false };
+    let raw = RawDocumentBuf::try_from(&reply).expect("encodes").into_bytes();
+    let mut out = Vec::new();
+    let seen = mapping.put(Document::new(&raw).expect("sound"), &mut out).expect("maps");
+    (::bson::Document::from_reader(out.as_slice()).expect("sound"), seen)
+}
+
+fn mask() -> Mask {
+    Mask::new(&[1; 32], &[2; 32]).expect("a cipher")
+}
+
+#[test]
+fn names_and_cursors_of_the_server_stay_there() {
+    let batch = vec![Bson::Document(doc! { "text": "org_acme~app is what the document says" })];
+    let (mapped, seen) = map(
+        ReplyRule::Cursor,
+        &[],
+        doc! { "cursor": { "firstBatch": batch.clone(), "id": 77_i64, "ns": "org_acme~app.users" }, "ok": 1.0 },
+    );
+    let cursor = mapped.get_document("cursor").expect("there");
+    assert_eq!(cursor.get_str("ns").ok(), Some("app.users"));
+    assert_eq!(cursor.get_i64("id").ok(), mask().cursor(77).ok());
+    assert_eq!(cursor.get_array("firstBatch").ok(), Some(&batch), "documents are never touched");
+    assert_eq!(seen.cursor, Some((77, "org_acme~app.users".into())));
+    assert!(seen.ok);
+    let (killed, _) = map(ReplyRule::Killed, &[], doc! { "cursorsKilled": [77_i64], "cursorsNotFound": [], "ok": 1 });
+    assert_eq!(killed.get_array("cursorsKilled").expect("there")[0], Bson::Int64(mask().cursor(77).expect("works")));
+    let (dropped, _) =
+        map(ReplyRule::Namespace, &[], doc! { "ns": "org_acme~app.users", "dropped": "org_acme~app", "ok": 1 });
+    assert_eq!((dropped.get_str("ns").ok(), dropped.get_str("dropped").ok()), (Some("app.users"), Some("app")));
+}
+
+#[test]
+fn texts_of_errors_name_what_the_client_knows() {
+    let text = "E11000 duplicate key error collection: org_acme~app.users index: _id_";
+    let entry = doc! { "index": 1, "code": 11000, "errmsg": text, "keyValue": { "_id": "org_acme~app" } };
+    let (mapped, _) = map(ReplyRule::Writes, &[], doc! { "n": 1, "writeErrors": [entry], "ok": 1.0 });
+    let error = mapped.get_array("writeErrors").expect("there")[0].as_document().expect("a document");
+    assert_eq!(error.get_str("errmsg").ok(), Some("E11000 duplicate key error collection: app.users index: _id_"));
+    assert_eq!(error.get_document("keyValue").ok(), Some(&doc! { "_id": "org_acme~app" }));
+    let (mapped, seen) = map(ReplyRule::Plain, &[], doc! { "ok": 0.0, "errmsg": "no org_acme~app.users", "code": 26 });
+    assert_eq!(mapped.get_str("errmsg").ok(), Some("no app.users"));
+    assert_eq!((seen.ok, seen.code), (false, Some(26)));
+}
+
+#[test]
+fn refused_statements_stand_among_the_servers_errors_in_order() {
+    let failed = [0, 3].map(|index| Failed { index, code: 66, message: "org_id".into() });
+    let theirs = doc! { "index": 2, "code": 11000, "errmsg": "duplicate" };
+    let (mapped, _) = map(ReplyRule::Writes, &failed, doc! { "n": 1, "writeErrors": [theirs], "ok": 1.0 });
+    let index = |list: &::bson::Array| -> Vec<i32> {
+        list.iter().map(|it| it.as_document().expect("a document").get_i32("index").expect("there")).collect()
+    };
+    // The server got the statements 1, 2, 4 …: its third is the client's fifth.
+    assert_eq!(index(mapped.get_array("writeErrors").expect("there")), [0, 3, 4]);
+    let (mapped, _) = map(ReplyRule::Writes, &failed, doc! { "n": 1, "ok": 1.0 });
+    assert_eq!(index(mapped.get_array("writeErrors").expect("there")), [0, 3]);
+}
+
+#[test]
+fn a_server_that_steps_down_does_not_make_drivers_leave_us() {
+    for code in [10107, 13435, 13436, 10058, 11600, 11602, 189] {
+        let labels = vec!["RetryableWriteError"];
+        let reply = doc! { "ok": 0.0, "errmsg": "x", "code": code, "codeName": "Y", "errorLabels": labels, "topologyVersion": 1 };
+        let (mapped, seen) = map(ReplyRule::Plain, &[], reply);
+        assert_eq!((mapped.get_i32("code").ok(), mapped.get_str("codeName").ok()), (Some(6), Some("HostUnreachable")));
+        assert!(mapped.contains_key("errorLabels") && seen.topology && !mapped.contains_key("topologyVersion"));
+        let concern = doc! { "code": code, "codeName": "Y", "errmsg": "x" };
+        let (mapped, _) = map(ReplyRule::Writes, &[], doc! { "n": 1, "writeConcernError": concern, "ok": 1 });
+        assert_eq!(mapped.get_document("writeConcernError").expect("there").get_i32("code").ok(), Some(6));
+    }
+}
+
+#[test]
+fn a_transaction_that_the_server_ended_is_seen() {
+    let (_, seen) =
+        map(ReplyRule::Plain, &[], doc! { "ok": 0.0, "code": 112, "errorLabels": ["TransientTransactionError"] });
+    assert!(seen.transient);
+}
+
+#[test]
+fn a_new_session_comes_under_the_clients_own_name() {
+    let mut server_side = [5; 16];
+    mask().session(&mut server_side).expect("works");
+    let id = ::bson::Binary { subtype: ::bson::spec::BinarySubtype::Uuid, bytes: server_side.to_vec() };
+    let (mapped, _) = map(ReplyRule::Session, &[], doc! { "id": { "id": id }, "timeoutMinutes": 30, "ok": 1.0 });
+    let id = mapped.get_document("id").expect("there").get_binary_generic("id").expect("there");
+    assert_eq!(id, &[5; 16]);
+}
+
+#[test]
+fn a_reply_that_is_no_bson_is_not_sent() {
+    let mask = mask();
+    let names = Names::new(RootSecret::new(&[7; 32]).expect("long enough"), NameStyle::Plain);
+    let org = OrgId::parse("acme").expect("an org");
+    let place = names.mongodb(&org, Isolation::Database);
+    let (rule, isolation) = (ReplyRule::Plain, Isolation::Database);
+    let mapping = Mapping { rule, isolation, org: &org, place: &place, mask: &mask, failed: &[], ordered: true };
+    let mut raw = rawdoc! { "ok": 1.0, "x": "text" }.into_bytes();
+    let at = raw.len() - 10;
+    raw[at] = 0xff;
+    assert!(mapping.put(Document::new(&raw).expect("framed"), &mut Vec::new()).is_err());
+}

@@ -1,0 +1,218 @@
+//! convex from crates.io before the proxy, as a developer meets it: `dynabase dev`, its strings, its limits. One start
+//! for all cases; the npm and PyPI clients have their own in tests/drivers.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use convex::{ConvexClient, FunctionResult, QuerySubscription, Value};
+use futures_util::StreamExt;
+use serde_json::{Value as Json, json};
+
+use crate::{dev, support::PATIENCE};
+
+fn args<const N: usize>(pairs: [(&str, Value); N]) -> BTreeMap<String, Value> {
+    pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+}
+
+fn message(channel: &str, body: &str) -> BTreeMap<String, Value> {
+    args([("channel", channel.into()), ("body", body.into())])
+}
+
+/// The data of an error that carries some.
+fn data(result: &FunctionResult) -> Option<Json> {
+    match result {
+        FunctionResult::ConvexError(error) => Some(error.data.clone().into()),
+        _ => None,
+    }
+}
+
+fn bodies(result: &FunctionResult) -> Option<Vec<String>> {
+    let FunctionResult::Value(Value::Array(all)) = result else { return None };
+    let body = |it: &Value| match it {
+        Value::Object(fields) => match fields.get("body") {
+            Some(Value::String(body)) => body.clone(),
+            _ => String::new(),
+        },
+        _ => String::new(),
+    };
+    Some(all.iter().map(body).collect())
+}
+
+struct Place {
+    url: String,
+    ready: Json,
+}
+
+impl Place {
+    fn token(&self, org: &str) -> String {
+        let tenants = self.ready["tenants"].as_array().expect("tenants");
+        let tenant = tenants.iter().find(|tenant| tenant["org_id"] == org).expect("a demo tenant");
+        tenant["token"].as_str().expect("a token").to_owned()
+    }
+
+    async fn client(&self, org: &str) -> ConvexClient {
+        let mut client = ConvexClient::new(&self.url).await.expect("it connects");
+        client.set_auth(Some(self.token(org))).await;
+        client
+    }
+
+    /// What an operator does by hand: the record is replaced at once.
+    fn edit(&self, org: &str, changes: Json) {
+        let folder = Path::new(self.ready["catalog"]["path"].as_str().expect("a folder")).join("orgs");
+        let path = folder.join(format!("{org}.json"));
+        let mut record: Json = serde_json::from_slice(&std::fs::read(&path).expect("there")).expect("JSON");
+        for (key, value) in changes.as_object().expect("an object") {
+            record[key] = value.clone();
+        }
+        record["epoch"] = (record["epoch"].as_u64().expect("an epoch") + 1).into();
+        let young = folder.join(format!(".edit-{org}"));
+        std::fs::write(&young, record.to_string()).expect("written");
+        std::fs::rename(young, path).expect("replaced");
+    }
+}
+
+/// The next result of a subscription that `wanted` takes.
+async fn until<T>(what: &str, sub: &mut QuerySubscription, wanted: impl Fn(&FunctionResult) -> Option<T>) -> T {
+    let waiting = async {
+        loop {
+            let result = sub.next().await.expect("it goes on");
+            if let Some(found) = wanted(&result) {
+                return found;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, waiting).await.unwrap_or_else(|_| panic!("waited in vain: {what}"))
+}
+
+fn counted(result: &FunctionResult) -> Option<f64> {
+    match result {
+        FunctionResult::Value(Value::Object(fields)) => match fields.get("count") {
+            Some(Value::Float64(count)) => Some(*count),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rust_client_meets_each_limit_call_by_call() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (dev, ready) = dev::start(folder.path(), dev::offset());
+    let Some(url) = ready["tenants"][0]["urls"]["convex"].as_str().map(str::to_owned) else {
+        panic!("no Convex: is Node installed? `make tools` does it")
+    };
+    let place = Place { url, ready };
+    organisations_are_apart(&place).await;
+    subscriptions_are_refused_one_by_one(&place).await;
+    calls_over_the_rate_are_refused_one_by_one(&place).await;
+    a_suspension_is_told_and_ends(&place).await;
+    drop(dev);
+}
+
+async fn organisations_are_apart(place: &Place) {
+    // initech and umbrella share a deployment; acme and globex have their own.
+    for (one, other) in [("initech", "umbrella"), ("acme", "globex"), ("globex", "initech")] {
+        let channel = format!("{one}-{other}");
+        let (mut a, mut b) = (place.client(one).await, place.client(other).await);
+        let list = || args([("channel", channel.as_str().into())]);
+        let mut seen_a = a.subscribe("messages:list", list()).await.expect("subscribed");
+        let mut seen_b = b.subscribe("messages:list", list()).await.expect("subscribed");
+        until("nothing yet", &mut seen_a, bodies).await;
+        until("nothing yet", &mut seen_b, bodies).await;
+        let mut sent = message(&channel, "secret");
+        if one == "initech" {
+            sent.insert("orgId".into(), other.into());
+        }
+        assert!(matches!(a.mutation("messages:send", sent).await, Ok(FunctionResult::Value(_))));
+        until("its own", &mut seen_a, |it| bodies(it).filter(|all| all == &["secret"])).await;
+        // A write of its own comes after whatever the other's could have caused.
+        b.mutation("messages:send", message(&channel, "mine")).await.expect("sent");
+        let all = until("its own", &mut seen_b, |it| bodies(it).filter(|all| !all.is_empty())).await;
+        assert_eq!(all, ["mine"], "{other} sees what {one} wrote");
+    }
+}
+
+async fn subscriptions_are_refused_one_by_one(place: &Place) {
+    let mut client = place.client("acme").await;
+    let big = |n: u32| args([("channel", "s".into()), ("bytes", f64::from(n).into())]);
+    let mut all = Vec::new();
+    for n in 0..50 {
+        let mut sub = client.subscribe("messages:big", big(n)).await.expect("subscribed");
+        until("a result", &mut sub, counted).await;
+        all.push(sub);
+    }
+    let mut more = client.subscribe("messages:big", big(1000)).await.expect("subscribed");
+    let refused = until("the refusal", &mut more, data).await;
+    assert_eq!((&refused["code"], &refused["limit"]), (&json!("quota_exceeded"), &json!("subscriptions")));
+    client.mutation("messages:send", message("s", "x")).await.expect("the socket lives");
+    for sub in &mut all {
+        until("all others are live", sub, |it| counted(it).filter(|count| *count == 1.0)).await;
+    }
+    // A new tier is felt on this very socket.
+    place.edit("acme", json!({"tier": "PRO"}));
+    let deadline = Instant::now() + PATIENCE;
+    for n in 2000.. {
+        let mut sub = client.subscribe("messages:big", big(n)).await.expect("subscribed");
+        if until("an answer", &mut sub, |it| Some(counted(it).is_some())).await {
+            break;
+        }
+        assert!(Instant::now() < deadline, "the new tier is not felt");
+    }
+    place.edit("acme", json!({"tier": "FREE"}));
+    let result = until_mutation(&mut client).await;
+    assert!(matches!(result, FunctionResult::Value(_)), "what is subscribed stays, calls go on: {result:?}");
+}
+
+/// A mutation that is let in, whatever was used up before.
+async fn until_mutation(client: &mut ConvexClient) -> FunctionResult {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let result = client.mutation("messages:send", message("m", "x")).await.expect("answered");
+        if matches!(result, FunctionResult::Value(_)) || Instant::now() > deadline {
+            return result;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn calls_over_the_rate_are_refused_one_by_one(place: &Place) {
+    let mut client = place.client("acme").await;
+    let mut seen = client.subscribe("messages:list", args([("channel", "rate".into())])).await.expect("subscribed");
+    let (mut good, mut refused) = (0, Vec::new());
+    for _ in 0..400 {
+        match client.mutation("messages:send", message("rate", "x")).await.expect("answered") {
+            FunctionResult::Value(_) => good += 1,
+            other => refused.push(data(&other).unwrap_or_else(|| panic!("{other:?}"))),
+        }
+        if refused.len() == 5 {
+            break;
+        }
+    }
+    assert_eq!(refused.len(), 5, "{good} were let in");
+    for it in &refused {
+        assert_eq!((&it["code"], &it["limit"], &it["max"]), (&json!("quota_exceeded"), &json!("rate"), &json!(300.0)));
+    }
+    let mut actions = Vec::new();
+    for _ in 0..20 {
+        actions.push(client.action("messages:slow", args([("ms", 1.0.into())])).await.expect("answered"));
+    }
+    assert!(actions.iter().filter_map(data).any(|it| it["limit"] == "rate"), "{actions:?}");
+    assert!(matches!(until_mutation(&mut client).await, FunctionResult::Value(_)), "it goes on");
+    if good > 0 {
+        until("what was let in", &mut seen, |it| bodies(it).filter(|all| all.len() == good)).await;
+    }
+}
+
+async fn a_suspension_is_told_and_ends(place: &Place) {
+    let mut client = place.client("globex").await;
+    let mut seen = client.subscribe("messages:list", args([("channel", "quiet".into())])).await.expect("subscribed");
+    until("nothing yet", &mut seen, bodies).await;
+    place.edit("globex", json!({"status": "suspended"}));
+    let told = until("the refusal", &mut seen, data).await;
+    assert_eq!(told["code"], "suspended");
+    place.edit("globex", json!({"status": "active"}));
+    until("it lives again", &mut seen, bodies).await;
+}
