@@ -2,6 +2,7 @@
 
 mod dev;
 mod floors;
+mod mongo;
 mod postgres;
 mod provision;
 mod redis;

@@ -95,7 +95,9 @@ fn put_stream(given: Document<'_>, out: &mut Vec<u8>) -> Result<(), Fault> {
     };
     match given.get(BEFORE)?.and_then(|element| element.str()) {
         None | Some("off" | "whenAvailable" | "required") => {}
-        Some(other) => return Err(Fault::bad_value(format!("Enumeration value '{other}' for '{BEFORE}' is not valid"))),
+        Some(other) => {
+            return Err(Fault::bad_value(format!("Enumeration value '{other}' for '{BEFORE}' is not valid")));
+        }
     }
     bson::put_str(out, AFTER, after);
     bson::put_str(out, BEFORE, "whenAvailable");
@@ -240,7 +242,12 @@ fn put_places(cx: &Cx<'_, '_>, out: &mut Vec<u8>) {
 }
 
 /// A client's stage on a stream: those that the server allows there.
-pub(super) fn put_later(cx: &Cx<'_, '_>, stage: &Element<'_>, put: &mut Stages, out: &mut Vec<u8>) -> Result<(), Fault> {
+pub(super) fn put_later(
+    cx: &Cx<'_, '_>,
+    stage: &Element<'_>,
+    put: &mut Stages,
+    out: &mut Vec<u8>,
+) -> Result<(), Fault> {
     match stage.key {
         b"$match" => {
             let clauses = stage.document().ok_or_else(not_an_object)?;
@@ -250,7 +257,13 @@ pub(super) fn put_later(cx: &Cx<'_, '_>, stage: &Element<'_>, put: &mut Stages, 
             }
             predicate::check(cx.scope, clauses)?;
         }
-        b"$addFields" | b"$project" | b"$replaceRoot" | b"$replaceWith" | b"$redact" | b"$set" | b"$unset"
+        b"$addFields"
+        | b"$project"
+        | b"$replaceRoot"
+        | b"$replaceWith"
+        | b"$redact"
+        | b"$set"
+        | b"$unset"
         | b"$changeStreamSplitLargeEvent" => {
             expression::check(stage, 0)?;
         }

@@ -222,9 +222,8 @@ pub(super) fn put_hint(scope: &Scope<'_>, at: &str, hint: &Element<'_>, out: &mu
         bson::put_str(out, key, &physical(scope, name));
         return Ok(());
     }
-    let pattern = hint
-        .document()
-        .ok_or_else(|| Fault::failed_to_parse(format!("{at}: Hint must be a string or an object")))?;
+    let pattern =
+        hint.document().ok_or_else(|| Fault::failed_to_parse(format!("{at}: Hint must be a string or an object")))?;
     if pattern.is_empty() || is_id(pattern)? {
         bson::put(out, hint);
         return Ok(());

@@ -259,7 +259,11 @@ fn put_body<'a>(
         && collection_field.or(Some(first)).and_then(|name| name.str()) == Some("$cmd.bulkWrite");
     match row.home {
         Home::Admin if db != "admin" => {
-            return Err(Fault::new(13, "Unauthorized", format!("{} may only be run against the admin database.", row.name)));
+            return Err(Fault::new(
+                13,
+                "Unauthorized",
+                format!("{} may only be run against the admin database.", row.name),
+            ));
         }
         Home::Admin => {}
         Home::Cursor if bulk => {}
@@ -344,7 +348,8 @@ fn put_first<'a>(
 /// The names that cursors of a database have instead of a collection.
 fn cursor_name(row: &Row, name: Option<&str>) -> bool {
     let special = ["$cmd.aggregate", "$cmd.listCollections"];
-    row.home == Home::Cursor && name.is_some_and(|name| special.contains(&name) || name.starts_with("$cmd.listIndexes."))
+    row.home == Home::Cursor
+        && name.is_some_and(|name| special.contains(&name) || name.starts_with("$cmd.listIndexes."))
 }
 
 /// An array of `{id}`.
@@ -375,7 +380,12 @@ fn put_session(at: &str, key: &str, session: &Element<'_>, out: &mut Vec<u8>) ->
 }
 
 /// The command inside `explain`.
-fn put_explained<'a>(scope: &Scope<'_>, first: Element<'a>, body: &mut Body<'a>, out: &mut Vec<u8>) -> Result<(), Fault> {
+fn put_explained<'a>(
+    scope: &Scope<'_>,
+    first: Element<'a>,
+    body: &mut Body<'a>,
+    out: &mut Vec<u8>,
+) -> Result<(), Fault> {
     let inner = first.document().ok_or_else(|| Fault::wrong_type("explain", first.key, "object"))?;
     let name = inner.iter().next().transpose()?.ok_or_else(|| Fault::unknown_command(""))?;
     let row = match commands::find(name.key) {
@@ -670,7 +680,10 @@ fn transaction(row: &Row, fields: &Fields<'_>, retryable: &mut bool) -> Result<O
         _ => Err(Fault::new(
             72,
             "InvalidOptions",
-            format!("{}: a transaction needs txnNumber and autocommit: false; startTransaction is true or absent", row.name),
+            format!(
+                "{}: a transaction needs txnNumber and autocommit: false; startTransaction is true or absent",
+                row.name
+            ),
         )),
     }
 }

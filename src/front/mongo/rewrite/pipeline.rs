@@ -7,10 +7,8 @@
 //! moves a filter to where others' documents are.
 
 use super::{
-    Fault, ORG, PIPELINE_STAGES_MAX, PIPELINES_DEPTH_MAX, Prepare, Scope, change,
-    expression, predicate,
-    predicate::Collation,
-    stage,
+    Fault, ORG, PIPELINE_STAGES_MAX, PIPELINES_DEPTH_MAX, Prepare, Scope, change, expression, predicate,
+    predicate::Collation, stage,
 };
 use crate::{
     tenant::Isolation,
@@ -174,9 +172,7 @@ impl Stages {
 
 /// The one field of a stage.
 fn only(stage: Element<'_>) -> Result<Element<'_>, Fault> {
-    let stage = stage
-        .document()
-        .ok_or_else(|| Fault::wrong_type("pipeline", stage.key, "object"))?;
+    let stage = stage.document().ok_or_else(|| Fault::wrong_type("pipeline", stage.key, "object"))?;
     let mut fields = stage.iter();
     match (fields.next().transpose()?, fields.next()) {
         (Some(field), None) => Ok(field),
@@ -190,12 +186,17 @@ fn only(stage: Element<'_>) -> Result<Element<'_>, Fault> {
 
 /// Whether the tenant's clause has to stand at the beginning.
 fn binds(cx: &Cx<'_, '_>, source: Source) -> bool {
-    cx.scope.isolation == Isolation::Filter
-        && matches!(source, Source::Collection | Source::Joined | Source::Ranked)
+    cx.scope.isolation == Isolation::Filter && matches!(source, Source::Collection | Source::Joined | Source::Ranked)
 }
 
 /// `{$match: <the tenant's>}` and what hides `org_id`.
-fn bind(cx: &Cx<'_, '_>, filter: Option<Document<'_>>, source: Source, put: &mut Stages, out: &mut Vec<u8>) -> Result<(), Fault> {
+fn bind(
+    cx: &Cx<'_, '_>,
+    filter: Option<Document<'_>>,
+    source: Source,
+    put: &mut Stages,
+    out: &mut Vec<u8>,
+) -> Result<(), Fault> {
     put.put(out, |out| predicate::put(cx.scope, cx.collation, "$match", filter, out))?;
     if source != Source::Ranked {
         put.hide(out);
@@ -326,7 +327,11 @@ pub(super) fn later<'a>(
         }
         b"$geoNear" | b"$collStats" | b"$changeStream" | b"$documents" | b"$rankFusion" | b"$scoreFusion" => {
             let name = String::from_utf8_lossy(stage.key);
-            return Err(Fault::new(40602, "Location40602", format!("{name} is only valid as the first stage in a pipeline.")));
+            return Err(Fault::new(
+                40602,
+                "Location40602",
+                format!("{name} is only valid as the first stage in a pipeline."),
+            ));
         }
         key if WHOLE.contains(&key) || REFUSED.contains(&key) => {
             return Err(Fault::forbidden(format!("the stage {}", String::from_utf8_lossy(key))));

@@ -39,9 +39,7 @@ pub(super) fn known_fields(at: &str, document: Document<'_>, known: &[&str]) -> 
 
 /// A field's document, where the field is there.
 fn document_of<'a>(at: &str, element: Option<Element<'a>>) -> Result<Option<Document<'a>>, Fault> {
-    element
-        .map(|element| element.document().ok_or_else(|| Fault::wrong_type(at, element.key, "object")))
-        .transpose()
+    element.map(|element| element.document().ok_or_else(|| Fault::wrong_type(at, element.key, "object"))).transpose()
 }
 
 /// A field's array.
@@ -55,8 +53,18 @@ fn filtered(scope: &Scope<'_>) -> bool {
 
 pub(super) fn put_geo_near(cx: &Cx<'_, '_>, stage: &Element<'_>, out: &mut Vec<u8>) -> Result<(), Fault> {
     const KNOWN: [&str; 12] = [
-        "near", "distanceField", "spherical", "maxDistance", "minDistance", "query", "distanceMultiplier",
-        "includeLocs", "key", "limit", "num", "uniqueDocs",
+        "near",
+        "distanceField",
+        "spherical",
+        "maxDistance",
+        "minDistance",
+        "query",
+        "distanceMultiplier",
+        "includeLocs",
+        "key",
+        "limit",
+        "num",
+        "uniqueDocs",
     ];
     let given = fields("$geoNear", stage, &KNOWN)?;
     let open = bson::open_document(out, "$geoNear");
@@ -76,7 +84,12 @@ pub(super) fn put_geo_near(cx: &Cx<'_, '_>, stage: &Element<'_>, out: &mut Vec<u
 }
 
 /// `{$collStats: {count: {}}}` of `filter`: the number of the tenant's documents. More would tell of all.
-pub(super) fn put_count(cx: &Cx<'_, '_>, stage: &Element<'_>, put: &mut Stages, out: &mut Vec<u8>) -> Result<(), Fault> {
+pub(super) fn put_count(
+    cx: &Cx<'_, '_>,
+    stage: &Element<'_>,
+    put: &mut Stages,
+    out: &mut Vec<u8>,
+) -> Result<(), Fault> {
     let given = fields("$collStats", stage, &["count", "latencyStats", "storageStats", "queryExecStats"])?;
     if given.iter().map_while(Result::ok).any(|element| element.key != b"count") || given.is_empty() {
         return Err(Fault::forbidden("$collStats beyond count"));
@@ -110,7 +123,12 @@ fn put_logical(cx: &Cx<'_, '_>, out: &mut Vec<u8>) {
 }
 
 /// `$collStats` of `database`: its own names, not the server's.
-pub(super) fn put_coll_stats(cx: &Cx<'_, '_>, stage: &Element<'_>, put: &mut Stages, out: &mut Vec<u8>) -> Result<(), Fault> {
+pub(super) fn put_coll_stats(
+    cx: &Cx<'_, '_>,
+    stage: &Element<'_>,
+    put: &mut Stages,
+    out: &mut Vec<u8>,
+) -> Result<(), Fault> {
     fields("$collStats", stage, &["count", "latencyStats", "storageStats", "queryExecStats"])?;
     put.copy(stage, out);
     put.put(out, |out| pipeline::put_names(out, "$unset", &["host", "shard"]));
@@ -125,7 +143,12 @@ pub(super) fn put_coll_stats(cx: &Cx<'_, '_>, stage: &Element<'_>, put: &mut Sta
 }
 
 /// `$rankFusion`, `$scoreFusion`: each of their pipelines reads the collection.
-pub(super) fn put_fusion<'a>(cx: &mut Cx<'_, 'a>, stage: &Element<'a>, depth: usize, out: &mut Vec<u8>) -> Result<(), Fault> {
+pub(super) fn put_fusion<'a>(
+    cx: &mut Cx<'_, 'a>,
+    stage: &Element<'a>,
+    depth: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), Fault> {
     let at = stage.name().unwrap_or_default();
     let given = fields(at, stage, &["input", "combination", "scoreDetails"])?;
     let open = bson::open_document(out, at);
@@ -175,14 +198,24 @@ fn put_pipelines<'a>(
     Ok(())
 }
 
-pub(super) fn put_facet<'a>(cx: &mut Cx<'_, 'a>, stage: &Element<'a>, depth: usize, out: &mut Vec<u8>) -> Result<(), Fault> {
+pub(super) fn put_facet<'a>(
+    cx: &mut Cx<'_, 'a>,
+    stage: &Element<'a>,
+    depth: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), Fault> {
     let facets = stage
         .document()
         .ok_or_else(|| Fault::new(40169, "Location40169", "the $facet specification must be a non-empty object"))?;
     put_pipelines(cx, "$facet", facets, Source::Incoming, depth, out)
 }
 
-pub(super) fn put_lookup<'a>(cx: &mut Cx<'_, 'a>, stage: &Element<'a>, depth: usize, out: &mut Vec<u8>) -> Result<(), Fault> {
+pub(super) fn put_lookup<'a>(
+    cx: &mut Cx<'_, 'a>,
+    stage: &Element<'a>,
+    depth: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), Fault> {
     let given = fields("$lookup", stage, &["from", "localField", "foreignField", "let", "pipeline", "as"])?;
     let from = given.get("from")?;
     if let Some(from) = from {
@@ -234,7 +267,13 @@ pub(super) fn put_graph_lookup<'a>(
     out: &mut Vec<u8>,
 ) -> Result<(), Fault> {
     const KNOWN: [&str; 8] = [
-        "from", "startWith", "connectFromField", "connectToField", "as", "maxDepth", "depthField",
+        "from",
+        "startWith",
+        "connectFromField",
+        "connectToField",
+        "as",
+        "maxDepth",
+        "depthField",
         "restrictSearchWithMatch",
     ];
     let given = fields("$graphLookup", stage, &KNOWN)?;
@@ -270,7 +309,12 @@ pub(super) fn put_graph_lookup<'a>(
     Ok(())
 }
 
-pub(super) fn put_union<'a>(cx: &mut Cx<'_, 'a>, stage: &Element<'a>, depth: usize, out: &mut Vec<u8>) -> Result<(), Fault> {
+pub(super) fn put_union<'a>(
+    cx: &mut Cx<'_, 'a>,
+    stage: &Element<'a>,
+    depth: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), Fault> {
     if stage.kind == kind::STRING {
         name::collection_of(cx.scope, cx.database, "$unionWith", stage)?;
         if !filtered(cx.scope) {
@@ -299,7 +343,14 @@ pub(super) fn put_union<'a>(cx: &mut Cx<'_, 'a>, stage: &Element<'a>, depth: usi
 
 /// `into` of `$merge` and `$out`: a collection, or one of another database of the tenant. Gives the collection when
 /// it is of the command's own database.
-fn put_into<'a>(cx: &Cx<'_, 'a>, at: &str, key: &str, into: &Element<'a>, more: &[&str], out: &mut Vec<u8>) -> Result<Option<&'a str>, Fault> {
+fn put_into<'a>(
+    cx: &Cx<'_, 'a>,
+    at: &str,
+    key: &str,
+    into: &Element<'a>,
+    more: &[&str],
+    out: &mut Vec<u8>,
+) -> Result<Option<&'a str>, Fault> {
     if into.kind == kind::STRING {
         let name = name::collection_of(cx.scope, cx.database, at, into)?;
         bson::put_str(out, key, name);
@@ -342,7 +393,11 @@ pub(super) fn put_merge<'a>(
     out: &mut Vec<u8>,
 ) -> Result<(), Fault> {
     let bare = stage.kind == kind::STRING;
-    let given = if bare { None } else { Some(fields("$merge", stage, &["into", "on", "let", "whenMatched", "whenNotMatched"])?) };
+    let given = if bare {
+        None
+    } else {
+        Some(fields("$merge", stage, &["into", "on", "let", "whenMatched", "whenNotMatched"])?)
+    };
     let filter = filtered(cx.scope);
     if filter {
         put.put(out, |out| update::put_set_org(cx.scope, out));

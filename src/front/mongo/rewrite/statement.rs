@@ -1,11 +1,6 @@
 //! The statements of `insert`, `update`, `delete` and `bulkWrite`, one by one.
 
-use super::{
-    Failed, Fault, Scope, index, name, predicate,
-    predicate::Collation,
-    stage::known_fields,
-    update,
-};
+use super::{Failed, Fault, Scope, index, name, predicate, predicate::Collation, stage::known_fields, update};
 use crate::{
     tenant::Isolation,
     wire::mongo::bson::{self, Document, Element, Index},
@@ -154,7 +149,16 @@ const DELETE: Shape = Shape { known: &["q", "limit", "collation", "hint"], filte
 
 const BULK_UPDATE: Shape = Shape {
     known: &[
-        "update", "filter", "updateMods", "multi", "upsert", "arrayFilters", "hint", "collation", "constants", "sort",
+        "update",
+        "filter",
+        "updateMods",
+        "multi",
+        "upsert",
+        "arrayFilters",
+        "hint",
+        "collation",
+        "constants",
+        "sort",
     ],
     filter: "filter",
     update: Some("updateMods"),

@@ -1,9 +1,6 @@
 //! What an update may do to a document: in `filter` everything but touch `org_id`.
 
-use super::{
-    DOCUMENT_MAX, Fault, ORG, PIPELINE_STAGES_MAX, Scope, expression,
-    predicate::is_org,
-};
+use super::{DOCUMENT_MAX, Fault, ORG, PIPELINE_STAGES_MAX, Scope, expression, predicate::is_org};
 use crate::{
     tenant::Isolation,
     wire::mongo::bson::{self, Document, Element, Index, kind},
@@ -68,11 +65,7 @@ pub(super) fn put_pipeline(
         };
         if !STAGES.contains(&field.key) {
             let name = String::from_utf8_lossy(field.key);
-            return Err(Fault::new(
-                72,
-                "InvalidOptions",
-                format!("{name} is not allowed to be used within an update"),
-            ));
+            return Err(Fault::new(72, "InvalidOptions", format!("{name} is not allowed to be used within an update")));
         }
         expression::check(&field, 0)?;
         bson::put_as(out, Index::new(next).as_str(), &stage);
@@ -136,9 +129,8 @@ fn put_modifier(scope: &Scope<'_>, modifier: &Element<'_>, out: &mut Vec<u8>) ->
             return Err(Fault::immutable());
         }
         if name == "$rename" {
-            let target = field
-                .str_bytes()
-                .ok_or_else(|| Fault::bad_value("The 'to' field for $rename must be a string"))?;
+            let target =
+                field.str_bytes().ok_or_else(|| Fault::bad_value("The 'to' field for $rename must be a string"))?;
             if is_org(target) {
                 return Err(Fault::immutable());
             }

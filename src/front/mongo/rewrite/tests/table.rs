@@ -49,11 +49,29 @@ fn every_row_refuses_a_field_it_does_not_know() {
             if treat != Treat::Forward {
                 continue;
             }
-            for field in ["rawData", "collectionUUID", "shardVersion", "databaseVersion", "encryptionInformation",
-                "querySettings", "$audit", "$client", "$configServerState", "stmtIds", "stmtId", "fromRouter",
-                "fromMongos", "needsMerge", "exchange", "runtimeConstants", "isMapReduceCommand", "$_passthroughToShard",
-                "maxTimeMSOpOnly", "mayBypassWriteBlocking", "nope"]
-            {
+            for field in [
+                "rawData",
+                "collectionUUID",
+                "shardVersion",
+                "databaseVersion",
+                "encryptionInformation",
+                "querySettings",
+                "$audit",
+                "$client",
+                "$configServerState",
+                "stmtIds",
+                "stmtId",
+                "fromRouter",
+                "fromMongos",
+                "needsMerge",
+                "exchange",
+                "runtimeConstants",
+                "isMapReduceCommand",
+                "$_passthroughToShard",
+                "maxTimeMSOpOnly",
+                "mayBypassWriteBlocking",
+                "nope",
+            ] {
                 let name = row.name;
                 check(isolation, &format!(r#"{{"{name}": "c", "{field}": 1}}"#), "40415");
             }
@@ -64,123 +82,225 @@ fn every_row_refuses_a_field_it_does_not_know() {
 #[test]
 fn commands_of_the_front() {
     for isolation in [Filter, Database] {
-        check_all(isolation, &[
-            (r#"{"hello": 1, "$db": "admin"}"#, "Hello"),
-            (r#"{"isMaster": 1, "client": {"driver": {}}, "$db": "admin"}"#, "Hello"),
-            (r#"{"ismaster": 1, "$db": "app"}"#, "Hello"),
-            (r#"{"ping": 1, "$db": "app"}"#, "Ping"),
-            (r#"{"buildInfo": 1}"#, "BuildInfo"),
-            (r#"{"buildinfo": 1}"#, "BuildInfo"),
-            (r#"{"saslStart": 1, "$db": "$external"}"#, "Sasl"),
-            (r#"{"listDatabases": 1, "$db": "admin"}"#, "ListDatabases"),
-            (r#"{"listCommands": 1}"#, "ListCommands"),
-            (r#"{"serverStatus": 1, "$db": "admin"}"#, "ServerStatus"),
-            (r#"{"getParameter": "*", "$db": "admin"}"#, "Parameter"),
-            (r#"{"connectionStatus": 1}"#, "ConnectionStatus"),
-            (r#"{"usersInfo": 1}"#, "UsersInfo"),
-        ]);
+        check_all(
+            isolation,
+            &[
+                (r#"{"hello": 1, "$db": "admin"}"#, "Hello"),
+                (r#"{"isMaster": 1, "client": {"driver": {}}, "$db": "admin"}"#, "Hello"),
+                (r#"{"ismaster": 1, "$db": "app"}"#, "Hello"),
+                (r#"{"ping": 1, "$db": "app"}"#, "Ping"),
+                (r#"{"buildInfo": 1}"#, "BuildInfo"),
+                (r#"{"buildinfo": 1}"#, "BuildInfo"),
+                (r#"{"saslStart": 1, "$db": "$external"}"#, "Sasl"),
+                (r#"{"listDatabases": 1, "$db": "admin"}"#, "ListDatabases"),
+                (r#"{"listCommands": 1}"#, "ListCommands"),
+                (r#"{"serverStatus": 1, "$db": "admin"}"#, "ServerStatus"),
+                (r#"{"getParameter": "*", "$db": "admin"}"#, "Parameter"),
+                (r#"{"connectionStatus": 1}"#, "ConnectionStatus"),
+                (r#"{"usersInfo": 1}"#, "UsersInfo"),
+            ],
+        );
     }
-    check_all(Filter, &[
-        (r#"{"drop": "c"}"#, "Drop"),
-        (r#"{"drop": "system.js"}"#, "13"),
-        (r#"{"drop": "c", "$db": "admin"}"#, "13"),
-        (r#"{"dropDatabase": 1}"#, "DropDatabase"),
-        (r#"{"dropDatabase": 1, "$db": "local"}"#, "13"),
-        (r#"{"listCollections": 1, "nameOnly": true}"#, "ListCollections"),
-        (r#"{"collStats": "c"}"#, "CollStats"),
-        (r#"{"collstats": "c"}"#, "CollStats"),
-        (r#"{"dbStats": 1}"#, "DbStats"),
-        (r#"{"dropIndexes": "c", "index": "*"}"#, "DropIndexes"),
-        (r#"{"dropIndexes": "c", "index": {"a": 1}}"#, "DropIndexes"),
-    ]);
+    check_all(
+        Filter,
+        &[
+            (r#"{"drop": "c"}"#, "Drop"),
+            (r#"{"drop": "system.js"}"#, "13"),
+            (r#"{"drop": "c", "$db": "admin"}"#, "13"),
+            (r#"{"dropDatabase": 1}"#, "DropDatabase"),
+            (r#"{"dropDatabase": 1, "$db": "local"}"#, "13"),
+            (r#"{"listCollections": 1, "nameOnly": true}"#, "ListCollections"),
+            (r#"{"collStats": "c"}"#, "CollStats"),
+            (r#"{"collstats": "c"}"#, "CollStats"),
+            (r#"{"dbStats": 1}"#, "DbStats"),
+            (r#"{"dropIndexes": "c", "index": "*"}"#, "DropIndexes"),
+            (r#"{"dropIndexes": "c", "index": {"a": 1}}"#, "DropIndexes"),
+        ],
+    );
 }
 
 #[test]
 fn database_maps_names_and_changes_nothing_else() {
-    check_all(Database, &[
-        (r#"{"find": "c", "filter": {"a": 1, "org_id": "x"}}"#, r#"{"find": "c", "filter": {"a": 1, "org_id": "x"}}"#),
-        (r#"{"find": "c"}"#, r#"{"find": "c"}"#),
-        (r#"{"find": "a.b", "sort": {"$natural": 1}, "hint": {"$natural": -1}}"#, r#"{"find": "a.b", "sort": {"$natural": 1}, "hint": {"$natural": -1}}"#),
-        (r#"{"find": "c", "filter": {"$expr": {"$toInt": "$a"}}, "collation": {"locale": "de"}}"#, r#"{"find": "c", "filter": {"$expr": {"$toInt": "$a"}}, "collation": {"locale": "de"}}"#),
-        (r#"{"count": "c"}"#, r#"{"count": "c"}"#),
-        (r#"{"distinct": "c", "key": "org_id"}"#, r#"{"distinct": "c", "key": "org_id"}"#),
-        (r#"{"insert": "c", "documents": [{"org_id": ["a", "b"]}]}"#, r#"{"insert": "c", "documents": [{"org_id": ["a", "b"]}]}"#),
-        (r#"{"insert": "c", "@documents": [{"a": 1}, {"b": 2}]}"#, r#"{"insert": "c", "@documents": [{"a": 1}, {"b": 2}]}"#),
-        (r#"{"update": "c", "updates": [{"q": {}, "u": {"$set": {"org_id": 1}}, "upsert": true}]}"#, r#"{"update": "c", "updates": [{"q": {}, "u": {"$set": {"org_id": 1}}, "upsert": true}]}"#),
-        (r#"{"update": "c", "@updates": [{"q": {}, "u": [{"$set": {"a": 1}}]}]}"#, r#"{"update": "c", "@updates": [{"q": {}, "u": [{"$set": {"a": 1}}]}]}"#),
-        (r#"{"delete": "c", "deletes": [{"q": {}, "limit": 0}]}"#, r#"{"delete": "c", "deletes": [{"q": {}, "limit": 0}]}"#),
-        (r#"{"findandmodify": "c", "query": {"a": 1}, "update": {"a": 2}}"#, r#"{"findAndModify": "c", "query": {"a": 1}, "update": {"a": 2}}"#),
-        (r#"{"aggregate": "c", "pipeline": [], "cursor": {}}"#, r#"{"aggregate": "c", "pipeline": [], "cursor": {}}"#),
-        (r#"{"aggregate": 1, "pipeline": [{"$documents": [{"a": 1}]}], "cursor": {}}"#, r#"{"aggregate": 1, "pipeline": [{"$documents": [{"a": 1}]}], "cursor": {}}"#),
-        (r#"{"aggregate": "c", "pipeline": [{"$lookup": {"from": "d", "localField": "a", "foreignField": "b", "as": "x"}}], "cursor": {}}"#, r#"{"aggregate": "c", "pipeline": [{"$lookup": {"from": "d", "localField": "a", "foreignField": "b", "as": "x"}}], "cursor": {}}"#),
-        (r#"{"aggregate": "c", "pipeline": [{"$unionWith": "d"}, {"$unionWith": {"coll": "e", "pipeline": []}}], "cursor": {}}"#, r#"{"aggregate": "c", "pipeline": [{"$unionWith": "d"}, {"$unionWith": {"coll": "e", "pipeline": []}}], "cursor": {}}"#),
-        (r#"{"aggregate": "c", "pipeline": [{"$out": "d"}], "cursor": {}}"#, r#"{"aggregate": "c", "pipeline": [{"$out": "d"}], "cursor": {}}"#),
-        (r#"{"aggregate": "c", "pipeline": [{"$out": {"db": "other", "coll": "d"}}], "cursor": {}}"#, r#"{"aggregate": "c", "pipeline": [{"$out": {"db": "org_acme~other", "coll": "d"}}], "cursor": {}}"#),
-        (r#"{"aggregate": "c", "pipeline": [{"$merge": "d"}], "cursor": {}}"#, r#"{"aggregate": "c", "pipeline": [{"$merge": {"into": "d"}}], "cursor": {}}"#),
-        (r#"{"aggregate": "c", "pipeline": [{"$merge": {"into": {"db": "x", "coll": "d"}, "on": "k"}}], "cursor": {}}"#, r#"{"aggregate": "c", "pipeline": [{"$merge": {"into": {"db": "org_acme~x", "coll": "d"}, "on": "k"}}], "cursor": {}}"#),
-        (r#"{"aggregate": "c", "pipeline": [{"$merge": {"into": {"db": "admin", "coll": "d"}}}], "cursor": {}}"#, "13"),
-        (r#"{"aggregate": "c", "pipeline": [{"$out": {"db": "local", "coll": "d"}}], "cursor": {}}"#, "13"),
-        (r#"{"aggregate": "c", "pipeline": [{"$lookup": {"from": {"db": "org_globex~app", "coll": "d"}, "as": "x"}}], "cursor": {}}"#, "13"),
-        (r#"{"aggregate": "c", "pipeline": [{"$unionWith": {"db": "x", "coll": "d"}}], "cursor": {}}"#, "40415"),
-        (r#"{"aggregate": "c", "pipeline": [{"$facet": {"a": [{"$out": "d"}]}}], "cursor": {}}"#, "51047"),
-        (r#"{"aggregate": "c", "pipeline": [{"$collStats": {"storageStats": {}}}], "cursor": {}}"#, r#"{"aggregate": "c", "pipeline": [{"$collStats": {"storageStats": {}}}, {"$unset": ["host", "shard"]}, {"$set": {"ns": {"$literal": "app.c"}}}], "cursor": {}}"#),
-        (r#"{"aggregate": "c", "pipeline": [{"$indexStats": {}}], "cursor": {}}"#, r#"{"aggregate": "c", "pipeline": [{"$indexStats": {}}, {"$unset": ["host", "shard"]}], "cursor": {}}"#),
-        (r#"{"drop": "c"}"#, r#"{"drop": "c"}"#),
-        (r#"{"dropDatabase": 1}"#, r#"{"dropDatabase": 1}"#),
-        (r#"{"collStats": "c"}"#, r#"{"collStats": "c"}"#),
-        (r#"{"dbstats": 1, "scale": 1024}"#, r#"{"dbStats": 1, "scale": 1024}"#),
-        (r#"{"listCollections": 1, "filter": {"name": "c"}}"#, r#"{"listCollections": 1, "filter": {"name": "c"}}"#),
-        (r#"{"listIndexes": "c"}"#, r#"{"listIndexes": "c"}"#),
-        (r#"{"createIndexes": "c", "indexes": [{"key": {"a": 1}, "name": "a_1", "unique": true}]}"#, r#"{"createIndexes": "c", "indexes": [{"key": {"a": 1}, "name": "a_1", "unique": true}]}"#),
-        (r#"{"dropIndexes": "c", "index": "*"}"#, r#"{"dropIndexes": "c", "index": "*"}"#),
-        (r#"{"create": "c", "capped": true, "size": 1000}"#, r#"{"create": "c", "capped": true, "size": 1000}"#),
-        (r#"{"create": "v", "viewOn": "c", "pipeline": [{"$match": {"a": 1}}]}"#, r#"{"create": "v", "viewOn": "c", "pipeline": [{"$match": {"a": 1}}]}"#),
-        (r#"{"create": "v", "viewOn": "system.users", "pipeline": []}"#, "13"),
-        (r#"{"create": "v", "viewOn": "c", "pipeline": [{"$lookup": {"from": {"db": "x", "coll": "y"}, "as": "z"}}]}"#, "13"),
-        (r#"{"create": "v", "viewOn": "c", "pipeline": [{"$out": "x"}]}"#, "51047"),
-        (r#"{"create": "c", "validator": {"$where": "1"}}"#, "13"),
-        (r#"{"collMod": "c", "validator": {"a": {"$type": "int"}}}"#, r#"{"collMod": "c", "validator": {"a": {"$type": "int"}}}"#),
-        (r#"{"collMod": "v", "viewOn": "c", "pipeline": [{"$currentOp": {}}]}"#, "13"),
-        (r#"{"validate": "c"}"#, r#"{"validate": "c"}"#),
-        (r#"{"dataSize": "app.c"}"#, r#"{"dataSize": "org_acme~app.c"}"#),
-        (r#"{"dataSize": "admin.c"}"#, "13"),
-        (r#"{"renameCollection": "app.c", "to": "other.d", "$db": "admin"}"#, r#"{"renameCollection": "org_acme~app.c", "to": "org_acme~other.d", "$db": "admin"}"#),
-        (r#"{"renameCollection": "app.c", "to": "local.d", "$db": "admin"}"#, "13"),
-        (r#"{"renameCollection": "app.c", "to": "app.system.users", "$db": "admin"}"#, "13"),
-        (r#"{"renameCollection": "app.c", "to": "app.d", "$db": "app"}"#, "13"),
-        (r#"{"renameCollection": "c", "to": "app.d", "$db": "admin"}"#, "73"),
-        (r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"a": 1}}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"}"#, r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"a": 1}}], "nsInfo": [{"ns": "org_acme~app.c"}], "$db": "admin"}"#),
-        (r#"{"bulkWrite": 1, "ops": [], "nsInfo": [{"ns": "local.oplog.rs"}], "$db": "admin"}"#, "13"),
-        (r#"{"mapReduce": "c", "map": "f", "reduce": "g", "out": {"inline": 1}}"#, "13"),
-    ]);
+    check_all(
+        Database,
+        &[
+            (
+                r#"{"find": "c", "filter": {"a": 1, "org_id": "x"}}"#,
+                r#"{"find": "c", "filter": {"a": 1, "org_id": "x"}}"#,
+            ),
+            (r#"{"find": "c"}"#, r#"{"find": "c"}"#),
+            (
+                r#"{"find": "a.b", "sort": {"$natural": 1}, "hint": {"$natural": -1}}"#,
+                r#"{"find": "a.b", "sort": {"$natural": 1}, "hint": {"$natural": -1}}"#,
+            ),
+            (
+                r#"{"find": "c", "filter": {"$expr": {"$toInt": "$a"}}, "collation": {"locale": "de"}}"#,
+                r#"{"find": "c", "filter": {"$expr": {"$toInt": "$a"}}, "collation": {"locale": "de"}}"#,
+            ),
+            (r#"{"count": "c"}"#, r#"{"count": "c"}"#),
+            (r#"{"distinct": "c", "key": "org_id"}"#, r#"{"distinct": "c", "key": "org_id"}"#),
+            (
+                r#"{"insert": "c", "documents": [{"org_id": ["a", "b"]}]}"#,
+                r#"{"insert": "c", "documents": [{"org_id": ["a", "b"]}]}"#,
+            ),
+            (
+                r#"{"insert": "c", "@documents": [{"a": 1}, {"b": 2}]}"#,
+                r#"{"insert": "c", "@documents": [{"a": 1}, {"b": 2}]}"#,
+            ),
+            (
+                r#"{"update": "c", "updates": [{"q": {}, "u": {"$set": {"org_id": 1}}, "upsert": true}]}"#,
+                r#"{"update": "c", "updates": [{"q": {}, "u": {"$set": {"org_id": 1}}, "upsert": true}]}"#,
+            ),
+            (
+                r#"{"update": "c", "@updates": [{"q": {}, "u": [{"$set": {"a": 1}}]}]}"#,
+                r#"{"update": "c", "@updates": [{"q": {}, "u": [{"$set": {"a": 1}}]}]}"#,
+            ),
+            (
+                r#"{"delete": "c", "deletes": [{"q": {}, "limit": 0}]}"#,
+                r#"{"delete": "c", "deletes": [{"q": {}, "limit": 0}]}"#,
+            ),
+            (
+                r#"{"findandmodify": "c", "query": {"a": 1}, "update": {"a": 2}}"#,
+                r#"{"findAndModify": "c", "query": {"a": 1}, "update": {"a": 2}}"#,
+            ),
+            (
+                r#"{"aggregate": "c", "pipeline": [], "cursor": {}}"#,
+                r#"{"aggregate": "c", "pipeline": [], "cursor": {}}"#,
+            ),
+            (
+                r#"{"aggregate": 1, "pipeline": [{"$documents": [{"a": 1}]}], "cursor": {}}"#,
+                r#"{"aggregate": 1, "pipeline": [{"$documents": [{"a": 1}]}], "cursor": {}}"#,
+            ),
+            (
+                r#"{"aggregate": "c", "pipeline": [{"$lookup": {"from": "d", "localField": "a", "foreignField": "b", "as": "x"}}], "cursor": {}}"#,
+                r#"{"aggregate": "c", "pipeline": [{"$lookup": {"from": "d", "localField": "a", "foreignField": "b", "as": "x"}}], "cursor": {}}"#,
+            ),
+            (
+                r#"{"aggregate": "c", "pipeline": [{"$unionWith": "d"}, {"$unionWith": {"coll": "e", "pipeline": []}}], "cursor": {}}"#,
+                r#"{"aggregate": "c", "pipeline": [{"$unionWith": "d"}, {"$unionWith": {"coll": "e", "pipeline": []}}], "cursor": {}}"#,
+            ),
+            (
+                r#"{"aggregate": "c", "pipeline": [{"$out": "d"}], "cursor": {}}"#,
+                r#"{"aggregate": "c", "pipeline": [{"$out": "d"}], "cursor": {}}"#,
+            ),
+            (
+                r#"{"aggregate": "c", "pipeline": [{"$out": {"db": "other", "coll": "d"}}], "cursor": {}}"#,
+                r#"{"aggregate": "c", "pipeline": [{"$out": {"db": "org_acme~other", "coll": "d"}}], "cursor": {}}"#,
+            ),
+            (
+                r#"{"aggregate": "c", "pipeline": [{"$merge": "d"}], "cursor": {}}"#,
+                r#"{"aggregate": "c", "pipeline": [{"$merge": {"into": "d"}}], "cursor": {}}"#,
+            ),
+            (
+                r#"{"aggregate": "c", "pipeline": [{"$merge": {"into": {"db": "x", "coll": "d"}, "on": "k"}}], "cursor": {}}"#,
+                r#"{"aggregate": "c", "pipeline": [{"$merge": {"into": {"db": "org_acme~x", "coll": "d"}, "on": "k"}}], "cursor": {}}"#,
+            ),
+            (
+                r#"{"aggregate": "c", "pipeline": [{"$merge": {"into": {"db": "admin", "coll": "d"}}}], "cursor": {}}"#,
+                "13",
+            ),
+            (r#"{"aggregate": "c", "pipeline": [{"$out": {"db": "local", "coll": "d"}}], "cursor": {}}"#, "13"),
+            (
+                r#"{"aggregate": "c", "pipeline": [{"$lookup": {"from": {"db": "org_globex~app", "coll": "d"}, "as": "x"}}], "cursor": {}}"#,
+                "13",
+            ),
+            (r#"{"aggregate": "c", "pipeline": [{"$unionWith": {"db": "x", "coll": "d"}}], "cursor": {}}"#, "40415"),
+            (r#"{"aggregate": "c", "pipeline": [{"$facet": {"a": [{"$out": "d"}]}}], "cursor": {}}"#, "51047"),
+            (
+                r#"{"aggregate": "c", "pipeline": [{"$collStats": {"storageStats": {}}}], "cursor": {}}"#,
+                r#"{"aggregate": "c", "pipeline": [{"$collStats": {"storageStats": {}}}, {"$unset": ["host", "shard"]}, {"$set": {"ns": {"$literal": "app.c"}}}], "cursor": {}}"#,
+            ),
+            (
+                r#"{"aggregate": "c", "pipeline": [{"$indexStats": {}}], "cursor": {}}"#,
+                r#"{"aggregate": "c", "pipeline": [{"$indexStats": {}}, {"$unset": ["host", "shard"]}], "cursor": {}}"#,
+            ),
+            (r#"{"drop": "c"}"#, r#"{"drop": "c"}"#),
+            (r#"{"dropDatabase": 1}"#, r#"{"dropDatabase": 1}"#),
+            (r#"{"collStats": "c"}"#, r#"{"collStats": "c"}"#),
+            (r#"{"dbstats": 1, "scale": 1024}"#, r#"{"dbStats": 1, "scale": 1024}"#),
+            (
+                r#"{"listCollections": 1, "filter": {"name": "c"}}"#,
+                r#"{"listCollections": 1, "filter": {"name": "c"}}"#,
+            ),
+            (r#"{"listIndexes": "c"}"#, r#"{"listIndexes": "c"}"#),
+            (
+                r#"{"createIndexes": "c", "indexes": [{"key": {"a": 1}, "name": "a_1", "unique": true}]}"#,
+                r#"{"createIndexes": "c", "indexes": [{"key": {"a": 1}, "name": "a_1", "unique": true}]}"#,
+            ),
+            (r#"{"dropIndexes": "c", "index": "*"}"#, r#"{"dropIndexes": "c", "index": "*"}"#),
+            (r#"{"create": "c", "capped": true, "size": 1000}"#, r#"{"create": "c", "capped": true, "size": 1000}"#),
+            (
+                r#"{"create": "v", "viewOn": "c", "pipeline": [{"$match": {"a": 1}}]}"#,
+                r#"{"create": "v", "viewOn": "c", "pipeline": [{"$match": {"a": 1}}]}"#,
+            ),
+            (r#"{"create": "v", "viewOn": "system.users", "pipeline": []}"#, "13"),
+            (
+                r#"{"create": "v", "viewOn": "c", "pipeline": [{"$lookup": {"from": {"db": "x", "coll": "y"}, "as": "z"}}]}"#,
+                "13",
+            ),
+            (r#"{"create": "v", "viewOn": "c", "pipeline": [{"$out": "x"}]}"#, "51047"),
+            (r#"{"create": "c", "validator": {"$where": "1"}}"#, "13"),
+            (
+                r#"{"collMod": "c", "validator": {"a": {"$type": "int"}}}"#,
+                r#"{"collMod": "c", "validator": {"a": {"$type": "int"}}}"#,
+            ),
+            (r#"{"collMod": "v", "viewOn": "c", "pipeline": [{"$currentOp": {}}]}"#, "13"),
+            (r#"{"validate": "c"}"#, r#"{"validate": "c"}"#),
+            (r#"{"dataSize": "app.c"}"#, r#"{"dataSize": "org_acme~app.c"}"#),
+            (r#"{"dataSize": "admin.c"}"#, "13"),
+            (
+                r#"{"renameCollection": "app.c", "to": "other.d", "$db": "admin"}"#,
+                r#"{"renameCollection": "org_acme~app.c", "to": "org_acme~other.d", "$db": "admin"}"#,
+            ),
+            (r#"{"renameCollection": "app.c", "to": "local.d", "$db": "admin"}"#, "13"),
+            (r#"{"renameCollection": "app.c", "to": "app.system.users", "$db": "admin"}"#, "13"),
+            (r#"{"renameCollection": "app.c", "to": "app.d", "$db": "app"}"#, "13"),
+            (r#"{"renameCollection": "c", "to": "app.d", "$db": "admin"}"#, "73"),
+            (
+                r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"a": 1}}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"}"#,
+                r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"a": 1}}], "nsInfo": [{"ns": "org_acme~app.c"}], "$db": "admin"}"#,
+            ),
+            (r#"{"bulkWrite": 1, "ops": [], "nsInfo": [{"ns": "local.oplog.rs"}], "$db": "admin"}"#, "13"),
+            (r#"{"mapReduce": "c", "map": "f", "reduce": "g", "out": {"inline": 1}}"#, "13"),
+        ],
+    );
 }
 
 #[test]
 fn both_refuse_names_that_are_the_servers() {
     for isolation in [Filter, Database] {
-        check_all(isolation, &[
-            (r#"{"find": "c", "$db": "admin"}"#, "13"),
-            (r#"{"find": "c", "$db": "local"}"#, "13"),
-            (r#"{"find": "oplog.rs", "$db": "LOCAL"}"#, "13"),
-            (r#"{"find": "c", "$db": "config"}"#, "13"),
-            (r#"{"find": "c", "$db": "a.b"}"#, "73"),
-            (r#"{"find": "c", "$db": "a b"}"#, "73"),
-            (r#"{"find": "c", "$db": ""}"#, "73"),
-            (r#"{"find": "c", "$db": "$external"}"#, "73"),
-            (r#"{"find": "system.users"}"#, "13"),
-            (r#"{"find": "system.buckets.x"}"#, "13"),
-            (r#"{"find": "enxcol_.x.esc"}"#, "13"),
-            (r#"{"find": "a$b"}"#, "73"),
-            (r#"{"find": "$cmd"}"#, "73"),
-            (r#"{"find": ""}"#, "73"),
-            (r#"{"find": ".c"}"#, "73"),
-            (r#"{"find": 1}"#, "14"),
-            (r#"{"find": {"$uuid": "00112233-4455-6677-8899-aabbccddeeff"}}"#, "14"),
-            (r#"{"aggregate": "c", "pipeline": [{"$unionWith": "system.users"}], "cursor": {}}"#, "13"),
-            (r#"{"aggregate": "c", "pipeline": [{"$lookup": {"from": "system.js", "as": "x", "pipeline": []}}], "cursor": {}}"#, "13"),
-            (r#"{"aggregate": "c", "pipeline": [{"$graphLookup": {"from": "system.js", "as": "x", "startWith": 1, "connectFromField": "a", "connectToField": "b"}}], "cursor": {}}"#, "13"),
-            (r#"{"insert": "system.js", "documents": [{"_id": "f"}]}"#, "13"),
-        ]);
+        check_all(
+            isolation,
+            &[
+                (r#"{"find": "c", "$db": "admin"}"#, "13"),
+                (r#"{"find": "c", "$db": "local"}"#, "13"),
+                (r#"{"find": "oplog.rs", "$db": "LOCAL"}"#, "13"),
+                (r#"{"find": "c", "$db": "config"}"#, "13"),
+                (r#"{"find": "c", "$db": "a.b"}"#, "73"),
+                (r#"{"find": "c", "$db": "a b"}"#, "73"),
+                (r#"{"find": "c", "$db": ""}"#, "73"),
+                (r#"{"find": "c", "$db": "$external"}"#, "73"),
+                (r#"{"find": "system.users"}"#, "13"),
+                (r#"{"find": "system.buckets.x"}"#, "13"),
+                (r#"{"find": "enxcol_.x.esc"}"#, "13"),
+                (r#"{"find": "a$b"}"#, "73"),
+                (r#"{"find": "$cmd"}"#, "73"),
+                (r#"{"find": ""}"#, "73"),
+                (r#"{"find": ".c"}"#, "73"),
+                (r#"{"find": 1}"#, "14"),
+                (r#"{"find": {"$uuid": "00112233-4455-6677-8899-aabbccddeeff"}}"#, "14"),
+                (r#"{"aggregate": "c", "pipeline": [{"$unionWith": "system.users"}], "cursor": {}}"#, "13"),
+                (
+                    r#"{"aggregate": "c", "pipeline": [{"$lookup": {"from": "system.js", "as": "x", "pipeline": []}}], "cursor": {}}"#,
+                    "13",
+                ),
+                (
+                    r#"{"aggregate": "c", "pipeline": [{"$graphLookup": {"from": "system.js", "as": "x", "startWith": 1, "connectFromField": "a", "connectToField": "b"}}], "cursor": {}}"#,
+                    "13",
+                ),
+                (r#"{"insert": "system.js", "documents": [{"_id": "f"}]}"#, "13"),
+            ],
+        );
         let long = "x".repeat(64);
         check(isolation, &format!(r#"{{"find": "c", "$db": "{long}"}}"#), "73");
         let long = "x".repeat(250);
@@ -229,12 +349,15 @@ fn time_is_the_smaller_one_and_said_once() {
         assert_eq!(time(r#"{"getMore": {"$numberLong": "7"}, "collection": "c", "maxTimeMS": 90000}"#), Some(5000));
         assert_eq!(time(r#"{"killCursors": "c", "cursors": [{"$numberLong": "7"}]}"#), None);
         assert_eq!(time(r#"{"endSessions": [], "$db": "admin"}"#), None);
-        check_all(isolation, &[
-            (r#"{"find": "c", "maxTimeMS": -1}"#, "2"),
-            (r#"{"find": "c", "maxTimeMS": 1.5}"#, "2"),
-            (r#"{"find": "c", "maxTimeMS": "5"}"#, "14"),
-            (r#"{"find": "c", "maxTimeMS": {"$numberLong": "9999999999"}}"#, "2"),
-        ]);
+        check_all(
+            isolation,
+            &[
+                (r#"{"find": "c", "maxTimeMS": -1}"#, "2"),
+                (r#"{"find": "c", "maxTimeMS": 1.5}"#, "2"),
+                (r#"{"find": "c", "maxTimeMS": "5"}"#, "14"),
+                (r#"{"find": "c", "maxTimeMS": {"$numberLong": "9999999999"}}"#, "2"),
+            ],
+        );
         let twice = raw(|out| {
             bson::put_str(out, "find", "c");
             bson::put_i32(out, "maxTimeMS", 1);
@@ -248,38 +371,61 @@ fn time_is_the_smaller_one_and_said_once() {
 #[test]
 fn types_are_the_servers() {
     for isolation in [Filter, Database] {
-        check_all(isolation, &[
-            (r#"{"find": "c", "limit": "1"}"#, "14"),
-            (r#"{"find": "c", "singleBatch": "yes"}"#, "14"),
-            (r#"{"find": "c", "filter": []}"#, "14"),
-            (r#"{"find": "c", "filter": "x"}"#, "14"),
-            (r#"{"find": "c", "projection": [1]}"#, "14"),
-            (r#"{"find": "c", "sort": 1}"#, "14"),
-            (r#"{"find": "c", "let": []}"#, "14"),
-            (r#"{"aggregate": "c", "pipeline": {}, "cursor": {}}"#, "14"),
-            (r#"{"aggregate": "c", "cursor": {}}"#, "40414"),
-            (r#"{"aggregate": "c", "pipeline": [{"$match": {}, "$limit": 1}], "cursor": {}}"#, "40323"),
-            (r#"{"aggregate": "c", "pipeline": [{}], "cursor": {}}"#, "40323"),
-            (r#"{"aggregate": "c", "pipeline": [1], "cursor": {}}"#, "14"),
-            (r#"{"aggregate": "c", "pipeline": [{"$nope": 1}], "cursor": {}}"#, "40324"),
-            (r#"{"aggregate": "c", "pipeline": [{"$_internalInhibitOptimization": {}}], "cursor": {}}"#, "40324"),
-            (r#"{"insert": "c"}"#, "40414"),
-            (r#"{"insert": "c", "documents": [1]}"#, "14"),
-            (r#"{"update": "c", "updates": [{"q": {}, "u": {}, "stmtId": 1}]}"#, "40415"),
-            (r#"{"update": "c", "updates": [{"u": {"$set": {"a": 1}}}]}"#, "40414"),
-            (r#"{"update": "c", "updates": [{"q": {}, "u": {"$set": {"a": 1}}, "upsertSupplied": true}]}"#, "40415"),
-            (r#"{"delete": "c", "deletes": [{"limit": 0}]}"#, "40414"),
-            (r#"{"getMore": 7, "collection": "c"}"#, "14"),
-            (r#"{"getMore": {"$numberLong": "7"}}"#, "40414"),
-            (r#"{"find": "c", "lsid": {"id": "x"}}"#, "14"),
-            (r#"{"find": "c", "lsid": {"id": {"$uuid": "00112233-4455-6677-8899-aabbccddeeff"}, "uid": "x"}}"#, "40415"),
-            (r#"{"find": "c", "txnNumber": {"$numberLong": "1"}}"#, "72"),
-            (r#"{"find": "c", "readConcern": "majority"}"#, "14"),
-        ]);
-        for stage in ["$currentOp", "$listSessions", "$listLocalSessions", "$queryStats", "$mergeCursors", "$backupCursor",
-            "$listCatalog", "$listClusterCatalog", "$shardedDataDistribution", "$querySettings", "$operationMetrics"]
-        {
-            check(isolation, &format!(r#"{{"aggregate": "c", "pipeline": [{{"{stage}": {{}}}}], "cursor": {{}}}}"#), "13");
+        check_all(
+            isolation,
+            &[
+                (r#"{"find": "c", "limit": "1"}"#, "14"),
+                (r#"{"find": "c", "singleBatch": "yes"}"#, "14"),
+                (r#"{"find": "c", "filter": []}"#, "14"),
+                (r#"{"find": "c", "filter": "x"}"#, "14"),
+                (r#"{"find": "c", "projection": [1]}"#, "14"),
+                (r#"{"find": "c", "sort": 1}"#, "14"),
+                (r#"{"find": "c", "let": []}"#, "14"),
+                (r#"{"aggregate": "c", "pipeline": {}, "cursor": {}}"#, "14"),
+                (r#"{"aggregate": "c", "cursor": {}}"#, "40414"),
+                (r#"{"aggregate": "c", "pipeline": [{"$match": {}, "$limit": 1}], "cursor": {}}"#, "40323"),
+                (r#"{"aggregate": "c", "pipeline": [{}], "cursor": {}}"#, "40323"),
+                (r#"{"aggregate": "c", "pipeline": [1], "cursor": {}}"#, "14"),
+                (r#"{"aggregate": "c", "pipeline": [{"$nope": 1}], "cursor": {}}"#, "40324"),
+                (r#"{"aggregate": "c", "pipeline": [{"$_internalInhibitOptimization": {}}], "cursor": {}}"#, "40324"),
+                (r#"{"insert": "c"}"#, "40414"),
+                (r#"{"insert": "c", "documents": [1]}"#, "14"),
+                (r#"{"update": "c", "updates": [{"q": {}, "u": {}, "stmtId": 1}]}"#, "40415"),
+                (r#"{"update": "c", "updates": [{"u": {"$set": {"a": 1}}}]}"#, "40414"),
+                (
+                    r#"{"update": "c", "updates": [{"q": {}, "u": {"$set": {"a": 1}}, "upsertSupplied": true}]}"#,
+                    "40415",
+                ),
+                (r#"{"delete": "c", "deletes": [{"limit": 0}]}"#, "40414"),
+                (r#"{"getMore": 7, "collection": "c"}"#, "14"),
+                (r#"{"getMore": {"$numberLong": "7"}}"#, "40414"),
+                (r#"{"find": "c", "lsid": {"id": "x"}}"#, "14"),
+                (
+                    r#"{"find": "c", "lsid": {"id": {"$uuid": "00112233-4455-6677-8899-aabbccddeeff"}, "uid": "x"}}"#,
+                    "40415",
+                ),
+                (r#"{"find": "c", "txnNumber": {"$numberLong": "1"}}"#, "72"),
+                (r#"{"find": "c", "readConcern": "majority"}"#, "14"),
+            ],
+        );
+        for stage in [
+            "$currentOp",
+            "$listSessions",
+            "$listLocalSessions",
+            "$queryStats",
+            "$mergeCursors",
+            "$backupCursor",
+            "$listCatalog",
+            "$listClusterCatalog",
+            "$shardedDataDistribution",
+            "$querySettings",
+            "$operationMetrics",
+        ] {
+            check(
+                isolation,
+                &format!(r#"{{"aggregate": "c", "pipeline": [{{"{stage}": {{}}}}], "cursor": {{}}}}"#),
+                "13",
+            );
         }
     }
 }
@@ -396,7 +542,11 @@ fn depth_and_length_have_ends() {
         for _ in 0..21 {
             inner = format!(r#"{{"coll": "c", "pipeline": [{{"$unionWith": {inner}}}]}}"#);
         }
-        check(isolation, &format!(r#"{{"aggregate": "c", "pipeline": [{{"$unionWith": {inner}}}], "cursor": {{}}}}"#), "2");
+        check(
+            isolation,
+            &format!(r#"{{"aggregate": "c", "pipeline": [{{"$unionWith": {inner}}}], "cursor": {{}}}}"#),
+            "2",
+        );
     }
 }
 
@@ -445,7 +595,9 @@ fn places_of_ids_are_told() {
     for isolation in [Filter, Database] {
         let id = r#"{"id": {"$uuid": "00112233-4455-6677-8899-aabbccddeeff"}}"#;
         let uuid = [0, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88, 0x99, 0xaa, 0xbb, 0xcc, 0xdd, 0xee, 0xff];
-        let text = format!(r#"{{"find": "c", "lsid": {id}, "txnNumber": {{"$numberLong": "3"}}, "autocommit": false, "startTransaction": true}}"#);
+        let text = format!(
+            r#"{{"find": "c", "lsid": {id}, "txnNumber": {{"$numberLong": "3"}}, "autocommit": false, "startTransaction": true}}"#
+        );
         forwarded(isolation, &text, |forward, out| {
             let at = forward.lsid.expect("a session");
             assert_eq!(out[at..at + 16], uuid);
@@ -453,7 +605,9 @@ fn places_of_ids_are_told() {
             assert!(transaction.number == 3 && transaction.starts && !forward.retryable);
             assert_eq!((forward.database, forward.collection), ("app", Some("c")));
         });
-        let text = format!(r#"{{"insert": "c", "documents": [{{"a": 1}}], "lsid": {id}, "txnNumber": {{"$numberLong": "3"}}}}"#);
+        let text = format!(
+            r#"{{"insert": "c", "documents": [{{"a": 1}}], "lsid": {id}, "txnNumber": {{"$numberLong": "3"}}}}"#
+        );
         forwarded(isolation, &text, |forward, _| assert!(forward.retryable && forward.transaction.is_none()));
         forwarded(isolation, r#"{"getMore": {"$numberLong": "77"}, "collection": "c"}"#, |forward, out| {
             assert_eq!(out[forward.ids[0]..forward.ids[0] + 8], 77i64.to_le_bytes());
