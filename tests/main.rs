@@ -1,5 +1,6 @@
 //! One binary for all integration tests: linking is the slow part.
 
+mod confinement;
 mod dev;
 mod floors;
 mod mongo;
