@@ -8,3 +8,4 @@ mod postgres;
 mod provision;
 mod redis;
 mod support;
+mod transition;
