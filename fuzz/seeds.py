@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Writes the seed corpus: small, whole messages of every kind, from which the fuzzer starts. Run from anywhere."""
 
+import struct
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -135,7 +136,58 @@ CONVEX = {
     "answer": b'{"type":"MutationResponse","requestId":3,"success":false,"result":"no","ts":null,"logLines":[]}',
 }
 
-SEEDS = {"convex": CONVEX, "startup": STARTUP, "frontend": FRONTEND, "backend": BACKEND, "ledger": LEDGER, "configuration": CONFIGURATION,
+
+
+def bson(fields):
+    """A BSON document; str, int, bool, float, None, dict and list are enough."""
+    out = b""
+    for key, value in fields.items():
+        name = key.encode() + b"\0"
+        match value:
+            case bool():
+                out += b"\x08" + name + bytes([value])
+            case int():
+                out += b"\x10" + name + value.to_bytes(4, "little", signed=True)
+            case float():
+                out += b"\x01" + name + struct.pack("<d", value)
+            case str():
+                text = value.encode() + b"\0"
+                out += b"\x02" + name + len(text).to_bytes(4, "little") + text
+            case None:
+                out += b"\x0a" + name
+            case dict():
+                out += b"\x03" + name + bson(value)
+            case list():
+                out += b"\x04" + name + bson({str(i): item for i, item in enumerate(value)})
+    return (len(out) + 5).to_bytes(4, "little") + out + b"\0"
+
+
+REQUESTS = {
+    "find": {"find": "c", "filter": {"a": 1, "org_id": "acme1", "$or": [{"b": {"$gt": 1}}]}, "projection": {"org_id": 1}},
+    "expr": {"find": "c", "filter": {"$expr": {"$gt": [{"$toInt": "$ssn"}, 1]}}, "collation": {"locale": "en", "strength": 1}},
+    "join": {"aggregate": "c", "cursor": {}, "pipeline": [
+        {"$match": {"a": 1}}, {"$lookup": {"from": "d", "localField": "a", "foreignField": "b", "as": "x"}},
+        {"$unionWith": {"coll": "e", "pipeline": [{"$match": {"$expr": {"$toInt": "$a"}}}]}}, {"$facet": {"y": [{"$unionWith": "d"}]}}]},
+    "merge": {"aggregate": "c", "cursor": {}, "pipeline": [{"$graphLookup": {
+        "from": "d", "startWith": "$a", "connectFromField": "a", "connectToField": "b", "as": "x"}}, {"$merge": {"into": "e", "on": "_id"}}]},
+    "stream": {"aggregate": "c", "cursor": {}, "pipeline": [{"$changeStream": {"fullDocument": "updateLookup"}}, {"$match": {"a": 1}}]},
+    "insert": {"insert": "c", "documents": [{"a": 1}, {"org_id": ["acme-1", "acme1"]}], "ordered": False},
+    "update": {"update": "c", "updates": [{"q": {"a": 1}, "u": {"$rename": {"a": "org_id"}}, "upsert": True}, {"q": {}, "u": {"a": 1}}]},
+    "piped": {"findAndModify": "c", "query": {"a": 1}, "update": [{"$set": {"org_id": "acme1"}}], "fields": {"a": 1}},
+    "bulk": {"bulkWrite": 1, "ops": [{"delete": 0, "filter": {}, "multi": True}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"},
+    "index": {"createIndexes": "c", "indexes": [{"key": {"a": 1}, "name": "a_1", "unique": True, "sparse": True}]},
+    "explain": {"explain": {"count": "c", "query": {"a": 1}}, "verbosity": "allPlansExecution"},
+    "more": {"getMore": 1, "collection": "c", "maxTimeMS": 1.0, "batchSize": None},
+}
+REQUESTS = {name: bson(request if "$db" in request else request | {"$db": "app"}) for name, request in REQUESTS.items()}
+MONGO_REWRITE = {
+    **{f"{name}-{how}": bytes([how]) + data for name, data in REQUESTS.items() for how in (2, 3)},
+    **{f"made-{n}": bytes([n & 1]) + bytes((n * 37 + i * i * 11) % 256 for i in range(120)) for n in range(8)},
+    "section": bytes([2]) + bson({"insert": "c", "$db": "app"}) + bson({"a": 1}) + bson({"org_id": "acme1"}),
+}
+MONGO_CODEC = {**REQUESTS, "empty": bson({}), "two": bson({"a": 1.5}) + bson({"b": None})}
+
+SEEDS = {"convex": CONVEX, "mongo_codec": MONGO_CODEC, "mongo_rewrite": MONGO_REWRITE, "startup": STARTUP, "frontend": FRONTEND, "backend": BACKEND, "ledger": LEDGER, "configuration": CONFIGURATION,
          "conversation": CONVERSATION, "token": TOKEN, "resp": RESP, "redis_rewrite": REWRITE}
 for target, seeds in SEEDS.items():
     folder = CORPUS / target

@@ -4,6 +4,7 @@ mod confinement;
 mod convex;
 mod dev;
 mod floors;
+mod mongo;
 mod postgres;
 mod provision;
 mod redis;

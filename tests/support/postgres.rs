@@ -117,11 +117,13 @@ pub fn shared() -> &'static Place {
     })
 }
 
-/// Starts a small process that outlives this one, then ends process `pid` and removes `folder`.
+/// Starts a small process that outlives this one, then ends process `pid` and removes `folder`. SecantusDB, told to end
+/// twice at once (by the kernel, as its parent went, and by this), may never do it: it is killed after ten seconds.
 pub fn keep(pid: i32, folder: PathBuf) {
     /// Their standard inputs end with this process.
     static KEEPERS: Mutex<Vec<Child>> = Mutex::new(Vec::new());
-    const SCRIPT: &str = "cat; kill -INT $1 2>/dev/null; while kill -0 $1 2>/dev/null; do sleep 0.1; done; rm -rf $2";
+    const SCRIPT: &str = "cat; kill -INT $1 2>/dev/null; n=0; while kill -0 $1 2>/dev/null; do \
+                          n=$((n+1)); [ $n -lt 100 ] || kill -KILL $1 2>/dev/null; sleep 0.1; done; rm -rf $2";
     let mut command = Command::new("sh");
     command.args(["-c", SCRIPT, "keeper", &pid.to_string()]).arg(folder);
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());

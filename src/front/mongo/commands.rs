@@ -122,8 +122,11 @@ pub enum ReplyRule {
     Indexes,
     /// In `filter`, 48 (it exists) is success: another tenant may have made it.
     Created,
-    /// `numIndexesBefore` and the like.
+    /// `numIndexesBefore` and the like: in `filter` they count others' as well, and go.
     IndexesMade,
+    /// The same of indexes that only make faster: in `filter`, where there is no room for another (67), it is success,
+    /// as applications make theirs at each start.
+    IndexesWished,
 }
 
 /// What a field of a command is: its type, and what has to be done with it.

@@ -65,7 +65,7 @@ pub async fn run(
     tenancy: &Arc<Tenancy>,
     way: &Arc<Way>,
     forward: &Forward<'_>,
-    sent: &mut Vec<u8>,
+    sent: &mut [u8],
 ) -> After {
     let repeat = match (forward.transaction, forward.row.name) {
         (_, "commitTransaction") => Repeat::Commit,
@@ -192,7 +192,7 @@ async fn hold(
     };
     Ok(Some(match starts {
         Some((id, number)) => {
-            let open = Open { number, turn, client: client.id, way: Arc::clone(way), used_ms: clock::now_ms() };
+            let open = Open { number, _turn: turn, client: client.id, way: Arc::clone(way), used_ms: clock::now_ms() };
             Held { _turn: None, transaction: Some((id, open)) }
         }
         None => Held { _turn: Some(turn), ..none },

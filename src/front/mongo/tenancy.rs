@@ -93,7 +93,7 @@ pub struct Open {
     /// `txnNumber`.
     pub number: i64,
     /// Its turn, held until it ends.
-    pub turn: Turn,
+    pub _turn: Turn,
     /// The client that used it last.
     pub client: u64,
     /// The way it went.

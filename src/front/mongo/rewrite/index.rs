@@ -77,6 +77,18 @@ pub(super) fn put_all(scope: &Scope<'_>, key: &str, indexes: Document<'_>, out: 
     Ok(())
 }
 
+/// Whether indexes only make queries faster: none is unique or lets documents expire.
+pub(super) fn only_wished(indexes: Document<'_>) -> Result<bool, Fault> {
+    for index in indexes {
+        let Some(index) = index?.document() else { continue };
+        let unique = index.get("unique")?.is_some_and(|unique| unique.truthy());
+        if unique || index.get("expireAfterSeconds")?.is_some() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 fn cannot(message: impl Into<String>) -> Fault {
     Fault::new(67, "CannotCreateIndex", message)
 }

@@ -515,7 +515,12 @@ fn put_field<'a>(
             name::put_namespace(scope, at, field.name, element, out)?;
             return Ok(());
         }
-        Rule::Indexes => return index::put_all(scope, field.name, array()?, out),
+        Rule::Indexes => {
+            if index::only_wished(array()?)? {
+                body.reply = ReplyRule::IndexesWished;
+            }
+            return index::put_all(scope, field.name, array()?, out);
+        }
         Rule::IndexNames if filter => return index::put_names(scope, element, out),
         Rule::IndexNames => {}
         Rule::Collection => {
@@ -571,7 +576,8 @@ fn put_generic(
         if element.kind == kind { Ok(()) } else { Err(Fault::wrong_type(row.name, element.key, name)) }
     };
     match element.key {
-        b"$db" if !outer => return Ok(()),
+        // What drivers put on every command belongs to the `explain` around it.
+        key if !outer && !matches!(key, b"comment" | b"readConcern") => return Ok(()),
         b"$db" => {
             return if body.database == "admin" {
                 bson::put_str(out, "$db", "admin");

@@ -1,7 +1,7 @@
 //! `filter` isolation: what each request becomes.
 
 use super::{Became, check_all, forwarded, parse, run_document, shown};
-use crate::tenant::Isolation::Filter;
+use crate::{front::mongo::commands::ReplyRule, tenant::Isolation::Filter};
 
 #[test]
 fn find() {
@@ -519,6 +519,21 @@ fn indexes_are_the_tenants_own() {
 }
 
 #[test]
+fn an_index_that_changes_no_answer_is_only_a_wish() {
+    for (more, wished) in [
+        ("", true),
+        (r#", "unique": false"#, true),
+        (r#", "unique": true"#, false),
+        (r#", "expireAfterSeconds": 0"#, false),
+    ] {
+        let text = format!(r#"{{"createIndexes": "c", "indexes": [{{"key": {{"a": 1}}, "name": "a_1"{more}}}]}}"#);
+        forwarded(Filter, &text, |forward, _| {
+            assert_eq!(forward.reply == ReplyRule::IndexesWished, wished, "{more}");
+        });
+    }
+}
+
+#[test]
 fn the_catalog_of_a_shared_database() {
     check_all(
         Filter,
@@ -560,6 +575,10 @@ fn the_catalog_of_a_shared_database() {
             (
                 r#"{"explain": {"aggregate": "c", "pipeline": [], "cursor": {}}}"#,
                 r#"{"explain": {"aggregate": "c", "pipeline": [{"$match": {"org_id": "acme"}}, {"$unset": "org_id"}], "cursor": {}}, "verbosity": "queryPlanner"}"#,
+            ),
+            (
+                r#"{"explain": {"count": "c", "lsid": {"id": 1}, "txnNumber": 1, "maxTimeMS": 99999, "comment": "x"}}"#,
+                r#"{"explain": {"count": "c", "comment": "x", "query": {"org_id": "acme"}}, "verbosity": "queryPlanner"}"#,
             ),
             (r#"{"explain": {"find": "c", "$db": "other"}}"#, "73"),
             (r#"{"explain": {"explain": {"find": "c"}}}"#, "59"),

@@ -1,0 +1,51 @@
+//! The Rust driver before the proxy, as tenants of both isolations.
+
+use bson::{Document, doc};
+use futures_util::TryStreamExt;
+use mongodb::{Client, IndexModel, options::IndexOptions};
+
+use super::support::House;
+use crate::support::mongo;
+
+async fn as_tenant(url: &str) {
+    let client = Client::with_uri_str(url).await.expect("a URL");
+    let database = client.default_database().expect("it names one");
+    let things = database.collection::<Document>("rust");
+    things.delete_many(doc! {}).await.expect("empty");
+    let unique = IndexOptions::builder().unique(true).build();
+    things.create_index(IndexModel::builder().keys(doc! { "n": 1 }).options(unique).build()).await.expect("an index");
+    let many: Vec<Document> = (0..150).map(|n| doc! { "_id": n, "n": n }).collect();
+    things.insert_many(many).await.expect("inserted");
+    let found: Vec<Document> = things
+        .find(doc! { "n": { "$gte": 20 } })
+        .batch_size(30)
+        .sort(doc! { "_id": 1 })
+        .await
+        .expect("found")
+        .try_collect()
+        .await
+        .expect("read");
+    assert_eq!((found.len(), &found[0]), (130, &doc! { "_id": 20, "n": 20 }));
+    let twice = things.insert_one(doc! { "n": 20 }).await.expect_err("unique");
+    assert!(!twice.to_string().contains("shared_") && !twice.to_string().contains("org_"), "{twice}");
+    let mut session = client.start_session().await.expect("a session");
+    session.start_transaction().await.expect("begun");
+    things.update_one(doc! { "_id": 1 }, doc! { "$set": { "x": 1 } }).session(&mut session).await.expect("updated");
+    assert_eq!(things.count_documents(doc! { "x": 1 }).await.expect("counted"), 0);
+    session.commit_transaction().await.expect("committed");
+    assert_eq!(things.find_one(doc! { "x": 1 }).await.expect("found"), Some(doc! { "_id": 1, "n": 1, "x": 1 }));
+    assert_eq!(database.list_collection_names().await.expect("listed"), ["rust"]);
+    assert_eq!(client.list_database_names().await.expect("listed"), ["app"]);
+    database.drop().await.expect("dropped");
+    assert_eq!(things.count_documents(doc! {}).await.expect("counted"), 0);
+    // It waits for its sessions to go.
+    drop(session);
+    client.shutdown().await;
+}
+
+#[tokio::test]
+async fn the_rust_driver_works_in_both_isolations() {
+    let house = House::before(mongo::shared().port).await;
+    as_tenant(&house.url("globex")).await;
+    as_tenant(&house.url("initech")).await;
+}

@@ -1,0 +1,8 @@
+//! The MongoDB front before a real server and before one of our own that misbehaves, spoken to in raw bytes; and the
+//! Rust driver.
+
+mod driver;
+mod hostile;
+mod limits;
+mod login;
+mod support;
