@@ -17,13 +17,13 @@ use self::{
     client::{Client, NAMES, Script},
     server::Server,
 };
-use super::{Conversation, Fault, Heard, PREFIX, Step, Want};
+use super::{Conversation, Fault, Heard, Step, Want};
 use crate::{
     front::postgres::{
         ledger::{How, Ledger, Owed},
         out::Out,
         refuse,
-        statement::Shared,
+        statement::{PREFIX, Shared},
     },
     refusal::{Limit, Over, Refusal},
     tenant::Tier,

@@ -1,4 +1,5 @@
-use super::*;
+use super::{words::KNOWN, *};
+use crate::upstream::postgres::connection::Value;
 
 fn shape(text: &str) -> Shape {
     scan(text.as_bytes()).shape

@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 
-use super::{super::PREFIX, client::NAMES};
+use super::client::NAMES;
 use crate::{
+    front::postgres::statement::PREFIX,
     upstream::postgres::connection::{Parameters, Remote},
     wire::postgres::{
         HEAD,
