@@ -1,6 +1,7 @@
 //! One binary for all integration tests: linking is the slow part.
 
 mod dev;
+mod doctor;
 mod floors;
 mod postgres;
 mod provision;
