@@ -6,6 +6,7 @@
 mod catalog;
 mod check;
 pub mod dev;
+mod doctor;
 mod key;
 mod place;
 mod serve;
@@ -51,6 +52,9 @@ enum Command {
     /// Check a configuration: every fault with its line; exits 0 or 2
     #[command(after_help = "Example: dynabase check --config dynabase.toml")]
     Check(check::Arguments),
+    /// Try every dependency the way the proxy would: what is wrong, and how to mend it; exits 0, 1 or 2
+    #[command(after_help = "Example: dynabase doctor --config /etc/dynabase/dynabase.toml")]
+    Doctor(doctor::Arguments),
     /// Make a development token (only where a signing secret is configured)
     #[command(
         after_help = "Example: psql \"postgres://app:$(dynabase token --org acme --dev dynabase-dev)@127.0.0.1:6432/app\""
@@ -108,6 +112,7 @@ pub fn run() -> ExitCode {
         Command::Dev(arguments) => dev::run(&arguments),
         Command::Serve(arguments) => serve::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Token(arguments) => token::run(&arguments),
         Command::Key(command) => key::run(command),
         Command::Tenant(command) => tenant::run(command),
@@ -172,6 +177,8 @@ mod tests {
             "dev --data-dir d --port-offset 100 --ready-file f --reset",
             "serve --config f",
             "check --config f",
+            "doctor --config f",
+            "doctor --config f --json",
             "token --org acme --sub 018f3c2e-7b5a-7cc1-9a2f-0123456789ab --ttl 1h --config f",
             "token --org acme --dev d",
             "key create --org acme --user app --expires 90d --config f",

@@ -3,6 +3,7 @@
 mod confinement;
 mod convex;
 mod dev;
+mod doctor;
 mod floors;
 mod mongo;
 mod postgres;

@@ -21,7 +21,7 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 pub use document::{KeyRecord, Record};
 pub use file::FileCatalog;
 pub use ledger::{Decision, Entry, LedgerFault, Over, Part, Phase, Stamp, Step, now_ms};
-pub use mongo::{DATABASE, Made, MongoCatalog};
+pub use mongo::{About, DATABASE, Made, MongoCatalog};
 use serde::{Deserialize, Deserializer};
 use tokio::sync::mpsc;
 
@@ -321,6 +321,17 @@ impl Catalog {
         match self {
             Catalog::File(files) => files.ping().await,
             Catalog::Mongo(mongo) => mongo.ping().await,
+        }
+    }
+
+    /// What the source lacks.
+    ///
+    /// # Errors
+    /// [`Fault::Unavailable`].
+    pub async fn about(&self) -> Result<About, Fault> {
+        match self {
+            Catalog::File(_) => Ok(About::default()),
+            Catalog::Mongo(mongo) => mongo.about().await,
         }
     }
 

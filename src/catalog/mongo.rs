@@ -67,6 +67,15 @@ struct Inner {
     up: watch::Sender<State>,
 }
 
+/// What a deployment lacks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct About {
+    /// Collections that are not there.
+    pub missing: Vec<&'static str>,
+    /// Why there are no change streams.
+    pub without_streams: Option<String>,
+}
+
 /// How the source is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -136,6 +145,19 @@ impl MongoCatalog {
     /// Asks the server for a sign of life.
     pub(super) async fn ping(&self) -> Result<(), Fault> {
         within(self.0.database.run_command(doc! {"ping": 1})).await.map(|_| ())
+    }
+
+    /// What it lacks.
+    pub(super) async fn about(&self) -> Result<About, Fault> {
+        let there = within(self.0.database.list_collection_names()).await?;
+        let missing = [ORGS, TIERS, KEYS].into_iter().filter(|name| !there.iter().any(|it| it == name)).collect();
+        let stream = tokio::time::timeout(ANSWER_WITHIN, self.0.database.watch()).await;
+        let without_streams = match stream {
+            Ok(Ok(_)) => None,
+            Ok(Err(error)) => Some(words(&error)),
+            Err(_) => Some("no answer".into()),
+        };
+        Ok(About { missing, without_streams })
     }
 
     /// Makes the collections with their rules and indexes; what is there is brought up to date.

@@ -74,6 +74,11 @@ impl KeySet {
         Ok(Self(keys))
     }
 
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// The key with this id, and the id as the set holds it.
     pub(super) fn find(&self, kid: &str) -> Option<(&Arc<str>, &Key)> {
         self.0.get_key_value(kid)

@@ -256,6 +256,18 @@ impl Verifier {
     }
 }
 
+/// Reads the issuer's keys once; gives how many there are of the kinds that we verify, `None` where only a secret is
+/// configured.
+///
+/// # Errors
+/// What went wrong.
+pub async fn read_keys(config: &Config) -> Result<Option<usize>, String> {
+    match source::Source::new(config)? {
+        source::Source::None => Ok(None),
+        source => source.load().await.map(|keys| Some(keys.len())),
+    }
+}
+
 impl fmt::Debug for Verifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Verifier")

@@ -2,6 +2,7 @@
 //!
 //! Entry points: [`Upstream`] for the data path, [`Provisioner`] and [`Maintenance`] for the administrator's login.
 
+mod about;
 mod admin;
 mod ceiling;
 mod config;
@@ -20,6 +21,7 @@ use tokio::{
     sync::Notify,
 };
 
+pub use about::{About, VERSION_MIN};
 pub use admin::{Admin, AdminError};
 pub use ceiling::{Ceiling, Mark};
 pub use config::Config;
