@@ -2,6 +2,8 @@
 
 mod dev;
 mod floors;
+mod neon;
+mod neon_api;
 mod postgres;
 mod provision;
 mod redis;
