@@ -30,6 +30,7 @@ use crate::{
     quota::{Stop, Table, clock},
     session::Gate,
     tenant::directory::{Ask, Directory},
+    transition::Coordinator,
     upstream,
     usage::Meters,
 };
@@ -63,6 +64,7 @@ pub struct App {
     recorder: PrometheusHandle,
     postgres: Arc<upstream::postgres::Upstream>,
     neon: Option<Arc<upstream::postgres::Upstream>>,
+    coordinator: Coordinator,
     doors: Vec<(Front, Listener)>,
     tls: Option<Arc<ServerTls>>,
     /// The same certificates, with HTTP's protocols.
@@ -109,6 +111,7 @@ impl App {
         let identity = config.identity.as_ref().ok_or("identity.issuer is required")?;
         let source = config.catalog.as_ref().ok_or("catalog.path is required")?;
         let catalog = Catalog::open(source).await.map_err(|error| format!("catalog: {error}"))?;
+        let coordinator = config.coordinator(catalog.clone())?;
         let (directory, asks) = Directory::new();
         let verifier = Arc::new(Verifier::new(identity, directory.clone())?);
         let table = Arc::new(Table::new(directory, config.load_tiers()?, RESIDENT_MAX));
@@ -186,6 +189,7 @@ impl App {
             recorder,
             postgres,
             neon,
+            coordinator,
             doors,
             tls,
             http_tls,
@@ -207,6 +211,7 @@ impl App {
         let _ = state.connections.set(Arc::clone(&limits));
         let catalog = self.catalog.clone();
         let _ = state.catalog_age.set(Box::new(move || Some(catalog.age())));
+        let _ = state.transitions.set(self.coordinator.clone());
         let admin = admin::spawn(&self.config.admin, Arc::clone(&state), self.drain.clone())
             .map_err(|error| format!("admin.listen {}: {error}", self.config.admin.listen))?;
 
@@ -259,6 +264,14 @@ impl App {
             }
         });
 
+        // What a crash left half-way, before anybody is let in.
+        self.coordinator.recover().await;
+        let coordinator = self.coordinator.clone();
+        parts.spawn(async move {
+            coordinator.run().await;
+            "the coordinator of tier transitions"
+        });
+
         let mut accepting = JoinSet::new();
         for (front, listener) in self.doors {
             let (address, limits, drain) = (listener.local_addr(), Arc::clone(&limits), self.drain.clone());
@@ -287,7 +300,7 @@ impl App {
                 asked = signals.next() => match asked {
                     Asked::Reload => {
                         let tls = [self.tls.as_deref(), self.http_tls.as_deref()];
-                        reload(&self.config, &self.table, &self.verifier, tls);
+                        reload(&self.config, &self.table, &self.coordinator, &self.verifier, tls);
                     }
                     Asked::End => break,
                 },
@@ -317,9 +330,18 @@ impl App {
 }
 
 /// Reads again what may change while running. Each part that can't be read leaves the present one in force.
-fn reload(config: &Config, table: &Table, verifier: &Arc<Verifier>, tls: [Option<&ServerTls>; 2]) {
+fn reload(
+    config: &Config,
+    table: &Table,
+    coordinator: &Coordinator,
+    verifier: &Arc<Verifier>,
+    tls: [Option<&ServerTls>; 2],
+) {
     match config.load_tiers() {
-        Ok(tiers) => table.set_tiers(tiers),
+        Ok(tiers) => {
+            coordinator.set_tiers(tiers.clone());
+            table.set_tiers(tiers);
+        }
         Err(error) => tracing::error!(%error, "the tiers were not reloaded"),
     }
     for tls in tls.into_iter().flatten() {

@@ -1,5 +1,6 @@
 //! One binary for all integration tests: linking is the slow part.
 
+mod confinement;
 mod dev;
 mod floors;
 mod neon;
@@ -8,3 +9,4 @@ mod postgres;
 mod provision;
 mod redis;
 mod support;
+mod transition;

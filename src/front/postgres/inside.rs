@@ -93,7 +93,7 @@ impl Server {
         let org = session.slot().org().clone();
         let limits = Arc::clone(&session.slot().policy().limits);
         let (near, far) = duplex(PIPE);
-        let admitted = Admitted { session, upstream, options, minor: 0 };
+        let admitted = Admitted { session, upstream, options, minor: 0, early: Vec::new() };
         let stream = Stream::Plain(Raw::Memory(near));
         let begun = relay::begin(Arc::clone(self), (client.id, client.peer), stream, admitted, relay::Told::Nothing);
         let relay = async move {

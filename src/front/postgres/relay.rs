@@ -222,8 +222,8 @@ pub(super) async fn begin(
     admitted: Admitted,
     told: Told,
 ) -> Option<Box<Relay>> {
-    let Admitted { session, upstream, options, minor } = admitted;
-    let reason = match link::begin(&server, &upstream, &mut stream, &session, options, minor).await {
+    let Admitted { session, upstream, options, minor, early } = admitted;
+    let reason = match link::begin(&server, &upstream, &mut stream, &session, options, minor, early).await {
         Ok(begun) => {
             if let Some((key, hello)) = begun.greeting(&server.keys, &session)
                 && stream.write_all(&hello).await.is_ok()
