@@ -14,7 +14,9 @@ fn doctor(config: &Path) -> (i32, Vec<(String, String, String)>) {
     let text = |finding: &Value, name: &str| finding[name].as_str().unwrap_or_default().to_owned();
     let findings = out["findings"].as_array().expect("a list");
     let findings = findings.iter().map(|it| (text(it, "part"), text(it, "state"), text(it, "what"))).collect();
-    assert!(out["findings"].as_array().expect("a list").iter().all(|it| it["state"] == "good" || !it["mend"].is_null()));
+    assert!(
+        out["findings"].as_array().expect("a list").iter().all(|it| it["state"] == "good" || !it["mend"].is_null())
+    );
     (run.status.code().unwrap_or(-1), findings)
 }
 

@@ -6,6 +6,8 @@ mod dev;
 mod doctor;
 mod floors;
 mod mongo;
+mod neon;
+mod neon_api;
 mod postgres;
 mod provision;
 mod redis;

@@ -5,6 +5,7 @@
 pub mod directory;
 pub mod namespace;
 pub mod route;
+mod sql;
 pub mod tier;
 pub mod unit;
 
@@ -14,7 +15,8 @@ use serde::{Deserialize, Serialize};
 
 pub use namespace::{Names, Namespace};
 pub use route::{Branch, ConvexRoute, Home, Isolation, NeonRoute, Project, Routes, Sharing};
-pub use tier::{Expiry, Limits, OverRate, PoolMode, SqlLimits, Tier, Tiers};
+pub use sql::SqlLimits;
+pub use tier::{Expiry, Limits, OverRate, PoolMode, Tier, Tiers};
 
 /// Longest organisation id in bytes; also keeps every derived name under Postgres' 63 bytes.
 const ORG_ID_MAX_BYTES: usize = 48;

@@ -384,6 +384,7 @@ fn pins(tenant: &Tenant, from: &Limits, to: &Limits) -> Routes {
     Routes {
         postgres: (tenant.routes.postgres.is_none() && home != to.postgres.home).then_some(home),
         mongodb: (tenant.routes.mongodb.is_none() && isolation != to.mongodb.isolation).then_some(isolation),
+        ..Routes::default()
     }
 }
 

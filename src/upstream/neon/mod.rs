@@ -4,6 +4,7 @@
 //!
 //! Entry points: [`Config`], [`Branches`].
 
+pub mod api;
 mod branches;
 mod config;
 

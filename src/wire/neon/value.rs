@@ -81,7 +81,7 @@ fn array_of(oid: u32) -> Option<u32> {
         199 => 114,
         3807 => 3802,
         1020 => BOX,
-        // Elements that are text: which one makes no difference.
+        // Elements that are text: which one makes no difference. The last is `record[]`, a pseudo-type there.
         143
         | 210
         | 271
@@ -130,7 +130,8 @@ fn array_of(oid: u32) -> Option<u32> {
         | 6150..=6153
         | 6155
         | 6157
-        | 10029 => 25,
+        | 10029
+        | 2287 => 25,
         _ => return None,
     })
 }

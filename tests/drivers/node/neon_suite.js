@@ -449,6 +449,34 @@ const cases = {
     await mine.query(`DROP TABLE ${table}`);
   },
 
+  branches: async () => {
+    const rest = async (method, path = '', body) => {
+      const response = await fetch(`http://${host}/neon/branches${path}`, {
+        method,
+        headers: { Authorization: `Bearer ${tenant('globex').token}` },
+        body: body && JSON.stringify(body),
+      });
+      return { status: response.status, json: response.status === 204 ? undefined : await response.json() };
+    };
+    for (const { name } of (await rest('GET')).json.branches) await rest('DELETE', `/${name}`);
+    const sql = neon(url('globex'));
+    const table = unique();
+    await sql.query(`CREATE TABLE ${table} (i int)`);
+    const made = await rest('POST', '', { name: 'preview' });
+    assert.equal(made.status, 201, JSON.stringify(made.json));
+    const there = url('globex').replace(/app$/, encodeURIComponent(made.json.database));
+    await neon(there).query(`INSERT INTO ${table} VALUES (1)`);
+    assert.deepEqual(await sql.query(`SELECT * FROM ${table}`), []);
+    const client = new Client({ connectionString: there });
+    client.on('error', () => {});
+    await client.connect();
+    assert.deepEqual((await client.query(`SELECT * FROM ${table}`)).rows, [{ i: 1 }]);
+    await client.end();
+    assert.equal((await rest('DELETE', '/preview')).status, 204);
+    await refused(neon(there)`SELECT 1`, '3D000');
+    await sql.query(`DROP TABLE ${table}`);
+  },
+
   drizzle_over_both: async () => {
     const { drizzle: overHttp } = require('drizzle-orm/neon-http');
     const { drizzle: overSocket } = require('drizzle-orm/neon-serverless');
