@@ -1,5 +1,6 @@
 //! One binary for all integration tests: linking is the slow part.
 
+mod confinement;
 mod convex;
 mod dev;
 mod floors;
@@ -7,3 +8,4 @@ mod postgres;
 mod provision;
 mod redis;
 mod support;
+mod transition;

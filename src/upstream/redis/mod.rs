@@ -13,6 +13,7 @@ pub mod message;
 pub mod outbox;
 mod place;
 pub mod reply;
+mod standing;
 
 use std::{
     collections::HashSet,
@@ -29,6 +30,7 @@ pub use config::Config;
 pub use dial::{DialError, Target};
 pub use outbox::Outbox;
 pub use place::{Database, Place, Script};
+pub use standing::{Standing, Usage};
 
 use crate::{
     net::Stream,
