@@ -6,7 +6,7 @@ use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::{
     WebSocketStream,
-    tungstenite::{Bytes, Error, Message, Utf8Bytes, protocol::CloseFrame},
+    tungstenite::{Bytes, Error, Message, Utf8Bytes, error::ProtocolError, protocol::CloseFrame},
 };
 
 /// Longest time that a peer may take to take one frame. JS' own patience with a silent socket is 60 s.
@@ -64,14 +64,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Line<S> {
             Some(Ok(Message::Close(frame))) => Err(Gone::Closed(frame)),
             Some(Ok(Message::Binary(_) | Message::Frame(_))) => Err(Gone::Broken),
             Some(Err(Error::Io(_) | Error::ConnectionClosed | Error::AlreadyClosed)) | None => Err(Gone::Vanished),
-            Some(Err(Error::Protocol(error)))
-                if matches!(
-                    error,
-                    tokio_tungstenite::tungstenite::error::ProtocolError::ResetWithoutClosingHandshake
-                ) =>
-            {
-                Err(Gone::Vanished)
-            }
+            Some(Err(Error::Protocol(ProtocolError::ResetWithoutClosingHandshake))) => Err(Gone::Vanished),
             Some(Err(_)) => Err(Gone::Broken),
         }
     }

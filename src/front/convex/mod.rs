@@ -7,6 +7,7 @@
 //! Tenants reach what users of a Convex app reach. What needs an administrator's key is refused, by path and by key.
 
 mod api;
+mod arguments;
 mod books;
 mod cors;
 mod endpoint;

@@ -120,7 +120,7 @@ impl Relay {
 
     async fn relay(&mut self, line: &mut Line<Gauge>, kept: Vec<Utf8Bytes>) -> Result<Infallible, Ended> {
         for text in kept {
-            self.from_client(text).await?;
+            self.client_said(text).await?;
             self.tell(line).await?;
         }
         let mut heard = Instant::now();
@@ -140,11 +140,11 @@ impl Relay {
                 Event::Client(said) => {
                     heard = Instant::now();
                     if let Said::Text(text) = said? {
-                        self.from_client(text).await?;
+                        self.client_said(text).await?;
                         self.tell(line).await?;
                     }
                 }
-                Event::Upstream(Ok(Said::Text(text))) => self.from_upstream(line, text).await?,
+                Event::Upstream(Ok(Said::Text(text))) => self.upstream_said(line, text).await?,
                 Event::Upstream(Ok(Said::Alive)) => {}
                 Event::Upstream(Err(gone)) => return Err(self.upstream_gone(gone)),
                 Event::Stopped(stop) => self.leaving = Some((stop, Instant::now() + LEAVE_WITHIN)),
@@ -222,7 +222,7 @@ impl Relay {
         Ok(())
     }
 
-    async fn from_upstream(&mut self, line: &mut Line<Gauge>, text: Utf8Bytes) -> Result<(), Ended> {
+    async fn upstream_said(&mut self, line: &mut Line<Gauge>, text: Utf8Bytes) -> Result<(), Ended> {
         let frame = server(&text).map_err(|error| {
             tracing::warn!(error = error.what, "convex deployment: not the protocol");
             Ended::refused(&Refusal::UpstreamDown)
@@ -252,7 +252,7 @@ impl Relay {
         self.tell(line).await
     }
 
-    async fn from_client(&mut self, text: Utf8Bytes) -> Result<(), Ended> {
+    async fn client_said(&mut self, text: Utf8Bytes) -> Result<(), Ended> {
         self.session.meter().bytes_in.fetch_add(text.len() as u64, Ordering::Relaxed);
         let forwarded = match client(&text).map_err(|error| malformed(error.what))? {
             // The first one was judged when it was kept; another the deployment takes for a fault.

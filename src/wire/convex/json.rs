@@ -112,7 +112,9 @@ impl<'a> Cursor<'a> {
         let first = self.peek().ok_or(fault("the JSON breaks off"))?;
         let start = self.at;
         match first {
-            b'"' => drop(self.string()?),
+            b'"' => {
+                self.string()?;
+            }
             b'{' | b'[' => self.container()?,
             _ => {
                 let bytes = self.text.as_bytes();

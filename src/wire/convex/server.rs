@@ -23,7 +23,9 @@ pub fn server(text: &str) -> Result<Server<'_>, Error> {
             "chunk" => chunk = Some(&text[cursor.string()?.0]),
             "partNumber" => part = Some(cursor.number()?),
             "totalParts" => total = Some(cursor.number()?),
-            _ => drop(cursor.skip()?),
+            _ => {
+                cursor.skip()?;
+            }
         }
         Ok(match kind {
             Some("Transition") => end.is_none(),
@@ -57,7 +59,9 @@ fn version(cursor: &mut Cursor<'_>) -> Result<Version, Error> {
             "querySet" => query_set = Some(cursor.number()?),
             "identity" => identity = Some(cursor.number()?),
             "ts" => ts = Ts::parse(cursor.plain()?),
-            _ => drop(cursor.skip()?),
+            _ => {
+                cursor.skip()?;
+            }
         }
         Ok(true)
     })?;
