@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{
     client::{Client, Held, Own, Replies, Step, Tenancy},
     commands::Policy,
-    keys,
+    emulate, keys,
     refuse::{self, After},
     registry::Card,
     request::Burst,
@@ -35,6 +35,7 @@ impl Client {
             }
             (_, "reset") => self.reset(),
             (_, "select") => self.select(&held).await,
+            (_, _) if emulate::is_whole(held.row) => self.emulate(&held).await,
             (_, "client|tracking") => self.track(&held).await,
             (_, "client|caching") => self.caching(&held),
             (_, "client|trackinginfo") => self.tracking_info(),
