@@ -34,7 +34,9 @@ const HIDDEN: [(&str, &str); 2] = [("session", "catalog"), ("front", "catalog")]
 const LINES_MAX: usize = 500;
 
 /// Longer files and why they are not split.
-const LONG: [(&str, &str); 9] = [
+const LONG: [(&str, &str); 11] = [
+    ("front/mongo/commands.rs", "one table"),
+    ("front/mongo/rewrite/message.rs", "one field table and its one rule each: what is not in it is refused"),
     ("front/postgres/conversation.rs", "every message type of one state machine, decided in one place"),
     ("front/postgres/relay.rs", "one connection's life: what is borrowed and given back has to be seen together"),
     ("front/postgres/scan.rs", "one lexer with its table of statements"),

@@ -118,6 +118,19 @@ impl Stream {
         !matches!(self, Stream::Plain(_))
     }
 
+    /// Reads what has arrived; `Pending` where nothing has, and nobody is woken when something does.
+    pub fn read_now(&mut self, space: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self {
+            // Asks the readiness that the runtime knows already; polling would also leave a waker behind.
+            Stream::Plain(Raw::Tcp(socket)) => match socket.try_read_buf(space) {
+                Ok(_) => Poll::Ready(Ok(())),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
+                Err(error) => Poll::Ready(Err(error)),
+            },
+            other => Pin::new(other).poll_read(&mut Context::from_waker(std::task::Waker::noop()), space),
+        }
+    }
+
     /// A plain stream that gives `bytes` first, as [`Raw::replaying`].
     ///
     /// # Errors

@@ -369,3 +369,36 @@ async fn drivers_with_statement_caches_share_one_connection() {
     until("all are gone", || org.counted().0 == 0);
     assert!(org.backends() <= 1);
 }
+
+#[test]
+fn a_preparation_takes_the_unnamed_statement_away_and_it_is_sent_again() {
+    let org = Proxy::shared().tenant("leaks-unnamed", Tier::Free);
+    let (mut one, mut other) = (org.wire(), org.wire());
+    one.ask("set work_mem = '5MB'");
+    other.ask("set work_mem = '6MB'");
+    let named = [parse("s", "select 'another'"), sync()].concat();
+    assert_eq!(other.run(&named, 1).kinds(), "1Z");
+    assert_eq!(one.run(&[parse("", "select 'mine'"), sync()].concat(), 1).kinds(), "1Z");
+    // On the one connection there is: settings change hands by a Query, which destroys the unnamed statement. A named
+    // one, unlike a Query of the client's, says nothing of that.
+    let run = |name: &str| [bind("", name, &[]), execute("", 0), sync()].concat();
+    assert_eq!(other.run(&run("s"), 1).value(), "another");
+    assert_eq!(one.run(&run(""), 1).value(), "mine");
+}
+
+#[test]
+fn letters_mean_the_same_after_a_client_with_another_encoding() {
+    let org = Proxy::shared().tenant("leaks-encoding", Tier::Free);
+    let mut latin = org.wire();
+    latin.ask("set names 'latin1'");
+    // From its startup packet, which the server has to be told while it still takes letters as Latin-1.
+    let mut other = org.wire_with(&[("my.word", "é")]);
+    assert_eq!(other.ask("show my.word"), "é");
+    other.ask("set my.other = 'ü'");
+    assert_eq!(latin.ask("show client_encoding"), "LATIN1");
+    assert_eq!((other.ask("show my.other"), other.ask("show my.word")), ("ü".into(), "é".into()));
+    // And the other way round: what was SET in Latin-1 stays that. The two bytes of "é" are two letters there.
+    latin.ask("set my.word = 'é'");
+    assert_eq!(other.ask("show client_encoding"), "UTF8");
+    assert_eq!(latin.ask("select length(current_setting('my.word'))"), "2");
+}

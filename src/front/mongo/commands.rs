@@ -230,7 +230,7 @@ const fn field(name: &'static str, rule: Rule) -> Field {
 }
 
 /// Fields that every command may have. `$db` and `maxTimeMS` are written anew, `lsid` is checked.
-pub const GENERIC: [&str; 16] = [
+pub const GENERIC: [&str; 15] = [
     "$db",
     "lsid",
     "txnNumber",
@@ -246,7 +246,6 @@ pub const GENERIC: [&str; 16] = [
     "apiVersion",
     "apiStrict",
     "apiDeprecationErrors",
-    "maxTimeMSOpOnly",
 ];
 
 /// A row of the tenant's data, forwarded in both isolations.

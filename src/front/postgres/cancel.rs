@@ -27,7 +27,8 @@ impl std::fmt::Debug for Keys {
     }
 }
 
-/// The secret half of a key. Every sleeping client has one, so the usual one takes no space of its own.
+/// The secret half of a key: of 32 bytes where the client speaks protocol 3.2, else of 4. Every sleeping client has
+/// one, so the usual one takes no space of its own.
 #[derive(Clone)]
 pub enum Secret {
     Short([u8; SHORT]),
@@ -35,18 +36,6 @@ pub enum Secret {
 }
 
 impl Secret {
-    /// A random one: of 32 bytes where the client speaks protocol 3.2, else of 4.
-    fn random(minor: u16) -> Option<Self> {
-        if minor >= 2 {
-            let mut secret = Box::new([0; LONG]);
-            rand::fill(secret.as_mut_slice()).ok()?;
-            return Some(Secret::Long(secret));
-        }
-        let mut secret = [0; SHORT];
-        rand::fill(&mut secret).ok()?;
-        Some(Secret::Short(secret))
-    }
-
     /// As it goes over the wire.
     pub fn bytes(&self) -> &[u8] {
         match self {
@@ -74,13 +63,19 @@ impl Keys {
     /// Hands out a key for a session that speaks this minor protocol version, and its secret to tell the client.
     /// `wanted` is the process id to use if it is free.
     pub fn issue(self: &Arc<Self>, live: &Arc<Live>, minor: u16, wanted: Option<u32>) -> Option<(Key, Secret)> {
-        let secret = Secret::random(minor)?;
         let mut wanted = wanted;
         for _ in 0..TRIES {
-            let mut random = [0; 4];
-            rand::fill(&mut random).ok()?;
+            // Drawn at once: each draw costs as much as a few hundred bytes of it.
+            let mut random = [0; 4 + LONG];
+            let (drawn, _) = random.split_at_mut(if minor >= 2 { 4 + LONG } else { 4 + SHORT });
+            rand::fill(drawn).ok()?;
+            let [a, b, c, d, rest @ ..] = random;
             // Process ids are positive: drivers read them as signed.
-            let pid = wanted.take().unwrap_or((u32::from_be_bytes(random) & 0x7fff_ffff).max(1));
+            let pid = wanted.take().unwrap_or((u32::from_be_bytes([a, b, c, d]) & 0x7fff_ffff).max(1));
+            let secret = match rest {
+                rest if minor >= 2 => Secret::Long(Box::new(rest)),
+                [a, b, c, d, ..] => Secret::Short([a, b, c, d]),
+            };
             if let Entry::Vacant(place) = self.0.entry(pid) {
                 place.insert((secret.clone(), Arc::downgrade(live)));
                 return Some((Key { pid, keys: Arc::clone(self) }, secret));

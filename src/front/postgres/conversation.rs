@@ -127,6 +127,23 @@ enum Note {
     Own { name: Box<[u8]>, was: Option<Arc<Statement>> },
 }
 
+/// A statement's name upstream, borrowed from where it is: naming one must not cost an allocation.
+enum Upstream {
+    Ours(Arc<Statement>),
+    Other(Box<[u8]>),
+}
+
+impl std::ops::Deref for Upstream {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Upstream::Ours(statement) => &statement.name,
+            Upstream::Other(name) => name,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rest {
     Forward,
@@ -311,15 +328,23 @@ impl Conversation {
         self.timed_out = over.map(Box::new);
     }
 
-    /// What has to run on a server before it is this client's: what undoes another client's traces, and this
-    /// client's settings. Empty in the usual case.
-    pub fn preparation(&self, remote: &Remote) -> String {
+    /// The queries that have to run on a server before it is this client's: what undoes another client's traces, and
+    /// this client's settings. None in the usual case.
+    pub fn preparation(&self, remote: &Remote) -> Vec<String> {
         let foreign = remote.soiled && remote.owner != self.id;
         if !foreign && Arc::ptr_eq(&remote.settings, &self.settings) {
-            return String::new();
+            return Vec::new();
         }
         if foreign {
-            format!("{RESET};{}", Settings::default().script(&self.settings))
+            let mut queries = Settings::default().script(&self.settings);
+            match queries.first_mut() {
+                Some(first) => {
+                    first.insert(0, ';');
+                    first.insert_str(0, RESET);
+                }
+                None => queries.push(RESET.into()),
+            }
+            queries
         } else {
             remote.settings.script(&self.settings)
         }
@@ -865,7 +890,7 @@ impl Conversation {
 
     /// The name under which the server knows the client's statement, made sure to be there; `None` where the
     /// client's own words are right.
-    fn resolve(&mut self, own: &[u8], runs: bool, remote: &mut Remote, up: &mut Out) -> Option<Box<[u8]>> {
+    fn resolve(&mut self, own: &[u8], runs: bool, remote: &mut Remote, up: &mut Out) -> Option<Upstream> {
         if self.ledger.is_skipping() {
             return None;
         }
@@ -902,7 +927,7 @@ impl Conversation {
             match self.names.find(own) {
                 Some(statement) => Arc::clone(statement),
                 // Nobody's statement of ours can be named by a client.
-                None if own.starts_with(PREFIX) => return Some([b"?", own].concat().into()),
+                None if own.starts_with(PREFIX) => return Some(Upstream::Other([b"?", own].concat().into())),
                 None => return None,
             }
         };
@@ -910,7 +935,7 @@ impl Conversation {
         if runs {
             self.runs(&statement.scan, remote, up);
         }
-        Some(statement.name.clone())
+        Some(Upstream::Ours(statement))
     }
 
     /// Notes what a bound statement may do.

@@ -1,7 +1,7 @@
 //! From the first byte to an admitted session: TLS as the protocol asks for it, the startup packet, the token.
 //!
-//! Nothing is read beyond what has been asked for, so that bytes slipped in before TLS never reach the conversation
-//! behind it.
+//! A read takes what has come, in as few system calls as that takes. What came behind a request for TLS goes to the
+//! TLS handshake and nowhere else, so that bytes slipped in before TLS never reach the conversation behind it.
 
 use std::io;
 
@@ -64,17 +64,47 @@ pub struct Admitted {
     pub options: Options,
     /// The minor protocol version that both speak.
     pub minor: u16,
+    /// What it sent before it was told that it is in: some pipeline their first query behind the password.
+    pub early: Vec<u8>,
+}
+
+/// A startup packet and a usual token fit in one read each.
+const INTAKE: usize = 1024;
+
+/// What was read from a client and not yet used.
+#[derive(Debug)]
+struct Intake(Vec<u8>);
+
+impl Intake {
+    /// Reads until there are `bytes` of it, or more; says whether the client sent that many.
+    async fn fill(&mut self, stream: &mut Stream, bytes: usize) -> io::Result<bool> {
+        while self.0.len() < bytes {
+            // Room for the whole of it and a little more: what has come is read at once.
+            self.0.reserve((bytes - self.0.len()).max(INTAKE));
+            if stream.read_buf(&mut self.0).await? == 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes the first `bytes`; what came behind them stays.
+    fn take(&mut self, bytes: usize) -> Vec<u8> {
+        let rest = self.0.split_off(bytes.min(self.0.len()));
+        std::mem::replace(&mut self.0, rest)
+    }
 }
 
 /// Brings a connection to an admitted session. `stream` is the plain socket at first and the TLS stream afterwards.
 pub async fn admit(server: &Server, stream: &mut Option<Stream>, local: bool) -> Result<Admitted, Early> {
+    let mut intake = Intake(Vec::new());
     let login = loop {
-        let startup = match read_startup(server, stream).await? {
+        let startup = match read_startup(server, stream, &mut intake).await? {
             Some(startup) => startup,
             None => continue,
         };
         match startup {
-            Startup::Ssl => ask_tls(server, stream).await?,
+            Startup::Ssl => ask_tls(server, stream, &mut intake).await?,
             Startup::Gss => open(stream)?.write_all(b"N").await?,
             Startup::Cancel { pid, secret } => {
                 server.keys.cancel(pid, &secret);
@@ -97,8 +127,8 @@ pub async fn admit(server: &Server, stream: &mut Option<Stream>, local: bool) ->
     let transport = if stream.is_tls() || local { Transport::Private } else { Transport::Open };
     server.gate.may_carry(transport).map_err(refused)?;
     let token = match options.auth {
-        Auth::Password => password(stream).await?,
-        Auth::Bearer => bearer(stream, &server.config.openid_configuration).await?,
+        Auth::Password => password(stream, &mut intake).await?,
+        Auth::Bearer => bearer(stream, &mut intake, &server.config.openid_configuration).await?,
     };
     let session = server.gate.admit(&token, Protocol::Postgres).await.map_err(|refusal| match refusal {
         Refusal::BadToken(_) => Early::Refused(refuse::wrong_password(&options.user), refusal.kind()),
@@ -118,7 +148,7 @@ pub async fn admit(server: &Server, stream: &mut Option<Stream>, local: bool) ->
         return Err(Early::Refused(refuse::unknown_database(&options.database), "unknown_database"));
     }
     drop(policy);
-    Ok(Admitted { session, options, minor })
+    Ok(Admitted { session, options, minor, early: intake.0 })
 }
 
 fn refused(refusal: Refusal) -> Early {
@@ -130,27 +160,28 @@ fn open(stream: &mut Option<Stream>) -> Result<&mut Stream, Early> {
 }
 
 /// Reads one startup packet; `None` when the client began with TLS instead, which is on now.
-async fn read_startup(server: &Server, stream: &mut Option<Stream>) -> Result<Option<Startup>, Early> {
-    let mut packet = vec![0; 8];
-    let mut have = 0;
+async fn read_startup(
+    server: &Server,
+    stream: &mut Option<Stream>,
+    intake: &mut Intake,
+) -> Result<Option<Startup>, Early> {
     let plain = open(stream)?;
-    while have < packet.len() {
-        let n = plain.read(&mut packet[have..]).await?;
-        if n == 0 {
-            return Err(Early::Gone(if have == 0 { "probe" } else { "client_gone" }));
-        }
-        have += n;
-        if packet[0] == TLS_HANDSHAKE && !plain.is_tls() {
-            packet.truncate(have);
-            return direct_tls(server, stream, packet).await.map(|()| None);
-        }
+    if !intake.fill(plain, 1).await? {
+        return Err(Early::Gone("probe"));
     }
-    let len = u32::from_be_bytes([packet[0], packet[1], packet[2], packet[3]]) as usize;
-    if (8..=STARTUP_MAX).contains(&len) {
-        packet.resize(len, 0);
-        plain.read_exact(&mut packet[8..]).await?;
+    if intake.0[0] == TLS_HANDSHAKE && !plain.is_tls() {
+        let first = intake.take(usize::MAX);
+        return direct_tls(server, stream, first).await.map(|()| None);
     }
-    match startup::decode(&packet) {
+    if !intake.fill(plain, 8).await? {
+        return Err(Early::Gone("client_gone"));
+    }
+    let len = u32::from_be_bytes([intake.0[0], intake.0[1], intake.0[2], intake.0[3]]) as usize;
+    let len = if (8..=STARTUP_MAX).contains(&len) { len } else { 8 };
+    if !intake.fill(plain, len).await? {
+        return Err(Early::Gone("client_gone"));
+    }
+    match startup::decode(&intake.take(len)) {
         Ok(Some((_, startup))) => Ok(Some(startup)),
         Ok(None) => Err(Early::Gone("client_gone")),
         Err(error) if error.what == "unsupported frontend protocol" => {
@@ -160,7 +191,7 @@ async fn read_startup(server: &Server, stream: &mut Option<Stream>) -> Result<Op
     }
 }
 
-async fn ask_tls(server: &Server, stream: &mut Option<Stream>) -> Result<(), Early> {
+async fn ask_tls(server: &Server, stream: &mut Option<Stream>, intake: &mut Intake) -> Result<(), Early> {
     let plain = open(stream)?;
     if plain.is_tls() {
         return Err(Early::Refused(refuse::plain(Severity::Fatal, "08P01", "TLS is on already"), "protocol"));
@@ -171,7 +202,9 @@ async fn ask_tls(server: &Server, stream: &mut Option<Stream>) -> Result<(), Ear
     };
     plain.write_all(b"S").await?;
     let Some(plain) = stream.take() else { return Err(Early::Gone("tls_failed")) };
-    let secured = accept_tls(plain, tls.acceptor()).await.map_err(|_| Early::Gone("tls_failed"))?;
+    let secured = accept_tls(plain.replaying(intake.take(usize::MAX))?, tls.acceptor())
+        .await
+        .map_err(|_| Early::Gone("tls_failed"))?;
     *stream = Some(secured);
     Ok(())
 }
@@ -189,20 +222,20 @@ async fn direct_tls(server: &Server, stream: &mut Option<Stream>, first: Vec<u8>
     Ok(())
 }
 
-async fn password(stream: &mut Stream) -> Result<Vec<u8>, Early> {
+async fn password(stream: &mut Stream, intake: &mut Intake) -> Result<Vec<u8>, Early> {
     stream.write_all(&backend::AUTHENTICATION_CLEARTEXT).await?;
     stream.flush().await?;
-    let message = read_secret(stream).await?;
+    let message = read_secret(stream, intake).await?;
     Ok(frontend::password(&message)?.to_vec())
 }
 
 /// SASL OAUTHBEARER (RFC 7628): the token in the initial response; without one the client asks where to get it.
-async fn bearer(stream: &mut Stream, openid_configuration: &str) -> Result<Vec<u8>, Early> {
+async fn bearer(stream: &mut Stream, intake: &mut Intake, openid_configuration: &str) -> Result<Vec<u8>, Early> {
     let mut out = Vec::new();
     backend::put_sasl(&mut out, &["OAUTHBEARER"]);
     stream.write_all(&out).await?;
     stream.flush().await?;
-    let message = read_secret(stream).await?;
+    let message = read_secret(stream, intake).await?;
     let (mechanism, response) = frontend::sasl_initial(&message)?;
     if mechanism != b"OAUTHBEARER" {
         return Err(crate::wire::Error {
@@ -223,7 +256,7 @@ async fn bearer(stream: &mut Stream, openid_configuration: &str) -> Result<Vec<u
             stream.write_all(&out).await?;
             stream.flush().await?;
             // The client has to answer with a lone 0x01 before it is refused; what it says decides nothing.
-            read_secret(stream).await?;
+            read_secret(stream, intake).await?;
             Err(refused(Refusal::BadToken(TokenFault::Malformed)))
         }
         None => Err(crate::wire::Error { at: "SASL", what: "malformed OAUTHBEARER message" }.into()),
@@ -245,19 +278,21 @@ fn bearer_token(response: &[u8]) -> Option<&[u8]> {
 }
 
 /// Reads one whole message of kind `p`.
-async fn read_secret(stream: &mut Stream) -> Result<Vec<u8>, Early> {
-    let mut message = vec![0; HEAD];
-    stream.read_exact(&mut message).await?;
-    let head = wire::head(&message)?.ok_or(Early::Gone("client_gone"))?;
+async fn read_secret(stream: &mut Stream, intake: &mut Intake) -> Result<Vec<u8>, Early> {
+    if !intake.fill(stream, HEAD).await? {
+        return Err(Early::Gone("client_gone"));
+    }
+    let head = wire::head(&intake.0)?.ok_or(Early::Gone("client_gone"))?;
     if head.kind != b'p' {
         return Err(crate::wire::Error { at: "authentication", what: "expected password response" }.into());
     }
     if head.len > PASSWORD_MAX + HEAD {
         return Err(crate::wire::Error { at: "authentication", what: "password is too long" }.into());
     }
-    message.resize(head.len, 0);
-    stream.read_exact(&mut message[HEAD..]).await?;
-    Ok(message)
+    if !intake.fill(stream, head.len).await? {
+        return Err(Early::Gone("client_gone"));
+    }
+    Ok(intake.take(head.len))
 }
 
 #[cfg(test)]

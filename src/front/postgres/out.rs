@@ -14,11 +14,16 @@ use crate::net::Stream;
 /// Slices per system call; more are written by the next one.
 const SLICES: usize = 16;
 
+/// Several pieces of up to so many bytes are copied into one: gathering them costs the kernel more than that.
+const JOINED_MAX: usize = 2048;
+
 /// A list of pieces to write.
 #[derive(Debug, Default)]
 pub struct Out {
     pieces: Vec<Piece>,
     own: Vec<u8>,
+    /// Space for pieces that leave as one.
+    joined: Vec<u8>,
 }
 
 #[derive(Clone, Debug)]
@@ -96,6 +101,19 @@ impl Out {
         pending: &mut Vec<u8>,
     ) -> io::Result<()> {
         debug_assert!(pending.is_empty());
+        if self.pieces.len() > 1 && self.len() <= JOINED_MAX {
+            let mut joined = std::mem::take(&mut self.joined);
+            joined.clear();
+            self.copy_to(input, &mut joined);
+            let written = match Pin::new(stream).poll_write(cx, &joined) {
+                Poll::Ready(Ok(0)) => Err(io::ErrorKind::WriteZero.into()),
+                Poll::Ready(written) => written,
+                Poll::Pending => Ok(0),
+            };
+            let done = written.map(|n| pending.extend_from_slice(&joined[n..]));
+            self.joined = joined;
+            return done;
+        }
         let mut first = 0;
         let mut written = 0;
         while first < self.pieces.len() {

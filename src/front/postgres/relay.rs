@@ -212,8 +212,8 @@ pub(super) async fn begin(
     mut stream: Stream,
     admitted: Admitted,
 ) -> Option<Box<Relay>> {
-    let Admitted { session, options, minor } = admitted;
-    let reason = match link::begin(&server, &mut stream, &session, options, minor).await {
+    let Admitted { session, options, minor, early } = admitted;
+    let reason = match link::begin(&server, &mut stream, &session, options, minor, early).await {
         Ok(begun) => {
             if let Some((key, hello)) = begun.greeting(&server.keys, &session)
                 && stream.write_all(&hello).await.is_ok()

@@ -223,7 +223,7 @@ fn statement(lexer: &mut Lexer<'_>, scan: &mut Scan) -> Option<Statement> {
     let mut reads = false;
     let mut unlistens = false;
     // The last word, when nothing but white space came since: a function's name if a parenthesis follows.
-    let mut name: Option<Word> = None;
+    let mut name: Option<Word<'_>> = None;
     // The keyword before that name: after INTO, say, a name with a parenthesis is a table with columns.
     let mut before = Word::default();
     let mut previous = Word::default();
@@ -242,31 +242,35 @@ fn statement(lexer: &mut Lexer<'_>, scan: &mut Scan) -> Option<Statement> {
             }
             Some(Token::Word(text)) => {
                 any = true;
-                let word = Word::new(text);
+                let word = Word(text);
                 if lead.is_none() {
-                    let (found, lead_shape, is_free) = lead_of(word.text());
+                    let mut space = [0; WORD_MAX];
+                    let lower = word.lower(&mut space);
+                    let (found, lead_shape, is_free) = lead_of(lower);
                     lead = Some(found);
                     shape = shape.and(lead_shape);
                     frees = is_free;
-                    declares = word.text() == b"declare";
-                    reads = word.text() == b"select";
-                    copies = word.text() == b"copy";
-                    unlistens = word.text() == b"unlisten";
+                    declares = lower == b"declare";
+                    reads = lower == b"select";
+                    copies = lower == b"copy";
+                    unlistens = lower == b"unlisten";
                 } else {
-                    match word.text() {
-                        b"insert" | b"merge" => shape = shape.and(Shape::GROWS).and(Shape::MOVES_SEQUENCE),
-                        b"update" if !matches!(previous.text(), b"for" | b"on" | b"key") => {
-                            shape = shape.and(Shape::GROWS)
-                        }
-                        b"into" if !matches!(previous.text(), b"insert" | b"merge") => shape = shape.and(Shape::GROWS),
-                        b"from" if copies => shape = shape.and(Shape::GROWS).and(Shape::MOVES_SEQUENCE),
-                        b"temp" | b"temporary" | b"pg_temp" => shape = shape.and(Shape::TEMP),
+                    // By length first: most words are none of these, and this is on the way of every query.
+                    shape = shape.and(match text.len() {
+                        3 if word.is(b"all") && previous.is(b"close") => Shape::CLOSES_ALL,
+                        4 if copies && word.is(b"from") => Shape::GROWS.and(Shape::MOVES_SEQUENCE),
+                        4 if declares && word.is(b"hold") => Shape::HOLD,
+                        4 if word.is(b"temp") => Shape::TEMP,
+                        4 if word.is(b"into") && !previous.is_any(&[b"insert", b"merge"]) => Shape::GROWS,
+                        5 if word.is(b"merge") => Shape::GROWS.and(Shape::MOVES_SEQUENCE),
+                        6 if word.is(b"insert") => Shape::GROWS.and(Shape::MOVES_SEQUENCE),
+                        6 if word.is(b"update") && !previous.is_any(&[b"for", b"on", b"key"]) => Shape::GROWS,
+                        7 if word.is(b"pg_temp") => Shape::TEMP,
+                        9 if word.is(b"temporary") => Shape::TEMP,
                         // Updating this view sets.
-                        b"pg_settings" if !reads => shape = shape.and(Shape::SETS),
-                        b"hold" if declares => shape = shape.and(Shape::HOLD),
-                        b"all" if previous.text() == b"close" => shape = shape.and(Shape::CLOSES_ALL),
-                        _ => {}
-                    }
+                        11 if !reads && word.is(b"pg_settings") => Shape::SETS,
+                        _ => Shape::default(),
+                    });
                 }
                 before = previous;
                 previous = word;
@@ -275,7 +279,8 @@ fn statement(lexer: &mut Lexer<'_>, scan: &mut Scan) -> Option<Statement> {
             Some(Token::Open) => {
                 any = true;
                 if let Some(word) = name.take() {
-                    shape = shape.and(call(word.text(), before.text(), &mut set_config));
+                    let (mut name, mut keyword) = ([0; WORD_MAX], [0; WORD_MAX]);
+                    shape = shape.and(call(word.lower(&mut name), before.lower(&mut keyword), &mut set_config));
                 }
             }
             Some(Token::Dot) => {
@@ -291,7 +296,7 @@ fn statement(lexer: &mut Lexer<'_>, scan: &mut Scan) -> Option<Statement> {
                 }
                 // A quoted name may be a function's; `"f"(` is one unless a table is expected here.
                 before = previous;
-                previous = Word::new(b"\"");
+                previous = Word(NAME);
                 name = Some(previous);
             }
             Some(Token::Other) => {
@@ -315,31 +320,29 @@ fn statement(lexer: &mut Lexer<'_>, scan: &mut Scan) -> Option<Statement> {
     Some(Statement { lead: lead.unwrap_or(Lead::Other), end: lexer.at, frees, set_config })
 }
 
-/// A word in lower case.
-#[derive(Clone, Copy, Default)]
-struct Word {
-    bytes: [u8; WORD_MAX],
-    len: usize,
-}
+/// What stands for a quoted name, and for one too long to be a keyword or a function of PostgreSQL's own.
+const NAME: &[u8] = b"\"";
 
-impl Word {
-    fn new(text: &[u8]) -> Self {
-        let mut word = Self::default();
-        if text.len() <= WORD_MAX {
-            word.len = text.len();
-            for (to, from) in word.bytes.iter_mut().zip(text) {
-                *to = from.to_ascii_lowercase();
-            }
-        } else {
-            // Too long to be a keyword or a function of PostgreSQL's own, but still a name.
-            word.len = 1;
-            word.bytes[0] = b'"';
-        }
-        word
+/// A word as written.
+#[derive(Clone, Copy, Default)]
+struct Word<'a>(&'a [u8]);
+
+impl Word<'_> {
+    /// Whether it is this keyword, which is in lower case.
+    fn is(self, keyword: &[u8]) -> bool {
+        self.0.eq_ignore_ascii_case(keyword)
     }
 
-    fn text(&self) -> &[u8] {
-        &self.bytes[..self.len]
+    fn is_any(self, keywords: &[&[u8]]) -> bool {
+        keywords.iter().any(|keyword| self.is(keyword))
+    }
+
+    /// In lower case.
+    fn lower(self, space: &mut [u8; WORD_MAX]) -> &[u8] {
+        let Some(space) = space.get_mut(..self.0.len()) else { return NAME };
+        space.copy_from_slice(self.0);
+        space.make_ascii_lowercase();
+        space
     }
 }
 
@@ -648,8 +651,13 @@ impl<'a> Lexer<'a> {
     /// The next token; `None` at the end, also where a quote or comment is not closed (the server will say so).
     fn next(&mut self) -> Option<Token<'a>> {
         loop {
-            let rest = &self.text[self.at..];
+            let rest = self.text.get(self.at..)?;
             let &first = rest.first()?;
+            if CLASS[usize::from(first)] & STARTS != 0 && !(first | 0x20 == b'e' && rest.get(1) == Some(&b'\'')) {
+                let len = 1 + run(&rest[1..], CONTINUES);
+                self.at += len;
+                return Some(Token::Word(&rest[..len]));
+            }
             match first {
                 b' ' | b'\t' | b'\n' | b'\r' | 0x0b | 0x0c => self.at += 1,
                 b'-' if rest.get(1) == Some(&b'-') => {
@@ -672,13 +680,8 @@ impl<'a> Lexer<'a> {
                 b'(' => return self.single(Token::Open),
                 b'.' => return self.single(Token::Dot),
                 b'0'..=b'9' => {
-                    self.at += rest.iter().take_while(|&&b| b.is_ascii_alphanumeric() || b == b'_').count();
+                    self.at += run(rest, NUMBER);
                     return Some(Token::Other);
-                }
-                b if is_word(b) => {
-                    let len = rest.iter().take_while(|&&b| is_word(b) || b.is_ascii_digit() || b == b'$').count();
-                    self.at += len;
-                    return Some(Token::Word(&rest[..len]));
                 }
                 _ => return self.single(Token::Other),
             }
@@ -711,7 +714,7 @@ impl<'a> Lexer<'a> {
     /// A dollar-quoted string, a parameter, or a lone dollar.
     fn dollar(&mut self) -> Option<Token<'a>> {
         let rest = &self.text[self.at..];
-        let tag = rest[1..].iter().take_while(|&&b| is_word(b) || b.is_ascii_digit()).count();
+        let tag = run(&rest[1..], TAG);
         let closed = rest.get(1 + tag) == Some(&b'$') && !rest[1..].first().is_some_and(u8::is_ascii_digit);
         if closed {
             let tag = &rest[..tag + 2];
@@ -746,8 +749,34 @@ impl<'a> Lexer<'a> {
     }
 }
 
-fn is_word(b: u8) -> bool {
-    b.is_ascii_alphabetic() || b == b'_' || b >= 0x80
+/// What a byte may do in a token: begin a word, stand inside one, inside a dollar quote's tag, inside a number.
+const STARTS: u8 = 1;
+const CONTINUES: u8 = 1 << 1;
+const TAG: u8 = 1 << 2;
+const NUMBER: u8 = 1 << 3;
+
+const CLASS: [u8; 256] = {
+    let mut class = [0; 256];
+    let mut at = 0;
+    while at < 256 {
+        let b = at as u8;
+        if b.is_ascii_alphabetic() || b == b'_' {
+            class[at] = STARTS | CONTINUES | TAG | NUMBER;
+        } else if b >= 0x80 {
+            class[at] = STARTS | CONTINUES | TAG;
+        } else if b.is_ascii_digit() {
+            class[at] = CONTINUES | TAG | NUMBER;
+        } else if b == b'$' {
+            class[at] = CONTINUES;
+        }
+        at += 1;
+    }
+    class
+};
+
+/// How many bytes at the head of `bytes` are of a class.
+fn run(bytes: &[u8], class: u8) -> usize {
+    bytes.iter().position(|&b| CLASS[usize::from(b)] & class == 0).unwrap_or(bytes.len())
 }
 
 /// Splits the first word off, in lower case.

@@ -105,11 +105,13 @@ impl Shared {
 
     /// The shared statement with this definition, made if need be.
     pub fn statement(&self, definition: &[u8], query: &[u8], path: Option<&Value>) -> Arc<Statement> {
-        let mut shelf = self.table.lock();
+        let shelf = self.table.lock();
         let hash = hash(&shelf.hasher, definition, path);
-        shelf
-            .find(hash, definition, path, self.epoch())
-            .unwrap_or_else(|| self.insert(&mut shelf, hash, definition, query, path))
+        if let Some(found) = shelf.find(hash, definition, path, self.epoch()) {
+            return found;
+        }
+        drop(shelf);
+        self.add(hash, self.make(definition, query, path))
     }
 
     /// A statement that nobody else gets: for a client whose names mean something else than others'.
@@ -125,11 +127,10 @@ impl Shared {
             return (found, true);
         }
         let place = usize::try_from(hash % SEEN as u64).unwrap_or(0);
-        if std::mem::replace(&mut shelf.seen[place], hash) == hash {
-            return (self.insert(&mut shelf, hash, definition, query, path), true);
-        }
+        let again = std::mem::replace(&mut shelf.seen[place], hash) == hash;
         drop(shelf);
-        (Arc::new(self.make(definition, query, path)), false)
+        let made = self.make(definition, query, path);
+        if again { (self.add(hash, made), true) } else { (Arc::new(made), false) }
     }
 
     fn make(&self, definition: &[u8], query: &[u8], path: Option<&Value>) -> Statement {
@@ -146,23 +147,22 @@ impl Shared {
         }
     }
 
-    fn insert(
-        &self,
-        shelf: &mut Shelf,
-        hash: u64,
-        definition: &[u8],
-        query: &[u8],
-        path: Option<&Value>,
-    ) -> Arc<Statement> {
-        let statement = Arc::new(self.make(definition, query, path));
-        if shelf.statements.len() >= SHARED_MAX || shelf.bytes + definition.len() > SHARED_MAX_BYTES {
+    /// Puts a statement on the shelf, which was made while others could use it; gives the one that is there already.
+    fn add(&self, hash: u64, made: Statement) -> Arc<Statement> {
+        let mut shelf = self.table.lock();
+        if let Some(found) = shelf.find(hash, &made.definition, made.path.as_ref(), made.epoch) {
+            return found;
+        }
+        let statement = Arc::new(made);
+        let bytes = statement.definition.len();
+        if shelf.statements.len() >= SHARED_MAX || shelf.bytes + bytes > SHARED_MAX_BYTES {
             let epoch = self.epoch();
             shelf.statements.retain(|kept| kept.epoch == epoch && Arc::strong_count(kept) > 1);
             shelf.bytes = shelf.statements.iter().map(|kept| kept.definition.len()).sum();
         }
-        if shelf.statements.len() < SHARED_MAX && shelf.bytes + definition.len() <= SHARED_MAX_BYTES {
-            shelf.bytes += definition.len();
-            let Shelf { hasher, statements, .. } = shelf;
+        if shelf.statements.len() < SHARED_MAX && shelf.bytes + bytes <= SHARED_MAX_BYTES {
+            shelf.bytes += bytes;
+            let Shelf { hasher, statements, .. } = &mut *shelf;
             let rehash = |kept: &Arc<Statement>| self::hash(hasher, &kept.definition, kept.path.as_ref());
             statements.insert_unique(hash, Arc::clone(&statement), rehash);
         }

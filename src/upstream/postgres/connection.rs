@@ -172,33 +172,59 @@ impl Settings {
         self.0.is_empty()
     }
 
-    /// The statements that take a server from `self` to `wanted`.
-    pub fn script(&self, wanted: &Settings) -> String {
-        let mut script = String::new();
+    /// The queries that take a server from `self` to `wanted`, each to be sent as a message of its own. None where
+    /// nothing has to change.
+    ///
+    /// A server reads a query under the `client_encoding` that is in force when it comes. Letters beyond ASCII mean
+    /// what the client meant only under the encoding that it wrote them in: its own for what it has SET, none at all
+    /// for its startup packet, which a server takes as it is. So they come after the encoding, not beside it.
+    pub fn script(&self, wanted: &Settings) -> Vec<String> {
+        let mut resets = String::new();
         for (name, _) in self.0.iter().filter(|(name, _)| wanted.value(name).is_none()) {
-            script.push_str("RESET ");
-            quote_name(&mut script, name);
+            resets.push_str("RESET ");
+            quote_name(&mut resets, name);
+            resets.push(';');
+        }
+        let changed = || wanted.0.iter().filter(|(name, value)| self.value(name) != Some(value));
+        let mut script = resets.clone();
+        changed().for_each(|(name, value)| put_setting(&mut script, name, value));
+        if script.is_ascii() {
+            return if script.is_empty() { Vec::new() } else { vec![script] };
+        }
+        let (mut raw, mut verbatim) = (String::new(), String::new());
+        for (name, value) in changed().filter(|(name, _)| **name != *ENCODING) {
+            put_setting(if matches!(value, Value::Raw(_)) { &mut raw } else { &mut verbatim }, name, value);
+        }
+        match wanted.value(ENCODING) {
+            Some(value) => put_setting(&mut raw, ENCODING, value),
+            None => raw.push_str("RESET client_encoding;"),
+        }
+        resets.push_str("SET client_encoding TO 'SQL_ASCII';");
+        let mut queries = vec![resets, raw, verbatim];
+        queries.retain(|query| !query.is_empty());
+        queries
+    }
+}
+
+/// The setting under which a server reads what a client writes.
+const ENCODING: &str = "client_encoding";
+
+fn put_setting(script: &mut String, name: &str, value: &Value) {
+    match value {
+        Value::Raw(raw) => {
+            script.push_str("SELECT pg_catalog.set_config(");
+            quote_text(script, name);
+            script.push(',');
+            quote_text(script, raw);
+            script.push_str(",false);");
+        }
+        Value::Verbatim(text) => {
+            script.push_str("SET ");
+            quote_name(script, name);
+            script.push_str(" TO ");
+            script.push_str(text);
             script.push(';');
         }
-        for (name, value) in wanted.0.iter().filter(|(name, value)| self.value(name) != Some(value)) {
-            match value {
-                Value::Raw(raw) => {
-                    script.push_str("SELECT pg_catalog.set_config(");
-                    quote_text(&mut script, name);
-                    script.push(',');
-                    quote_text(&mut script, raw);
-                    script.push_str(",false);");
-                }
-                Value::Verbatim(text) => {
-                    script.push_str("SET ");
-                    quote_name(&mut script, name);
-                    script.push_str(" TO ");
-                    script.push_str(text);
-                    script.push(';');
-                }
-            }
-        }
-        script
     }
 }
 
@@ -281,12 +307,37 @@ mod tests {
     fn a_script_takes_one_client_s_settings_to_another_s() {
         let a = Settings::default().with("TimeZone", Value::Raw("Europe/Paris".into()));
         let b = Settings::default().with("search_path", Value::Verbatim("a, b".into()));
-        assert_eq!(a.script(&b), "RESET \"timezone\";SET \"search_path\" TO a, b;");
+        assert_eq!(a.script(&b), ["RESET \"timezone\";SET \"search_path\" TO a, b;"]);
         assert_eq!(
             b.script(&a),
-            "RESET \"search_path\";SELECT pg_catalog.set_config(E'timezone',E'Europe/Paris',false);"
+            ["RESET \"search_path\";SELECT pg_catalog.set_config(E'timezone',E'Europe/Paris',false);"]
         );
-        assert_eq!(a.script(&a), "");
+        assert!(a.script(&a).is_empty());
+    }
+
+    #[test]
+    fn letters_are_sent_under_the_encoding_that_they_were_written_in() {
+        let wanted = Settings::default()
+            .with("app.a", Value::Raw("é".into()))
+            .with("app.b", Value::Verbatim("'é'".into()))
+            .with("client_encoding", Value::Verbatim("latin1".into()));
+        let before = Settings::default().with("client_encoding", Value::Verbatim("sjis".into()));
+        assert_eq!(
+            before.script(&wanted),
+            [
+                "SET client_encoding TO 'SQL_ASCII';",
+                "SELECT pg_catalog.set_config(E'app.a',E'é',false);SET \"client_encoding\" TO latin1;",
+                "SET \"app\".\"b\" TO 'é';",
+            ]
+        );
+        let plain = Settings::default().with("app.a", Value::Raw("é".into()));
+        assert_eq!(
+            before.script(&plain),
+            [
+                "RESET \"client_encoding\";SET client_encoding TO 'SQL_ASCII';",
+                "SELECT pg_catalog.set_config(E'app.a',E'é',false);RESET client_encoding;",
+            ]
+        );
     }
 
     #[test]
@@ -295,9 +346,9 @@ mod tests {
         let script = Settings::default().script(&hostile);
         assert_eq!(
             script,
-            "SELECT pg_catalog.set_config(E'app.x\";drop table t;--',E'\\\\''; drop table t;--',false);"
+            ["SELECT pg_catalog.set_config(E'app.x\";drop table t;--',E'\\\\''; drop table t;--',false);"]
         );
-        assert_eq!(hostile.script(&Settings::default()), "RESET \"app\".\"x\"\";drop table t;--\";");
+        assert_eq!(hostile.script(&Settings::default()), ["RESET \"app\".\"x\"\";drop table t;--\";"]);
     }
 
     #[test]

@@ -295,3 +295,78 @@ fn refused(message: &[u8]) -> ConnectError {
     let text = |field| String::from_utf8_lossy(backend::field(message, field).unwrap_or_default()).into_owned();
     ConnectError::Refused { code: text(b'C'), message: text(b'M') }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio_rustls::TlsAcceptor;
+
+    use super::*;
+    use crate::net::tls::{ClientTls, TlsMode};
+
+    /// Offers SCRAM with these mechanisms and gives the client's first answer: mechanism, then what it begins with.
+    async fn first_answer(tls: bool, offered: &[&str]) -> (String, String) {
+        let (ours, theirs) = tokio::io::duplex(16 * 1024);
+        let mut server: Box<dyn Socket> = Box::new(theirs);
+        let mut stream = Stream::Plain(Raw::Memory(ours));
+        if tls {
+            let made = rcgen::generate_simple_self_signed(["db.example".to_owned()]).unwrap();
+            let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+            let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+            let config = rustls::ServerConfig::builder_with_provider(provider)
+                .with_safe_default_protocol_versions()
+                .unwrap()
+                .with_no_client_auth()
+                .with_single_cert(vec![made.cert.der().clone()], key)
+                .unwrap();
+            let client = ClientTls::new(TlsMode::Require, None).unwrap();
+            let Stream::Plain(raw) = stream else { unreachable!("made above") };
+            let accept = TlsAcceptor::from(Arc::new(config));
+            let (s, c) = tokio::join!(accept.accept(server), client.connect(raw, "db.example", &[]));
+            (server, stream) = (Box::new(s.unwrap()), c.unwrap());
+        }
+        let place = Namespace { role: "role".into(), database: "database".into() };
+        let password = Password::new("secret");
+        let login = Login { place: &place, password: &password, keys: &Mutex::new(None) };
+        let mut offer = Vec::new();
+        backend::put_sasl(&mut offer, offered);
+        let answer = async {
+            server.write_all(&offer).await.unwrap();
+            let len = {
+                let mut startup = [0; 4];
+                server.read_exact(&mut startup).await.unwrap();
+                u32::from_be_bytes(startup) as usize
+            };
+            server.read_exact(&mut vec![0; len - 4]).await.unwrap();
+            let mut head = [0; HEAD];
+            server.read_exact(&mut head).await.unwrap();
+            let mut body = vec![0; u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize - 4];
+            server.read_exact(&mut body).await.unwrap();
+            drop(server);
+            let (mechanism, rest) = wire::cstr(&body).unwrap();
+            let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+            let first = text(&rest[4..]);
+            (text(mechanism), first[..first.find("n=").unwrap()].to_owned())
+        };
+        let client = Conversation { stream, buffer: Vec::new(), read: 0 }.run(&login);
+        let (refused, answer) = tokio::join!(client, answer);
+        assert!(refused.is_err(), "the server went away");
+        answer
+    }
+
+    trait Socket: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send {}
+    impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send> Socket for S {}
+
+    #[tokio::test]
+    async fn over_tls_the_login_is_bound_to_the_server_s_certificate_where_that_is_offered() {
+        const PLUS: &str = "SCRAM-SHA-256-PLUS";
+        const PLAIN: &str = "SCRAM-SHA-256";
+        let chosen = |mechanism: &str, header: &str| (mechanism.to_owned(), header.to_owned());
+        assert_eq!(first_answer(true, &[PLUS, PLAIN]).await, chosen(PLUS, "p=tls-server-end-point,,"));
+        assert_eq!(first_answer(true, &[PLAIN, PLUS]).await, chosen(PLUS, "p=tls-server-end-point,,"));
+        // A server that was made to hide it learns that we could have.
+        assert_eq!(first_answer(true, &[PLAIN]).await, chosen(PLAIN, "y,,"));
+        assert_eq!(first_answer(false, &[PLAIN]).await, chosen(PLAIN, "n,,"));
+    }
+}

@@ -15,9 +15,9 @@ use std::{
     mem::MaybeUninit,
     sync::{
         Arc, Weak,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU32, AtomicUsize, Ordering},
     },
-    task::{Context, Poll},
+    task::Poll,
     time::{Duration, Instant},
 };
 
@@ -75,8 +75,9 @@ pub struct Budget {
     /// Pools that wait for a place, in turn.
     hungry: Mutex<VecDeque<Weak<Pool>>>,
     waiting: AtomicUsize,
-    /// Pools that may have idle connections to give up.
+    /// Pools that may have idle connections to give up; and how many there are, which every release may ask.
     pools: Mutex<Vec<Weak<Pool>>>,
+    pool_count: AtomicU32,
 }
 
 impl Budget {
@@ -88,6 +89,7 @@ impl Budget {
             hungry: Mutex::default(),
             waiting: AtomicUsize::new(0),
             pools: Mutex::default(),
+            pool_count: AtomicU32::new(0),
         })
     }
 
@@ -140,8 +142,7 @@ impl Budget {
 
     /// Connections a pool may keep while others wait: an equal share, at least one.
     fn share(&self) -> u32 {
-        let pools = self.pools.lock().iter().filter(|weak| weak.strong_count() > 0).count();
-        (self.max / u32::try_from(pools.max(1)).unwrap_or(u32::MAX)).max(1)
+        (self.max / self.pool_count.load(Ordering::Relaxed).max(1)).max(1)
     }
 }
 
@@ -208,6 +209,12 @@ struct Waiter {
 enum Grant {
     Connection(Box<Held>),
     Places(Places),
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.budget.pool_count.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// A borrowed connection. [`Lease::release`] returns it; dropping it closes it.
@@ -307,6 +314,7 @@ impl Pool {
             homes: Mutex::default(),
             state: Mutex::default(),
         });
+        pool.budget.pool_count.fetch_add(1, Ordering::Relaxed);
         let mut pools = pool.budget.pools.lock();
         pools.retain(|weak| weak.strong_count() > 0);
         pools.push(Arc::downgrade(&pool));
@@ -557,12 +565,10 @@ impl Pool {
 /// Whether an idle connection's server is still there. What it may say unasked is read and kept: notices,
 /// parameters; anything else, and its end, means it is not usable.
 fn alive(connection: &mut Connection) -> bool {
-    let mut cx = Context::from_waker(std::task::Waker::noop());
     // Not zeroed: this is on the way of every transaction, and hardly ever is there anything to read.
     let mut space = [MaybeUninit::uninit(); IDLE_READ];
     let mut read = ReadBuf::uninit(&mut space);
-    let stream = std::pin::Pin::new(&mut connection.stream);
-    match tokio::io::AsyncRead::poll_read(stream, &mut cx, &mut read) {
+    match connection.stream.read_now(&mut read) {
         Poll::Pending => return true,
         Poll::Ready(Err(_)) => return false,
         Poll::Ready(Ok(())) if read.filled().is_empty() || read.remaining() == 0 => return false,

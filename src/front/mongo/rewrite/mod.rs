@@ -24,9 +24,23 @@
 //!
 //! No sockets, no clock, nothing about sessions: `lsid` and cursor ids are checked and copied, and their places told.
 
+mod change;
+mod expression;
+mod fault;
+pub mod index;
+mod message;
+mod name;
+mod pipeline;
+mod predicate;
+mod projection;
+mod stage;
+mod statement;
+mod update;
+
 use crate::{
     front::mongo::commands::{Emulate, ReplyRule, Row},
     tenant::{Isolation, OrgId, namespace::MongoNamespace},
+    wire::mongo::bson,
 };
 
 /// Who asks and how he is kept apart.
@@ -151,15 +165,31 @@ pub struct Failed {
     pub message: String,
 }
 
-mod fault;
+/// What tells whose a document is.
+pub const ORG: &str = "org_id";
 
-/// Appends flags and sections of an OP_MSG (header excluded) to `out`, which the caller reuses.
+/// Largest document in bytes, as the server has it.
+const DOCUMENT_MAX: usize = 16 * 1024 * 1024;
+
+/// Deepest nesting of what is looked into: the server refuses about 180 levels, drivers write a dozen.
+const DEPTH_MAX: usize = bson::DEPTH_MAX;
+
+/// Deepest nesting of pipelines, as the server has it.
+const PIPELINES_DEPTH_MAX: usize = 20;
+
+/// Most stages of one pipeline, as the server has it.
+const PIPELINE_STAGES_MAX: usize = 1000;
+
+/// Appends flags and sections of an OP_MSG (header excluded) to `out`, which the caller reuses. Whatever is not
+/// forwarded leaves `out` as it was.
 pub fn rewrite<'a>(scope: &Scope<'_>, request: &Request<'a>, out: &mut Vec<u8>) -> Verdict<'a> {
-    let _ = (scope, out);
-    let name = crate::wire::mongo::bson::Document::new(request.body)
-        .ok()
-        .and_then(|body| body.iter().next()?.ok())
-        .and_then(|element| element.name())
-        .unwrap_or_default();
-    Verdict::Refuse(Fault::unknown_command(name))
+    let from = out.len();
+    let verdict = message::rewrite(scope, request, out).unwrap_or_else(Verdict::Refuse);
+    if !matches!(verdict, Verdict::Forward(_)) {
+        out.truncate(from);
+    }
+    verdict
 }
+
+#[cfg(test)]
+mod tests;

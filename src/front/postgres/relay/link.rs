@@ -113,6 +113,7 @@ pub(super) async fn begin(
     session: &Session,
     options: Options,
     minor: u16,
+    mut early: Vec<u8>,
 ) -> Result<Begun, (Report, &'static str)> {
     let policy = Arc::clone(&session.slot().policy());
     let limits = &policy.limits.postgres;
@@ -128,7 +129,6 @@ pub(super) async fn begin(
     };
     let known = if mode == PoolMode::Transaction { shared.profile(&bare) } else { None };
     let mut link = None;
-    let mut early = Vec::new();
     let reported = match known {
         Some(reported) => reported,
         None => {
@@ -227,21 +227,22 @@ enum PrepareError {
     Lost,
 }
 
-/// Runs a script of ours on a connection that nobody uses, and waits for its end.
-async fn prepare(connection: &mut Connection, script: &str, deadline: Instant) -> Result<(), PrepareError> {
-    if script.is_empty() {
+/// Runs queries of ours on a connection that nobody uses, and waits for their end.
+async fn prepare(connection: &mut Connection, queries: &[String], deadline: Instant) -> Result<(), PrepareError> {
+    if queries.is_empty() {
         return Ok(());
     }
     // The Query destroys the server's unnamed statement.
     connection.remote.unnamed = None;
     let run = async {
-        let mut out = Vec::with_capacity(script.len() + 6);
-        frontend::put_query(&mut out, script);
+        let mut out = Vec::new();
+        queries.iter().for_each(|query| frontend::put_query(&mut out, query));
         connection.stream.write_all(&out).await.ok()?;
         connection.stream.flush().await.ok()?;
         let mut refused = None;
         let mut bytes: Vec<u8> = Vec::new();
         let mut total = 0;
+        let mut left = queries.len();
         loop {
             while let Some(head) = wire::head(&bytes).ok()? {
                 let Some(message) = bytes.get(..head.len) else { break };
@@ -250,8 +251,10 @@ async fn prepare(connection: &mut Connection, script: &str, deadline: Instant) -
                         let (name, value) = backend::parameter(message).ok()?;
                         Arc::make_mut(&mut connection.remote.parameters).set(name, value);
                     }
-                    b'E' => refused = Some(server_report(message)),
-                    b'Z' => return Some(refused),
+                    // The first one that fails says what is wrong.
+                    b'E' => refused = refused.or_else(|| Some(server_report(message))),
+                    b'Z' if left == 1 => return Some(refused),
+                    b'Z' => left -= 1,
                     _ => {}
                 }
                 bytes.drain(..head.len);

@@ -1,0 +1,276 @@
+//! The statements of `insert`, `update`, `delete` and `bulkWrite`, one by one.
+
+use super::{Failed, Fault, Scope, index, name, predicate, predicate::Collation, stage::known_fields, update};
+use crate::{
+    tenant::Isolation,
+    wire::mongo::bson::{self, Document, Element, Index},
+};
+
+/// Where statements come from and go to: an array of the body, or a section.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum List<'a> {
+    Array(Document<'a>),
+    Section(&'a [u8]),
+}
+
+/// What statements are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Documents,
+    Updates,
+    Deletes,
+    Operations,
+    Namespaces,
+}
+
+/// What writing them told.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    /// Refused, by index.
+    pub failed: Vec<Failed>,
+    /// How many were written.
+    pub written: usize,
+}
+
+/// Writes all statements; one that fails is left out, and with `ordered` all behind it.
+///
+/// # Errors
+/// The request as a whole is wrong.
+pub(super) fn put_all(
+    scope: &Scope<'_>,
+    kind: Kind,
+    list: List<'_>,
+    ordered: bool,
+    out: &mut Vec<u8>,
+) -> Result<Told, Fault> {
+    let mut told = Told::default();
+    match list {
+        List::Array(array) => {
+            for (at, item) in array.iter().enumerate() {
+                let item = item?;
+                let item = item.document().ok_or_else(|| Fault::wrong_type(kind.at(), item.key, "object"))?;
+                if !one(scope, kind, item, at, true, &mut told, out)? && ordered {
+                    break;
+                }
+            }
+        }
+        List::Section(mut rest) => {
+            let mut at = 0;
+            while !rest.is_empty() {
+                let (item, behind) = Document::split(rest)?;
+                rest = behind;
+                bson::validate(item, super::DEPTH_MAX)?;
+                if !one(scope, kind, item, at, false, &mut told, out)? && ordered {
+                    break;
+                }
+                at += 1;
+            }
+        }
+    }
+    Ok(told)
+}
+
+/// One statement; whether it was written.
+fn one(
+    scope: &Scope<'_>,
+    kind: Kind,
+    item: Document<'_>,
+    index: usize,
+    element: bool,
+    told: &mut Told,
+    out: &mut Vec<u8>,
+) -> Result<bool, Fault> {
+    let from = out.len();
+    if element {
+        bson::put_head(out, bson::kind::DOCUMENT, Index::new(told.written).as_str().as_bytes());
+    }
+    match kind.put(scope, item, out) {
+        Ok(()) => {
+            told.written += 1;
+            Ok(true)
+        }
+        // In `bulkWrite` one refused statement refuses the request: nothing of it is executed.
+        Err(fault) if fault.concerns_statement() && !matches!(kind, Kind::Operations | Kind::Namespaces) => {
+            out.truncate(from);
+            told.failed.push(Failed { index, code: fault.code, message: fault.message });
+            Ok(false)
+        }
+        Err(fault) => Err(fault),
+    }
+}
+
+impl Kind {
+    fn at(self) -> &'static str {
+        match self {
+            Kind::Documents => "insert.documents",
+            Kind::Updates => "update.updates",
+            Kind::Deletes => "delete.deletes",
+            Kind::Operations => "bulkWrite.ops",
+            Kind::Namespaces => "bulkWrite.nsInfo",
+        }
+    }
+
+    /// Writes a statement without an element's head.
+    fn put(self, scope: &Scope<'_>, item: Document<'_>, out: &mut Vec<u8>) -> Result<(), Fault> {
+        if self == Kind::Documents {
+            return update::put_owned(scope, item, out);
+        }
+        let open = bson::open(out);
+        match self {
+            Kind::Documents => {}
+            Kind::Updates => put_statement(scope, self.at(), item, &UPDATE, out)?,
+            Kind::Deletes => put_statement(scope, self.at(), item, &DELETE, out)?,
+            Kind::Operations => put_operation(scope, item, out)?,
+            Kind::Namespaces => {
+                known_fields(self.at(), item, &["ns"])?;
+                let ns = item.get("ns")?.ok_or_else(|| Fault::missing(self.at(), "ns"))?;
+                name::put_namespace(scope, self.at(), "ns", &ns, out)?;
+            }
+        }
+        bson::close(out, open);
+        Ok(())
+    }
+}
+
+/// How a statement calls its parts.
+struct Shape {
+    known: &'static [&'static str],
+    filter: &'static str,
+    update: Option<&'static str>,
+}
+
+const UPDATE: Shape = Shape {
+    known: &["q", "u", "c", "upsert", "multi", "collation", "arrayFilters", "hint", "sort"],
+    filter: "q",
+    update: Some("u"),
+};
+
+const DELETE: Shape = Shape { known: &["q", "limit", "collation", "hint"], filter: "q", update: None };
+
+const BULK_UPDATE: Shape = Shape {
+    known: &[
+        "update",
+        "filter",
+        "updateMods",
+        "multi",
+        "upsert",
+        "arrayFilters",
+        "hint",
+        "collation",
+        "constants",
+        "sort",
+    ],
+    filter: "filter",
+    update: Some("updateMods"),
+};
+
+const BULK_DELETE: Shape =
+    Shape { known: &["delete", "filter", "multi", "hint", "collation"], filter: "filter", update: None };
+
+fn put_operation(scope: &Scope<'_>, item: Document<'_>, out: &mut Vec<u8>) -> Result<(), Fault> {
+    let at = Kind::Operations.at();
+    let first = item.iter().next().transpose()?.map(|first| first.key);
+    match first {
+        Some(b"update") => put_statement(scope, at, item, &BULK_UPDATE, out),
+        Some(b"delete") => put_statement(scope, at, item, &BULK_DELETE, out),
+        Some(b"insert") => {
+            known_fields(at, item, &["insert", "document"])?;
+            for element in item {
+                let element = element?;
+                match element.document().filter(|_| element.key == b"document") {
+                    Some(document) => {
+                        bson::put_head(out, bson::kind::DOCUMENT, b"document");
+                        update::put_owned(scope, document, out)?;
+                    }
+                    None if element.key == b"document" => {
+                        return Err(Fault::wrong_type(at, element.key, "object"));
+                    }
+                    None => bson::put(out, &element),
+                }
+            }
+            Ok(())
+        }
+        other => Err(Fault::unknown_field(at, other.unwrap_or_default())),
+    }
+}
+
+fn put_statement(
+    scope: &Scope<'_>,
+    at: &str,
+    item: Document<'_>,
+    shape: &Shape,
+    out: &mut Vec<u8>,
+) -> Result<(), Fault> {
+    known_fields(at, item, shape.known)?;
+    let collation = match item.get("collation")? {
+        Some(element) => index::collation(&element)?,
+        None => Collation::Simple,
+    };
+    let upsert = item.get("upsert")?.is_some_and(|upsert| upsert.truthy());
+    let mut filtered = false;
+    for element in item {
+        let element = element?;
+        let name = element.name().unwrap_or_default();
+        if name == shape.filter {
+            let filter = element.document().ok_or_else(|| Fault::wrong_type(at, element.key, "object"))?;
+            put_filter(scope, collation, name, Some(filter), upsert, out)?;
+            filtered = true;
+        } else if Some(name) == shape.update {
+            update::put(scope, name, &element, out)?;
+        } else {
+            put_option(scope, at, &element, out)?;
+        }
+    }
+    if filtered { Ok(()) } else { Err(Fault::missing(at, shape.filter)) }
+}
+
+/// A filter of a write. An upsert would take values over from it: `org_id` may not stand in it.
+pub(super) fn put_filter(
+    scope: &Scope<'_>,
+    collation: Collation,
+    key: &str,
+    filter: Option<Document<'_>>,
+    upsert: bool,
+    out: &mut Vec<u8>,
+) -> Result<(), Fault> {
+    let seen = predicate::put(scope, collation, key, filter, out)?;
+    if seen.org && upsert && scope.isolation == Isolation::Filter { Err(Fault::immutable()) } else { Ok(()) }
+}
+
+/// What else a statement says.
+fn put_option(scope: &Scope<'_>, at: &str, element: &Element<'_>, out: &mut Vec<u8>) -> Result<(), Fault> {
+    match element.key {
+        b"hint" => return index::put_hint(scope, at, element, out),
+        b"sort" => check_sort(scope, at, element)?,
+        b"c" | b"constants" => {
+            super::expression::check(element, 0)?;
+        }
+        b"arrayFilters" => check_array_filters(scope, at, element)?,
+        b"upsert" | b"multi" if element.kind != bson::kind::BOOL && !element.is_number() => {
+            return Err(Fault::wrong_type(at, element.key, "bool"));
+        }
+        _ => {}
+    }
+    bson::put(out, element);
+    Ok(())
+}
+
+/// A sort: no walk over the whole collection.
+pub(super) fn check_sort(scope: &Scope<'_>, at: &str, sort: &Element<'_>) -> Result<(), Fault> {
+    let document = sort.document().ok_or_else(|| Fault::wrong_type(at, sort.key, "object"))?;
+    if scope.isolation == Isolation::Filter && document.get("$natural")?.is_some() {
+        return Err(index::natural());
+    }
+    super::expression::check_document(document, 0).map(|_| ())
+}
+
+/// Filters on elements of arrays: no JavaScript in them.
+pub(super) fn check_array_filters(scope: &Scope<'_>, at: &str, filters: &Element<'_>) -> Result<(), Fault> {
+    let filters = filters.array().ok_or_else(|| Fault::wrong_type(at, filters.key, "array"))?;
+    for filter in filters {
+        let filter = filter?;
+        let filter = filter.document().ok_or_else(|| Fault::wrong_type(at, filter.key, "object"))?;
+        predicate::check(scope, filter)?;
+    }
+    Ok(())
+}
