@@ -75,3 +75,9 @@ bench-postgres:
 bench-redis:
 	$(CARGO) build --release --bin dynabase
 	python3 benches/redis.py
+
+# make chaos   a thousand tier transitions killed at random, and the larger walks of the model; some 20 minutes
+.PHONY: chaos
+chaos: tools
+	$(CARGO) test --lib transition::state -- --ignored --nocapture
+	DYNABASE_CHAOS_RUNS=1000 $(CARGO) test --test integration transition::random_kills -- --nocapture

@@ -30,6 +30,7 @@ use crate::{
     quota::{Stop, Table, clock},
     session::Gate,
     tenant::directory::{Ask, Directory},
+    transition::Coordinator,
     upstream,
     usage::Meters,
 };
@@ -62,6 +63,7 @@ pub struct App {
     meters: Arc<Meters>,
     recorder: PrometheusHandle,
     postgres: Arc<upstream::postgres::Upstream>,
+    coordinator: Coordinator,
     doors: Vec<(Front, Listener)>,
     tls: Option<Arc<ServerTls>>,
     /// The same certificates, with HTTP's protocols.
@@ -108,6 +110,7 @@ impl App {
         let identity = config.identity.as_ref().ok_or("identity.issuer is required")?;
         let source = config.catalog.as_ref().ok_or("catalog.path is required")?;
         let catalog = Catalog::open(source).await.map_err(|error| format!("catalog: {error}"))?;
+        let coordinator = config.coordinator(catalog.clone())?;
         let (directory, asks) = Directory::new();
         let verifier = Arc::new(Verifier::new(identity, directory.clone())?);
         let table = Arc::new(Table::new(directory, config.load_tiers()?, RESIDENT_MAX));
@@ -174,6 +177,7 @@ impl App {
             meters,
             recorder,
             postgres,
+            coordinator,
             doors,
             tls,
             http_tls,
@@ -195,6 +199,7 @@ impl App {
         let _ = state.connections.set(Arc::clone(&limits));
         let catalog = self.catalog.clone();
         let _ = state.catalog_age.set(Box::new(move || Some(catalog.age())));
+        let _ = state.transitions.set(self.coordinator.clone());
         let admin = admin::spawn(&self.config.admin, Arc::clone(&state), self.drain.clone())
             .map_err(|error| format!("admin.listen {}: {error}", self.config.admin.listen))?;
 
@@ -241,6 +246,14 @@ impl App {
             }
         });
 
+        // What a crash left half-way, before anybody is let in.
+        self.coordinator.recover().await;
+        let coordinator = self.coordinator.clone();
+        parts.spawn(async move {
+            coordinator.run().await;
+            "the coordinator of tier transitions"
+        });
+
         let mut accepting = JoinSet::new();
         for (front, listener) in self.doors {
             let (address, limits, drain) = (listener.local_addr(), Arc::clone(&limits), self.drain.clone());
@@ -269,7 +282,7 @@ impl App {
                 asked = signals.next() => match asked {
                     Asked::Reload => {
                         let tls = [self.tls.as_deref(), self.http_tls.as_deref()];
-                        reload(&self.config, &self.table, &self.verifier, tls);
+                        reload(&self.config, &self.table, &self.coordinator, &self.verifier, tls);
                     }
                     Asked::End => break,
                 },
@@ -299,9 +312,18 @@ impl App {
 }
 
 /// Reads again what may change while running. Each part that can't be read leaves the present one in force.
-fn reload(config: &Config, table: &Table, verifier: &Arc<Verifier>, tls: [Option<&ServerTls>; 2]) {
+fn reload(
+    config: &Config,
+    table: &Table,
+    coordinator: &Coordinator,
+    verifier: &Arc<Verifier>,
+    tls: [Option<&ServerTls>; 2],
+) {
     match config.load_tiers() {
-        Ok(tiers) => table.set_tiers(tiers),
+        Ok(tiers) => {
+            coordinator.set_tiers(tiers.clone());
+            table.set_tiers(tiers);
+        }
         Err(error) => tracing::error!(%error, "the tiers were not reloaded"),
     }
     for tls in tls.into_iter().flatten() {

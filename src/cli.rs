@@ -9,6 +9,7 @@ mod key;
 mod place;
 mod serve;
 mod tenant;
+mod tier;
 mod token;
 
 use std::{fmt, process::ExitCode};
@@ -60,6 +61,9 @@ enum Command {
     /// Tenants: their records in the catalog and their places on the databases
     #[command(subcommand, after_help = "Example: dynabase tenant create acme --tier STARTER --config dynabase.toml")]
     Tenant(tenant::Command),
+    /// Tiers: move a tenant from one to another in all of its databases, or in none
+    #[command(subcommand, after_help = "Example: dynabase tier set acme PRO --config dynabase.toml")]
+    Tier(tier::Command),
     /// Print a shell's completion script
     #[command(after_help = "Example: dynabase completions bash > /etc/bash_completion.d/dynabase")]
     Completions {
@@ -103,6 +107,7 @@ pub fn run() -> ExitCode {
         Command::Token(arguments) => token::run(&arguments),
         Command::Key(command) => key::run(command),
         Command::Tenant(command) => tenant::run(command),
+        Command::Tier(command) => tier::run(command),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "dynabase", &mut std::io::stdout());
             Ok(())
@@ -173,6 +178,13 @@ mod tests {
             "tenant suspend acme --dev d",
             "tenant resume acme --dev d",
             "tenant delete acme --yes --dev d",
+            "tier set acme PRO --dev d",
+            "tier set acme free --force --wait --config f",
+            "tier show acme --json --dev d",
+            "tier history acme --dev d",
+            "tier verify acme --json --dev d",
+            "tier retry acme --dev d",
+            "tier abort acme --dev d",
             "completions zsh",
         ] {
             let words = std::iter::once("dynabase").chain(line.split(' '));

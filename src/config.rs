@@ -26,7 +26,7 @@ use crate::{
         namespace::{NameStyle, Password, RootSecret},
         unit,
     },
-    upstream,
+    transition, upstream,
 };
 
 /// Everything that can be configured.
@@ -387,6 +387,26 @@ impl Config {
         let names = self.names()?;
         let target = self.upstream.redis.target()?;
         Ok(target.map(|target| upstream::redis::Upstream::new(target, names, crate::front::redis::commands::for_acl())))
+    }
+
+    /// What moves tenants between tiers, over every database that is configured.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration: not after [`Self::load`].
+    pub fn coordinator(&self, catalog: catalog::Catalog) -> Result<transition::Coordinator, String> {
+        use transition::participant;
+        if cfg!(debug_assertions)
+            && let Ok(nth) = std::env::var("DYNABASE_TEST_FAILPOINT")
+        {
+            catalog::ledger::failpoint::arm(nth.parse().unwrap_or(0));
+        }
+        let provisioner = upstream::postgres::Provisioner::new(self.upstream.postgres.admin()?);
+        let mut participants = transition::Participants::none()
+            .with(std::sync::Arc::new(participant::Postgres::new(provisioner, self.names()?)));
+        if let Some(redis) = self.redis()? {
+            participants = participants.with(std::sync::Arc::new(participant::Redis::new(redis)));
+        }
+        Ok(transition::Coordinator::new(catalog, self.load_tiers()?, participants))
     }
 
     /// Reads the tiers' file.

@@ -26,6 +26,7 @@ pub mod upstream;
 pub mod session;
 
 pub mod front;
+pub mod transition;
 
 pub mod admin;
 

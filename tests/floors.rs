@@ -18,7 +18,7 @@ const FLOORS: [&[&str]; 13] = [
     &["catalog"],
     &["upstream"],
     &["session"],
-    &["front"],
+    &["front", "transition"],
     &["admin"],
     &["config"],
     &["app", "cli"],

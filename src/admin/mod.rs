@@ -9,6 +9,7 @@ mod server;
 mod tally;
 mod tenants;
 mod text;
+mod transitions;
 
 use std::{
     fmt, io,
@@ -29,6 +30,7 @@ use serde::Deserialize;
 use crate::{
     net::{AcceptLimits, Drain},
     quota::Table,
+    transition::Coordinator,
     usage::Meters,
 };
 
@@ -130,6 +132,8 @@ pub struct State {
     pub connections: OnceLock<Arc<AcceptLimits>>,
     /// How long ago the catalog was last known to be in step with its source; absent until set.
     pub catalog_age: OnceLock<Box<dyn Fn() -> Option<Duration> + Send + Sync>>,
+    /// What moves tenants between tiers; absent until set.
+    pub transitions: OnceLock<Coordinator>,
     started: SystemTime,
 }
 
@@ -146,6 +150,7 @@ impl State {
             recorder,
             connections: OnceLock::new(),
             catalog_age: OnceLock::new(),
+            transitions: OnceLock::new(),
             started: SystemTime::now(),
         }
     }

@@ -1,5 +1,6 @@
 //! Which endpoints there are: the one table that requests are matched against and that `/openapi.json` is made of.
 
+use hyper::Method;
 use serde_json::{Value, json};
 
 use super::tenants::PAGE_MAX;
@@ -12,6 +13,9 @@ pub(super) enum Endpoint {
     Metrics,
     Tenants,
     Tenant,
+    Tier,
+    Transition,
+    Events,
     OpenApi,
 }
 
@@ -22,11 +26,11 @@ pub(super) enum Access {
     Token,
 }
 
-/// One row. All endpoints so far are read with GET.
+/// One row. Every path has one method; HEAD goes where GET does.
 pub(super) struct Route {
     pub(super) endpoint: Endpoint,
     pub(super) access: Access,
-    /// `{org}` stands for one segment.
+    /// `{org}` or `{id}` stands for one segment.
     pub(super) path: &'static str,
     summary: &'static str,
     /// Statuses beyond 200, and 401 where a token is needed.
@@ -43,7 +47,7 @@ const fn route(
     Route { endpoint, access, path, summary, statuses }
 }
 
-pub(super) const ROUTES: [Route; 6] = [
+pub(super) const ROUTES: [Route; 9] = [
     route(Endpoint::Live, Access::Anyone, "/livez", "Whether the process runs.", &[]),
     route(
         Endpoint::Ready,
@@ -71,17 +75,48 @@ pub(super) const ROUTES: [Route; 6] = [
             ("503", "The catalog can't be asked."),
         ],
     ),
+    route(
+        Endpoint::Tier,
+        Access::Token,
+        "/v1/tenants/{org}/tier",
+        "Begins the transition of a tenant to another tier, in all of its databases or in none.",
+        &[
+            ("202", "Begun; its id leads to /v1/transitions/{id}."),
+            ("400", "Not an organisation id, or not {\"tier\": \"PRO\"} with perhaps \"force\": true."),
+            ("404", "The catalog knows no such organisation."),
+            ("409", "Not now: another transition is open, or the tenant has more than the tier allows."),
+            ("503", "The catalog or a database can't be asked; nothing was changed."),
+        ],
+    ),
+    route(
+        Endpoint::Transition,
+        Access::Token,
+        "/v1/transitions/{id}",
+        "One transition: how far it is in each database.",
+        &[("404", "No such transition."), ("503", "The catalog can't be asked.")],
+    ),
+    route(Endpoint::Events, Access::Token, "/v1/events", "Server-sent events: every change of a transition.", &[]),
     route(Endpoint::OpenApi, Access::Token, "/openapi.json", "This description.", &[]),
 ];
 
-/// The route of `path`, and the segment that stands for `{org}`.
-pub(super) fn find(path: &str) -> Option<(&'static Route, &str)> {
-    ROUTES.iter().find_map(|route| match route.path.strip_suffix("{org}") {
-        Some(prefix) => {
-            let org = path.strip_prefix(prefix)?;
-            (!org.is_empty() && !org.contains('/')).then_some((route, org))
+impl Endpoint {
+    /// The one method beside HEAD.
+    pub(super) fn method(self) -> Method {
+        match self {
+            Endpoint::Tier => Method::PUT,
+            _ => Method::GET,
         }
-        None => (route.path == path).then_some((route, "")),
+    }
+}
+
+/// The route of `path`, and the segment that stands for `{org}` or `{id}`.
+pub(super) fn find(path: &str) -> Option<(&'static Route, &str)> {
+    ROUTES.iter().find_map(|route| match (route.path.split_once('{'), route.path.split_once('}')) {
+        (Some((before, _)), Some((_, after))) => {
+            let segment = path.strip_prefix(before)?.strip_suffix(after)?;
+            (!segment.is_empty() && !segment.contains('/')).then_some((route, segment))
+        }
+        _ => (route.path == path).then_some((route, "")),
     })
 }
 
@@ -105,6 +140,8 @@ fn item(route: &Route) -> Value {
         Endpoint::Ready => ("application/json", reference("Readiness")),
         Endpoint::Tenants => ("application/json", reference("TenantPage")),
         Endpoint::Tenant => ("application/json", reference("Tenant")),
+        Endpoint::Tier | Endpoint::Transition => ("application/json", reference("Transition")),
+        Endpoint::Events => ("text/event-stream", json!({ "type": "string" })),
         Endpoint::OpenApi => ("application/json", json!({ "type": "object" })),
     };
     let mut responses = serde_json::Map::new();
@@ -121,14 +158,16 @@ fn item(route: &Route) -> Value {
             parameter("limit", "query", false, json!({ "type": "integer", "minimum": 1, "maximum": PAGE_MAX })),
             parameter("after", "query", false, json!({ "type": "string" })),
         ],
-        Endpoint::Tenant => vec![parameter("org", "path", true, json!({ "type": "string" }))],
+        Endpoint::Tenant | Endpoint::Tier => vec![parameter("org", "path", true, json!({ "type": "string" }))],
+        Endpoint::Transition => vec![parameter("id", "path", true, json!({ "type": "string" }))],
         _ => Vec::new(),
     };
     let security = match route.access {
         Access::Anyone => json!([]),
         Access::Token => json!([{ "token": [] }]),
     };
-    json!({ "get": { "summary": route.summary, "parameters": parameters, "security": security, "responses": responses } })
+    let method = route.endpoint.method().as_str().to_ascii_lowercase();
+    json!({ method: { "summary": route.summary, "parameters": parameters, "security": security, "responses": responses } })
 }
 
 fn reference(schema: &str) -> Value {
@@ -156,6 +195,12 @@ fn schemas() -> Value {
             "protocols": list(object(json!({
                 "protocol": text, "sessions": count, "connections": count, "stored_bytes": number,
             }))),
+        })),
+        "Transition": object(json!({
+            "id": text, "org_id": text, "from": text, "to": text, "epoch": number, "reason": text,
+            "state": { "type": "string", "enum": ["preparing", "committed", "aborting", "done", "aborted"] },
+            "participants": list(object(json!({ "database": text, "state": text, "calls": number, "note": text }))),
+            "over": list(object(json!({ "database": text, "what": text, "used": number, "max": number }))),
         })),
         "TenantPage": object(json!({ "tenants": list(reference("Tenant")), "next": text })),
     })

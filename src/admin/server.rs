@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited, combinators::BoxBody};
 use hyper::{
     Method, Request, Response, StatusCode,
     body::{Body, Bytes, Incoming},
@@ -25,6 +25,7 @@ use super::{
     route::{self, Access, Endpoint},
     tally::Tally,
     tenants::{View, Wanted},
+    transitions,
 };
 use crate::{
     net::{AcceptLimits, Address, Conn, Drain, ListenConfig, Listener, listen},
@@ -40,7 +41,7 @@ const CONNECTIONS_MAX: u32 = 64;
 const HEADER_MAX_BYTES: usize = 16 * 1024;
 const HEADERS_MAX: usize = 64;
 
-/// Body of a request in bytes. No endpoint reads one so far.
+/// Body of a request in bytes: a few words of JSON.
 const BODY_MAX_BYTES: usize = 64 * 1024;
 
 /// How long headers, and then the body, may take to arrive; also how long a connection may idle between requests.
@@ -60,7 +61,7 @@ const STOP_WITHIN: Duration = Duration::from_secs(1);
 /// How often meters are added up when nobody scrapes.
 const SETTLE_EVERY: Duration = Duration::from_secs(60);
 
-type Answer = Response<Full<Bytes>>;
+pub(super) type Answer = Response<BoxBody<Bytes, Infallible>>;
 
 pub(super) struct Server {
     state: Arc<State>,
@@ -168,17 +169,23 @@ impl Server {
                 .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"dynabase admin\""));
             return answer;
         }
-        let Some((route, org)) = found else {
+        let Some((route, segment)) = found else {
             return fault(StatusCode::NOT_FOUND, "not_found", "no such path; /openapi.json lists them");
         };
-        if parts.method != Method::GET && parts.method != Method::HEAD {
-            let mut answer = fault(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path is read with GET");
-            answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+        let method = route.endpoint.method();
+        if parts.method != method && (parts.method != Method::HEAD || method != Method::GET) {
+            let (allow, message) = match method {
+                Method::PUT => ("PUT", "this path is written with PUT"),
+                _ => ("GET, HEAD", "this path is read with GET"),
+            };
+            let mut answer = fault(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
+            answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
             return answer;
         }
-        if let Err(answer) = read_body(body).await {
-            return *answer;
-        }
+        let body = match read_body(body).await {
+            Ok(body) => body,
+            Err(answer) => return *answer,
+        };
         match route.endpoint {
             Endpoint::Live => text("text/plain; charset=utf-8", "ok".to_owned()),
             Endpoint::Ready => self.ready(),
@@ -190,7 +197,10 @@ impl Server {
                 Ok(wanted) => json_of(StatusCode::OK, &json!(wanted.page(self.state.table.slots()))),
                 Err(message) => fault(StatusCode::BAD_REQUEST, "bad_query", message),
             },
-            Endpoint::Tenant => self.tenant(org).await,
+            Endpoint::Tenant => self.tenant(segment).await,
+            Endpoint::Tier => transitions::begin(&self.state, segment, &body).await,
+            Endpoint::Transition => transitions::show(&self.state, segment).await,
+            Endpoint::Events => transitions::events(&self.state),
             Endpoint::OpenApi => json_of(StatusCode::OK, &route::openapi()),
         }
     }
@@ -243,18 +253,18 @@ async fn read_body(body: Incoming) -> Result<Bytes, Box<Answer>> {
     }
 }
 
-fn fault(status: StatusCode, code: &str, message: &str) -> Answer {
+pub(super) fn fault(status: StatusCode, code: &str, message: &str) -> Answer {
     json_of(status, &json!({ "error": { "code": code, "message": message } }))
 }
 
-fn json_of(status: StatusCode, value: &Value) -> Answer {
+pub(super) fn json_of(status: StatusCode, value: &Value) -> Answer {
     let mut answer = text("application/json", value.to_string());
     *answer.status_mut() = status;
     answer
 }
 
 fn text(content_type: &'static str, body: String) -> Answer {
-    let mut answer = Response::new(Full::new(Bytes::from(body)));
+    let mut answer = Response::new(Full::new(Bytes::from(body)).boxed());
     let headers = answer.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     // What it shows is of this moment.

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, error::Category};
 
-use super::date;
+use super::{date, ledger::STAMP};
 use crate::tenant::{
     OrgId, Routes, Status, Tenant, Tier,
     directory::{KeyHash, ServiceKey},
@@ -121,6 +121,8 @@ impl Record {
 
     /// This document as the successor of `present`: what only that one knows is kept.
     pub(super) fn over(mut self, present: Record) -> Self {
+        // Only the ledger says where a transition stands: this writer may have read before it began.
+        self.more.remove(STAMP);
         for (name, value) in present.more {
             self.more.entry(name).or_insert(value);
         }

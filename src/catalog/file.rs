@@ -56,6 +56,8 @@ pub(super) struct Folder {
     path: PathBuf,
     pub(super) orgs: PathBuf,
     pub(super) keys: PathBuf,
+    pub(super) open_transitions: PathBuf,
+    pub(super) closed_transitions: PathBuf,
     opened: Instant,
     /// Milliseconds after `opened` when the source was last known good.
     good_ms: AtomicU64,
@@ -68,6 +70,8 @@ impl FileCatalog {
         let folder = Folder {
             orgs: path.join("orgs"),
             keys: path.join("service_keys"),
+            open_transitions: path.join("transitions").join("open"),
+            closed_transitions: path.join("transitions").join("closed"),
             path,
             opened: Instant::now(),
             good_ms: AtomicU64::new(0),
@@ -76,8 +80,9 @@ impl FileCatalog {
         let catalog = Self(Arc::new(folder));
         catalog
             .blocking(|folder| {
-                fs::create_dir_all(&folder.orgs).map_err(unavailable)?;
-                fs::create_dir_all(&folder.keys).map_err(unavailable)
+                [&folder.orgs, &folder.keys, &folder.open_transitions, &folder.closed_transitions]
+                    .into_iter()
+                    .try_for_each(|folder| fs::create_dir_all(folder).map_err(unavailable))
             })
             .await?;
         Ok(catalog)
@@ -178,7 +183,7 @@ impl FileCatalog {
         self.0.damaged.load(Ordering::Relaxed)
     }
 
-    async fn blocking<T: Send + 'static>(
+    pub(super) async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Folder) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, Fault> {
@@ -187,7 +192,7 @@ impl FileCatalog {
         done.unwrap_or_else(|_| Err(Fault::Unavailable("the process is stopping".to_owned())))
     }
 
-    fn stream<T: Send + 'static>(
+    pub(super) fn stream<T: Send + 'static>(
         &self,
         place: impl FnOnce(&Folder) -> &Path + Send + 'static,
         read: impl Fn(&Folder, &str) -> Option<Result<T, Fault>> + Send + 'static,
@@ -246,6 +251,11 @@ impl Folder {
 
     fn remove(&self, folder: &Path, name: &str) -> Result<(), Fault> {
         let _turn = self.lock()?;
+        self.remove_locked(folder, name)
+    }
+
+    /// As `remove`, for who has the turn already.
+    pub(super) fn remove_locked(&self, folder: &Path, name: &str) -> Result<(), Fault> {
         match fs::remove_file(path(folder, name)) {
             Ok(()) => sync(folder).map_err(unavailable),
             Err(error) if error.kind() == io::ErrorKind::NotFound && folder.is_dir() => Err(Fault::Unknown),
@@ -254,7 +264,7 @@ impl Folder {
     }
 
     /// Takes the turn among all writers of the folder; dropping the file gives it back.
-    fn lock(&self) -> Result<File, Fault> {
+    pub(super) fn lock(&self) -> Result<File, Fault> {
         let file = File::options()
             .create(true)
             .truncate(false)
@@ -289,7 +299,7 @@ fn stamp(about: &fs::Metadata) -> io::Result<Stamp> {
     Ok((about.modified()?, about.len(), about.ino()))
 }
 
-fn read<T>(folder: &Path, name: &str, parse: impl FnOnce(&[u8]) -> Result<T, String>) -> Found<T> {
+pub(super) fn read<T>(folder: &Path, name: &str, parse: impl FnOnce(&[u8]) -> Result<T, String>) -> Found<T> {
     let mut file = match File::open(path(folder, name)) {
         Ok(file) => file,
         // A folder that is gone (an unmounted disk) says nothing about its documents.
@@ -315,7 +325,7 @@ fn read<T>(folder: &Path, name: &str, parse: impl FnOnce(&[u8]) -> Result<T, Str
 
 /// Writes a document so that a reader, or a crash, meets the old one or the new one, whole. Callers hold the lock, so
 /// the file under way is theirs; what a crash left of one is overwritten.
-fn write(folder: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn write(folder: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
     let under_way = folder.join(format!(".{name}.tmp"));
     let written = File::create(&under_way).and_then(|mut file| {
         file.write_all(bytes)?;
@@ -342,7 +352,7 @@ fn digest(bytes: &[u8]) -> u64 {
     hasher.finish()
 }
 
-fn known<T>(read: Found<T>) -> Result<T, Fault> {
+pub(super) fn known<T>(read: Found<T>) -> Result<T, Fault> {
     match read {
         Found::Good(found, _) => Ok(found),
         Found::Absent => Err(Fault::Unknown),
@@ -352,7 +362,7 @@ fn known<T>(read: Found<T>) -> Result<T, Fault> {
 }
 
 /// One item of a list. What was deleted while listing is left out; a damaged document is named.
-fn named<T>(stem: &str, read: Found<T>) -> Option<Result<T, Fault>> {
+pub(super) fn named<T>(stem: &str, read: Found<T>) -> Option<Result<T, Fault>> {
     match known(read) {
         Err(Fault::Unknown) => None,
         Err(Fault::Damaged(what)) => Some(Err(Fault::Damaged(format!("{stem}: {what}")))),
@@ -360,6 +370,6 @@ fn named<T>(stem: &str, read: Found<T>) -> Option<Result<T, Fault>> {
     }
 }
 
-fn unavailable(error: io::Error) -> Fault {
+pub(super) fn unavailable(error: io::Error) -> Fault {
     Fault::Unavailable(error.to_string())
 }

@@ -9,6 +9,7 @@ pub(crate) mod date;
 mod document;
 mod feed;
 mod file;
+pub mod ledger;
 mod watch;
 
 #[cfg(test)]
@@ -18,6 +19,7 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 pub use document::{KeyRecord, Record};
 pub use file::FileCatalog;
+pub use ledger::{Decision, Entry, LedgerFault, Over, Part, Phase, Stamp, Step, now_ms};
 use serde::Deserialize;
 use tokio::sync::mpsc;
 

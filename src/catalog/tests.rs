@@ -2,6 +2,7 @@
 //! file catalog and adds what only files can suffer.
 
 mod file;
+mod ledger;
 mod suite;
 
 use super::*;

@@ -9,6 +9,7 @@ use crate::{
     catalog::Catalog,
     config::Config,
     tenant::{OrgId, Tier, is_uuid, unit},
+    transition::Coordinator,
 };
 
 /// The configuration's name in a folder of `dynabase dev`.
@@ -42,6 +43,11 @@ impl Place {
 pub async fn catalog(config: &Config) -> Result<Catalog, Failure> {
     let settings = config.catalog.as_ref().ok_or_else(|| Failure::usage("catalog.path is required"))?;
     Catalog::open(settings).await.map_err(Failure::failed)
+}
+
+/// What moves tenants between tiers, over the databases of a configuration.
+pub async fn coordinator(config: &Config) -> Result<Coordinator, Failure> {
+    config.coordinator(catalog(config).await?).map_err(Failure::usage)
 }
 
 /// Runs a command's work to its end, on this thread.

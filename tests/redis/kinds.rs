@@ -1,8 +1,10 @@
 //! The same tests before a server with a single database, and before a cluster.
 
+use dynabase::{tenant::OrgId, upstream::redis::Standing};
+
 use super::{
     basic, differential, limits, scripts,
-    support::{Kind, on},
+    support::{House, Kind, on},
     table,
 };
 
@@ -68,5 +70,43 @@ fn a_cluster_serves_a_client_as_one_server_would() {
         limits::no_key_outlives_its_tier_whatever_makes_it,
     ] {
         on(Kind::Cluster, test);
+    }
+}
+
+/// What a change of tier asks of the server: how much a tenant has, and the caps that were decided last.
+async fn standings() {
+    let house = House::start().await;
+    let mut client = house.client("umbrella").await;
+    let mut other = house.client("hooli").await;
+    for i in 0..30 {
+        assert_eq!(client.run(&["SET", &format!("k{i}"), "v"]).await, "+OK");
+        assert_eq!(other.run(&["SET", &format!("k{i}"), "v"]).await, "+OK");
+    }
+    client.line("SELECT 2").await;
+    assert_eq!(client.line("SET k v").await, "+OK");
+    let upstream = house.upstream();
+    let org = OrgId::parse("umbrella").expect("an id");
+    let usage = upstream.usage(&org).await.expect("it answers");
+    assert_eq!(usage.keys, 31, "the other tenant's keys are its own");
+    assert!((31 * 40..31 * 200).contains(&usage.bytes), "{usage:?}");
+    assert_eq!(upstream.standing(&org).await.expect("it answers"), None);
+    let standing = Standing { tier: "PRO".into(), keys: 7, memory: 8, max_ttl: 9 };
+    assert!(upstream.set_standing(&org, &standing, 2, 1).await.expect("it answers"));
+    assert!(!upstream.set_standing(&org, &Standing::default(), 1, 1).await.expect("it answers"), "an older one");
+    assert_eq!(upstream.standing(&org).await.expect("it answers"), Some(standing));
+    upstream.remove(&org, true).await.expect("it answers");
+    assert_eq!(upstream.usage(&org).await.expect("it answers").keys, 0);
+    assert_eq!(other.line("DBSIZE").await, ":30", "nobody else's keys went with them");
+}
+
+fn standings_test() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    runtime.expect("a runtime").block_on(standings());
+}
+
+#[test]
+fn usage_and_caps_are_the_tenants_own_everywhere() {
+    for kind in [Kind::Own, Kind::One, Kind::Cluster] {
+        on(kind, standings_test);
     }
 }

@@ -299,6 +299,11 @@ impl House {
         Self { more: Vec::new(), redis, port, table, tenants, tiers: tiers.to_owned(), target }
     }
 
+    /// The way to the server, as another part of the platform has it.
+    pub fn upstream(&self) -> Arc<Upstream> {
+        Upstream::new(self.target.clone(), names(), commands::for_acl())
+    }
+
     /// Another dynabase process before the same server: its port.
     pub async fn second_front(&self) -> u16 {
         front(self.target.clone(), None, &self.tenants, &self.tiers).await.0

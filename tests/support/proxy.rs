@@ -263,6 +263,33 @@ impl Proxy {
         answer.split_once("\r\n\r\n").expect("head and body").1.to_owned()
     }
 
+    /// What the admin port answers to a request with a body: its status, and the body as JSON.
+    pub fn admin_put(&self, path: &str, body: &str) -> (u16, Value) {
+        let mut socket = TcpStream::connect(("127.0.0.1", self.admin)).expect("the admin port");
+        socket.set_read_timeout(Some(super::PATIENCE)).expect("set");
+        write!(
+            socket,
+            "PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN_TOKEN}\r\nConnection: close\r\n\
+             Content-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .expect("sent");
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).expect("answered");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("head and body");
+        let status = head.split(' ').nth(1).and_then(|it| it.parse().ok()).expect("a status");
+        (status, serde_json::from_str(body).expect("JSON"))
+    }
+
+    /// Runs a command of ours about this installation: exit code, standard output, standard error.
+    pub fn command(&self, words: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String, String) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dynabase"));
+        command.args(words).arg("--config").arg(self.folder.path().join("dynabase.toml"));
+        let output = command.envs(environment.iter().copied()).output().expect("it starts");
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    }
+
     /// The value of a metric, summed over all its labels that contain `labels`.
     pub fn metric(&self, name: &str, labels: &str) -> f64 {
         let text = self.admin("/metrics");

@@ -37,6 +37,29 @@ suite!(
     what_could_not_be_read_again_is_not_written,
 );
 
+mod the_ledger {
+    use super::{super::ledger, *};
+
+    macro_rules! suite {
+        ($($test:ident),* $(,)?) => {$(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $test() {
+                let (catalog, _folder) = folder().await;
+                ledger::$test(catalog).await;
+            }
+        )*};
+    }
+
+    suite!(
+        a_commit_changes_tier_and_epoch_in_one_write,
+        one_transition_at_a_time,
+        a_later_coordinator_fences_the_earlier_off,
+        a_record_that_somebody_else_changed_is_not_committed,
+        no_other_writer_touches_the_stamp,
+        it_can_be_called_off,
+    );
+}
+
 /// On one thread, where the order of the two tasks is known.
 #[tokio::test]
 async fn a_change_that_overtakes_a_look_up_is_enforced() {

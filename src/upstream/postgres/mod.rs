@@ -3,6 +3,7 @@
 //! Entry points: [`Upstream`] for the data path, [`Provisioner`] and [`Maintenance`] for the administrator's login.
 
 mod admin;
+mod ceiling;
 mod config;
 pub mod connection;
 mod dial;
@@ -21,6 +22,7 @@ use tokio::{
 };
 
 pub use admin::{Admin, AdminError};
+pub use ceiling::{Ceiling, Mark};
 pub use config::Config;
 pub use connection::Connection;
 pub use dial::{Address, DialError, Retry, Step, Target};

@@ -20,7 +20,7 @@ pub const PASSWORD_PURPOSE: &str = "postgres";
 
 /// How much later than the proxy the server itself ends a statement or an idle transaction: the proxy's error, with
 /// the tier's numbers in it, is the one a client should see.
-const OUTER_GRACE: Duration = Duration::from_secs(5);
+pub(super) const OUTER_GRACE: Duration = Duration::from_secs(5);
 
 /// Longest wait for another provisioner of the same tenant.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
@@ -153,7 +153,7 @@ impl Provisioner {
         Ok(())
     }
 
-    async fn open(&self) -> Result<Connection, ProvisionError> {
+    pub(super) async fn open(&self) -> Result<Connection, ProvisionError> {
         let client = self.admin.connect(None).await?;
         prepare(&client).await?;
         let version = number(&client, "select pg_catalog.current_setting('server_version_num')::int").await?;
@@ -362,7 +362,7 @@ async fn number(client: &Connection, question: &str) -> Result<i32, AdminError> 
 }
 
 /// Runs one statement, or several where none needs to stand alone.
-async fn run(client: &Connection, doing: &str, statement: &str) -> Result<(), AdminError> {
+pub(super) async fn run(client: &Connection, doing: &str, statement: &str) -> Result<(), AdminError> {
     client.batch_execute(statement).await.map_err(AdminError::sql(doing))
 }
 
@@ -371,12 +371,17 @@ async fn lock(client: &Connection, key: i32) -> Result<(), AdminError> {
     run(client, "waiting for another provisioner", &format!("select pg_advisory_lock({LOCK_SPACE}, {key})")).await
 }
 
+/// As [`lock`], until the transaction ends.
+pub(super) async fn lock_in_transaction(client: &Connection, key: i32) -> Result<(), AdminError> {
+    run(client, "waiting for another provisioner", &format!("select pg_advisory_xact_lock({LOCK_SPACE}, {key})")).await
+}
+
 async fn unlock(client: &Connection, key: i32) -> Result<(), AdminError> {
     run(client, "letting other provisioners in", &format!("select pg_advisory_unlock({LOCK_SPACE}, {key})")).await
 }
 
 /// The same for every process: from a digest of the role's name. Two tenants sharing a lock only wait for each other.
-fn tenant_lock(role: &str) -> i32 {
+pub(super) fn tenant_lock(role: &str) -> i32 {
     let hash = digest::digest(&digest::SHA256, role.as_bytes());
     let mut first = [0; 4];
     first.copy_from_slice(&hash.as_ref()[..4]);

@@ -90,7 +90,7 @@ impl Target {
             let answers = exchange(&mut stream, &ask, logins + 1).await?;
             answers.iter().try_for_each(|answer| refused(answer))?;
             if strings(&answers[logins]).first().is_none_or(|role| role != "master") {
-                return Err(DialError::Refused("it is no master".to_owned()));
+                return Err(DialError::Refused("READONLY it is no master".to_owned()));
             }
         }
         Ok(stream)

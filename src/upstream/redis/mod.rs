@@ -17,6 +17,7 @@ pub mod nodes;
 pub mod outbox;
 mod place;
 pub mod reply;
+mod standing;
 mod walk;
 
 use std::{
@@ -37,6 +38,7 @@ pub use dial::{DialError, Target};
 pub use nodes::Via;
 pub use outbox::Outbox;
 pub use place::Place;
+pub use standing::{Standing, Usage};
 
 use crate::{
     net::Stream,
@@ -205,7 +207,7 @@ impl Upstream {
             };
             let answers = dial::exchange(&mut stream, requests, replies).await?;
             if self.nodes.may_change() && answers.iter().any(|answer| answer.starts_with(b"-READONLY")) {
-                return Err(DialError::Refused("it is no master any more".to_owned()));
+                return Err(DialError::Refused("READONLY it is no master any more".to_owned()));
             }
             let mut idle = self.idle.lock();
             if idle.len() >= PLATFORM_IDLE_MAX {

@@ -212,26 +212,31 @@ fn clauses(
 fn put_guarded(org: &str, collation: Collation, expression: &Element<'_>, out: &mut Vec<u8>) {
     let outer = bson::open_document(out, "$expr");
     let cond = bson::open_array(out, "$cond");
-    let test = bson::open_document(out, "0");
+    put_is_own(org, collation, "0", "$org_id", out);
+    bson::put_as(out, "1", expression);
+    bson::put_bool(out, "2", false);
+    bson::close(out, cond);
+    bson::close(out, outer);
+}
+
+/// The expression that what stands at `path` is the tenant's id.
+pub(super) fn put_is_own(org: &str, collation: Collation, key: &str, path: &str, out: &mut Vec<u8>) {
+    let test = bson::open_document(out, key);
     match collation {
         Collation::Simple => {
             let eq = bson::open_array(out, "$eq");
-            bson::put_str(out, "0", "$org_id");
+            bson::put_str(out, "0", path);
             bson::put_str(out, "1", org);
             bson::close(out, eq);
         }
         Collation::Other => {
             let matches = bson::open_document(out, "$regexMatch");
-            bson::put_str(out, "input", "$org_id");
+            bson::put_str(out, "input", path);
             put_pattern(out, "regex", org);
             bson::close(out, matches);
         }
     }
     bson::close(out, test);
-    bson::put_as(out, "1", expression);
-    bson::put_bool(out, "2", false);
-    bson::close(out, cond);
-    bson::close(out, outer);
 }
 
 /// Operators without a field, beside the logical ones and `$expr`.

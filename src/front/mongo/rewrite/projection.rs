@@ -48,29 +48,33 @@ pub(super) fn put(
 }
 
 fn body(projection: Document<'_>, out: &mut Vec<u8>) -> Result<(), Fault> {
-    let mut left = 0;
-    let sort = sort(projection, 0)?;
+    let whole = sort(projection, 0, Named::All)?;
     for element in projection {
         let element = element?;
         // Whatever the client says about it: it is not shown, and said once.
-        if element.key == ORG.as_bytes() {
-            continue;
+        if element.key != ORG.as_bytes() {
+            bson::put(out, &element);
         }
-        if element.key != b"_id" || element.truthy() {
-            left += 1;
-        }
-        bson::put(out, &element);
     }
-    match sort {
-        Some(Sort::Inclusion) if left == 0 => bson::put_i32(out, NOWHERE, 1),
+    match whole {
+        // Without the client's word on `org_id` the rest may not include by itself any more.
+        Some(Sort::Inclusion) if sort(projection, 0, Named::Rest)? != whole => bson::put_i32(out, NOWHERE, 1),
         Some(Sort::Inclusion) => {}
         Some(Sort::Exclusion) | None => bson::put_i32(out, ORG, 0),
     }
     Ok(())
 }
 
+/// Which fields of a projection are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Named {
+    All,
+    /// All but `org_id`.
+    Rest,
+}
+
 /// The kind, or `None` where nothing decides and the server excludes.
-fn sort(projection: Document<'_>, depth: usize) -> Result<Option<Sort>, Fault> {
+fn sort(projection: Document<'_>, depth: usize, named: Named) -> Result<Option<Sort>, Fault> {
     if depth >= DEPTH_MAX {
         return Err(Fault::too_deep());
     }
@@ -78,6 +82,9 @@ fn sort(projection: Document<'_>, depth: usize) -> Result<Option<Sort>, Fault> {
     let mut id = None;
     for element in projection {
         let element = element?;
+        if named == Named::Rest && element.key == ORG.as_bytes() {
+            continue;
+        }
         let told = one(&element, depth)?;
         if depth == 0 && element.key == b"_id" {
             id = told;
@@ -101,6 +108,6 @@ fn one(element: &Element<'_>, depth: usize) -> Result<Option<Sort>, Fault> {
     match document.iter().next().transpose()?.map(|first| first.key) {
         Some(b"$slice" | b"$meta") => Ok(None),
         Some(key) if key.first() == Some(&b'$') => Ok(Some(Sort::Inclusion)),
-        _ => sort(document, depth + 1),
+        _ => sort(document, depth + 1, Named::All),
     }
 }

@@ -298,6 +298,7 @@ pub(super) fn put_graph_lookup<'a>(
         Ok::<(), Fault>(())
     })?;
     if filtered(cx.scope) {
+        put.put(out, |out| put_own_only(cx, into, out));
         put.put(out, |out| {
             name::put_text(out, b"$unset", |out| {
                 out.extend_from_slice(into.as_bytes());
@@ -307,6 +308,22 @@ pub(super) fn put_graph_lookup<'a>(
         });
     }
     Ok(())
+}
+
+/// `$set: {<into>: {$filter: <the tenant's>}}`: a server that passes over `restrictSearchWithMatch` (SecantusDB 0.7 does)
+/// still shows nothing of others.
+fn put_own_only(cx: &Cx<'_, '_>, into: &str, out: &mut Vec<u8>) {
+    let set = bson::open_document(out, "$set");
+    let field = bson::open_document(out, into);
+    let filter = bson::open_document(out, "$filter");
+    name::put_text(out, b"input", |out| {
+        out.push(b'$');
+        out.extend_from_slice(into.as_bytes());
+    });
+    predicate::put_is_own(cx.scope.org.as_str(), cx.collation, "cond", "$$this.org_id", out);
+    bson::close(out, filter);
+    bson::close(out, field);
+    bson::close(out, set);
 }
 
 pub(super) fn put_union<'a>(

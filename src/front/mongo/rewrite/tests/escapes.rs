@@ -162,7 +162,7 @@ fn an_expression_that_fails_on_anothers_document() {
                     r#"{{"aggregate": "c", "pipeline": [{{"$graphLookup": {{"from": "d", "startWith": "$a", "connectFromField": "b", "connectToField": "c", "as": "x", "restrictSearchWithMatch": {{"$expr": {raises}}}}}}}], "cursor": {{}}}}"#
                 ),
                 &format!(
-                    r#"{{"aggregate": "c", "pipeline": [{{"$match": {{"org_id": "acme"}}}}, {{"$unset": "org_id"}}, {{"$graphLookup": {{"from": "d", "startWith": "$a", "connectFromField": "b", "connectToField": "c", "as": "x", "restrictSearchWithMatch": {{"$and": [{{"org_id": "acme"}}, {guarded}]}}}}}}, {{"$unset": "x.org_id"}}], "cursor": {{}}}}"#
+                    r#"{{"aggregate": "c", "pipeline": [{{"$match": {{"org_id": "acme"}}}}, {{"$unset": "org_id"}}, {{"$graphLookup": {{"from": "d", "startWith": "$a", "connectFromField": "b", "connectToField": "c", "as": "x", "restrictSearchWithMatch": {{"$and": [{{"org_id": "acme"}}, {guarded}]}}}}}}, {{"$set": {{"x": {{"$filter": {{"input": "$x", "cond": {{"$eq": ["$$this.org_id", "acme"]}}}}}}}}}}, {{"$unset": "x.org_id"}}], "cursor": {{}}}}"#
                 ),
             ),
             // What can't fail keeps its index.

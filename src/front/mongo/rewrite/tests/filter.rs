@@ -102,6 +102,7 @@ fn projections_hide_without_mixing() {
     hidden(r#"{"org_id": 1, "a": 1}"#, r#"{"a": 1}"#);
     hidden(r#"{"org_id": 1}"#, r#"{"org_id.nowhere": 1}"#);
     hidden(r#"{"org_id": 1, "_id": 0}"#, r#"{"_id": 0, "org_id.nowhere": 1}"#);
+    hidden(r#"{"org_id": "$a", "b": {"$slice": 1}}"#, r#"{"b": {"$slice": 1}, "org_id.nowhere": 1}"#);
     hidden(r#"{"org_id": "$org_id", "a": 1}"#, r#"{"a": 1}"#);
 }
 
@@ -368,7 +369,7 @@ fn pipelines() {
     one(
         r#"[{"$graphLookup": {"from": "d", "startWith": "$a", "connectFromField": "b", "connectToField": "c", "as": "x"}}]"#,
         &format!(
-            r#"[{bound}, {{"$graphLookup": {{"from": "d", "startWith": "$a", "connectFromField": "b", "connectToField": "c", "as": "x", "restrictSearchWithMatch": {{"org_id": "acme"}}}}}}, {{"$unset": "x.org_id"}}]"#
+            r#"[{bound}, {{"$graphLookup": {{"from": "d", "startWith": "$a", "connectFromField": "b", "connectToField": "c", "as": "x", "restrictSearchWithMatch": {{"org_id": "acme"}}}}}}, {{"$set": {{"x": {{"$filter": {{"input": "$x", "cond": {{"$eq": ["$$this.org_id", "acme"]}}}}}}}}}}, {{"$unset": "x.org_id"}}]"#
         ),
     );
     one(r#"[{"$unionWith": "d"}]"#, &format!(r#"[{bound}, {{"$unionWith": {{"coll": "d", "pipeline": [{bound}]}}}}]"#));

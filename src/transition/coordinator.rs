@@ -1,0 +1,436 @@
+//! Does what the machine says: writes the journal, calls the participants, takes the answers back. Any number of
+//! processes may run one; the ledger's fence says who has a transition.
+//!
+//! A transition's work is a task of its own, never part of a client's or an operator's request: who asked may go.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::{
+    participant::{Look, Participant, Participants, ReadBack, Trouble},
+    state::{SEATS, State},
+    work::Work,
+};
+use crate::{
+    catalog::{
+        Catalog, Decision, Entry, Fault, LedgerFault, Over, Part, Phase, Step,
+        ledger::{failpoint::reach, lease, this_process},
+        now_ms,
+    },
+    tenant::{Limits, OrgId, Protocol, Routes, Status, Tenant, Tier, Tiers},
+};
+
+/// Longest time for preparing, all participants together. These are shorter in tests, which wait for them.
+const PREPARE_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 1_500 } else { 60_000 });
+
+/// Longest look at one participant before anything begins.
+const LOOK_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 20_000 });
+
+/// How long a transition is left to its coordinator after the last sign of it.
+pub(super) const LEASE: Duration = Duration::from_secs(15);
+
+/// News kept for who listens slowly; older ones are lost to it.
+const NEWS: usize = 256;
+
+/// Random bytes of an id.
+const ID_BYTES: usize = 10;
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Whose tier.
+    pub org: OrgId,
+    /// Which one.
+    pub to: Tier,
+    /// Also when the tenant has more than that allows: it may then only shrink.
+    pub force: bool,
+    /// Who asks: `cli`, `admin`.
+    pub by: &'static str,
+}
+
+/// Why a transition did not begin. Nothing was changed.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Refused {
+    /// There is no such tenant.
+    Unknown,
+    /// It has this tier.
+    Same,
+    /// It is being deleted.
+    Deleting,
+    /// Another transition of it is open.
+    Busy {
+        /// Which.
+        id: String,
+    },
+    /// It has more than the new tier allows.
+    Over(Vec<Over>),
+    /// A database can't take part.
+    Participant {
+        /// Which.
+        database: Protocol,
+        /// Why.
+        why: Trouble,
+    },
+    /// Its record was changed meanwhile.
+    Outdated,
+    /// The catalog can't be used.
+    Catalog(Fault),
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Refused::Unknown => f.write_str("there is no such tenant"),
+            Refused::Same => f.write_str("the tenant has this tier"),
+            Refused::Deleting => f.write_str("the tenant is being deleted"),
+            Refused::Busy { id } => write!(f, "transition {id} of this tenant is not over yet"),
+            Refused::Over(over) => {
+                f.write_str("the tenant has more than the new tier allows:")?;
+                over.iter().try_for_each(|it| write!(f, " {} {}: {} of {};", it.database, it.what, it.used, it.max))
+            }
+            Refused::Participant { database, why } => write!(f, "{}: {why}", database.label()),
+            Refused::Outdated => f.write_str("the tenant's record was changed meanwhile: look again, ask again"),
+            Refused::Catalog(fault) => fault.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for Refused {}
+
+impl From<LedgerFault> for Refused {
+    fn from(fault: LedgerFault) -> Self {
+        match fault {
+            LedgerFault::Busy { id } => Refused::Busy { id },
+            LedgerFault::Overtaken | LedgerFault::Outdated => Refused::Outdated,
+            LedgerFault::Catalog(Fault::Unknown) => Refused::Unknown,
+            LedgerFault::Catalog(fault) => Refused::Catalog(fault),
+        }
+    }
+}
+
+/// One database's answer to "are you where the decided tier is?".
+#[derive(Clone, Debug, PartialEq)]
+pub struct Verified {
+    /// Which database.
+    pub database: Protocol,
+    /// What it holds; `None`: this installation has no such database.
+    pub answer: Option<Result<ReadBack, Trouble>>,
+}
+
+impl Verified {
+    /// Whether nothing speaks against it.
+    pub fn agrees(&self) -> bool {
+        self.answer.as_ref().is_none_or(|answer| answer.as_ref().is_ok_and(|it| it.agrees))
+    }
+}
+
+/// Moves tenants between tiers. Cheap to clone.
+#[derive(Clone)]
+pub struct Coordinator(Arc<Inner>);
+
+struct Inner {
+    catalog: Catalog,
+    tiers: ArcSwap<Tiers>,
+    participants: Participants,
+    owner: String,
+    news: broadcast::Sender<Arc<Entry>>,
+    asks: mpsc::Sender<Asked>,
+    /// Taken by the one [`Coordinator::run`] of this process.
+    asked: Mutex<Option<mpsc::Receiver<Asked>>>,
+}
+
+/// Requests that wait to be begun; one takes as long as the slowest database's look.
+const ASKS: usize = 64;
+
+/// A request for the running coordinator, and who waits for its beginning.
+pub(super) type Asked = (Request, oneshot::Sender<Result<Entry, Refused>>);
+
+impl Coordinator {
+    /// Over these databases.
+    pub fn new(catalog: Catalog, tiers: Tiers, participants: Participants) -> Self {
+        let (news, _) = broadcast::channel(NEWS);
+        let (asks, asked) = mpsc::channel(ASKS);
+        Self(Arc::new(Inner {
+            catalog,
+            tiers: ArcSwap::from_pointee(tiers),
+            participants,
+            owner: this_process(),
+            news,
+            asks,
+            asked: Mutex::new(Some(asked)),
+        }))
+    }
+
+    /// The catalog it writes to.
+    pub fn catalog(&self) -> &Catalog {
+        &self.0.catalog
+    }
+
+    /// Takes new numbers for the tiers. Transitions under way keep the ones they began with.
+    pub fn set_tiers(&self, tiers: Tiers) {
+        self.0.tiers.store(Arc::new(tiers));
+    }
+
+    /// Every change of a transition that this process works on, from now on.
+    pub fn news(&self) -> broadcast::Receiver<Arc<Entry>> {
+        self.0.news.subscribe()
+    }
+
+    /// Has [`Self::run`] begin a transition and carry it to its end; gives how it begins. Whoever asks may go: the work
+    /// is not theirs.
+    ///
+    /// # Errors
+    /// Why it did not begin; [`Fault::Unavailable`] when nobody runs the coordinator.
+    pub async fn submit(&self, request: Request) -> Result<Entry, Refused> {
+        let away = || Refused::Catalog(Fault::Unavailable("the process is starting or stopping".to_owned()));
+        let (answer, begun) = oneshot::channel();
+        self.0.asks.try_send((request, answer)).map_err(|_| away())?;
+        begun.await.unwrap_or_else(|_| Err(away()))
+    }
+
+    pub(super) fn asked(&self) -> Option<mpsc::Receiver<Asked>> {
+        self.0.asked.lock().take()
+    }
+
+    /// One database, if it is there.
+    pub(super) fn participant(&self, seat: usize) -> Option<Arc<dyn Participant>> {
+        self.0.participants.0[seat].clone()
+    }
+
+    /// Whether this process works on it.
+    pub(super) fn is_mine(&self, entry: &Entry) -> bool {
+        entry.owner == self.0.owner
+    }
+
+    /// Tells who listens.
+    pub(super) fn tell(&self, entry: &Entry) {
+        // Nobody listening is no failure.
+        let _ = self.0.news.send(Arc::new(entry.clone()));
+    }
+
+    /// The numbers of a tier.
+    pub(super) fn limits(&self, tier: Tier) -> Arc<Limits> {
+        Arc::clone(self.0.tiers.load().limits(tier))
+    }
+
+    /// Looks at every database and begins a transition. Give its entry to [`Self::drive`].
+    ///
+    /// # Errors
+    /// Why it did not begin: nothing was changed.
+    pub async fn begin(&self, request: &Request) -> Result<Entry, Refused> {
+        let record = self.0.catalog.get(&request.org).await.map_err(|fault| Refused::from(LedgerFault::from(fault)))?;
+        let tenant = record.tenant;
+        if tenant.status == Status::Deleting {
+            return Err(Refused::Deleting);
+        }
+        match self.0.catalog.open_transition(&request.org).await {
+            Ok(open) => return Err(Refused::Busy { id: open.id }),
+            Err(Fault::Unknown) => {}
+            Err(fault) => return Err(Refused::Catalog(fault)),
+        }
+        if tenant.tier == request.to {
+            return Err(Refused::Same);
+        }
+        let to = self.limits(request.to);
+        let looks = self.look(&tenant, &to).await?;
+        let over: Vec<Over> = looks.iter().flatten().flat_map(|look| look.over.clone()).collect();
+        if !over.is_empty() && !request.force {
+            return Err(Refused::Over(over));
+        }
+        let participants = Protocol::ALL
+            .into_iter()
+            .zip(looks)
+            .map(|(database, look)| Part {
+                database: database.label().to_owned(),
+                step: if look.is_some() { Step::Untouched } else { Step::Absent },
+                prior: look.map_or(Value::Null, |look| look.prior),
+                note: String::new(),
+                calls: 0,
+            })
+            .collect();
+        let entry = Entry {
+            id: new_id(&tenant),
+            org: tenant.org.clone(),
+            from: tenant.tier,
+            to: request.to,
+            from_epoch: tenant.epoch,
+            force: request.force,
+            phase: Phase::Preparing,
+            participants,
+            reason: None,
+            over,
+            pins: pins(&tenant, &self.limits(tenant.tier), &to),
+            by: request.by.to_owned(),
+            owner: self.0.owner.clone(),
+            fence: 0,
+            lease_until_ms: lease(LEASE),
+            deadline_ms: lease(PREPARE_WITHIN),
+            cancel: false,
+            began_ms: now_ms(),
+            closed_ms: None,
+        };
+        reach("before the intent");
+        let entry = self.0.catalog.begin(entry).await?;
+        reach("after the intent");
+        tracing::info!(org = %entry.org, id = entry.id, from = %entry.from, to = %entry.to, "tier transition begun");
+        self.tell(&entry);
+        Ok(entry)
+    }
+
+    async fn look(&self, tenant: &Tenant, to: &Limits) -> Result<[Option<Look>; SEATS], Refused> {
+        let looks = self.0.participants.0.each_ref().map(|participant| async move {
+            let Some(participant) = participant else { return Ok(None) };
+            let database = participant.database();
+            match tokio::time::timeout(LOOK_WITHIN, participant.look(tenant, to)).await {
+                Ok(Ok(look)) => Ok(Some(look)),
+                Ok(Err(why)) => Err(Refused::Participant { database, why }),
+                Err(_) => {
+                    let why = Trouble::Failed(format!("no answer in {LOOK_WITHIN:?}"));
+                    Err(Refused::Participant { database, why })
+                }
+            }
+        });
+        let mut answers = futures_util::future::join_all(looks).await.into_iter();
+        let mut found: [Option<Look>; SEATS] = Default::default();
+        for place in &mut found {
+            *place = answers.next().transpose()?.flatten();
+        }
+        Ok(found)
+    }
+
+    /// Carries a transition that this process has just begun to its end.
+    ///
+    /// # Errors
+    /// [`LedgerFault::Overtaken`]: another process has it; [`Fault::Unknown`]: the tenant is gone.
+    ///
+    /// # Cancel safety
+    /// Dropped, it stays where it is until somebody takes it up ([`Self::take_up`]).
+    pub async fn drive(&self, entry: Entry) -> Result<Entry, LedgerFault> {
+        let state = State::new(self.0.participants.present());
+        self.work(entry, state).await
+    }
+
+    /// Takes up a transition that nobody works on, and carries it to its end.
+    ///
+    /// # Errors
+    /// As [`Self::drive`]; [`LedgerFault::Overtaken`] while its coordinator still gives signs.
+    ///
+    /// # Cancel safety
+    /// As [`Self::drive`].
+    pub async fn take_up(&self, org: &OrgId) -> Result<Entry, LedgerFault> {
+        let mut entry = self.0.catalog.claim(org, &self.0.owner, LEASE).await?;
+        reach("after a claim");
+        tracing::info!(org = %entry.org, id = entry.id, phase = entry.phase.word(), "tier transition taken up");
+        let present = self.0.participants.present();
+        let mut steps = [Step::Absent; SEATS];
+        for ((step, part), present) in steps.iter_mut().zip(&mut entry.participants).zip(present) {
+            match (part.step, present) {
+                (known, true) => *step = known,
+                (Step::Absent, false) => {}
+                // It took part and is no longer configured: nobody can settle it.
+                (_, false) => part.set_note("no longer configured: left as it is"),
+            }
+        }
+        let state = State { phase: Phase::Preparing, steps, wish: None }.taken_over();
+        self.work(entry, state).await
+    }
+
+    /// Says where every database stands beside the tenant's record.
+    ///
+    /// # Errors
+    /// The catalog's.
+    pub async fn verify(&self, org: &OrgId) -> Result<(Tenant, Vec<Verified>), Fault> {
+        let tenant = self.0.catalog.get(org).await?.tenant;
+        let limits = self.limits(tenant.tier);
+        let mut answers = Vec::new();
+        for database in Protocol::ALL {
+            let answer = match &self.0.participants.0[database as usize] {
+                None => None,
+                Some(participant) => {
+                    let reading = participant.read_back(&tenant, &limits);
+                    let late = || Err(Trouble::Failed(format!("no answer in {LOOK_WITHIN:?}")));
+                    Some(tokio::time::timeout(LOOK_WITHIN, reading).await.unwrap_or_else(|_| late()))
+                }
+            };
+            answers.push(Verified { database, answer });
+        }
+        Ok((tenant, answers))
+    }
+
+    async fn work(&self, entry: Entry, state: State) -> Result<Entry, LedgerFault> {
+        let mut work = Work::new(self.clone(), entry, state);
+        let done = work.run().await;
+        match &done {
+            Ok(()) => {
+                let entry = &work.entry;
+                let reason = entry.reason.as_deref().unwrap_or_default();
+                metrics::counter!("dynabase_tier_transitions_total", "outcome" => entry.phase.word()).increment(1);
+                tracing::info!(org = %entry.org, id = entry.id, outcome = entry.phase.word(), reason, "tier transition over");
+            }
+            Err(fault) => tracing::warn!(org = %work.entry.org, id = work.entry.id, %fault, "tier transition left"),
+        }
+        done.map(|()| work.entry)
+    }
+}
+
+/// Data stays where it is: what the old tier said about its place is said by the record from the commit on, where the new
+/// tier would say otherwise. Another place takes a move of its own.
+fn pins(tenant: &Tenant, from: &Limits, to: &Limits) -> Routes {
+    let (home, isolation) = (from.postgres.home, from.mongodb.isolation);
+    Routes {
+        postgres: (tenant.routes.postgres.is_none() && home != to.postgres.home).then_some(home),
+        mongodb: (tenant.routes.mongodb.is_none() && isolation != to.mongodb.isolation).then_some(isolation),
+    }
+}
+
+/// `<org>.<epoch after>.<random>`.
+fn new_id(tenant: &Tenant) -> String {
+    let mut bytes = [0; ID_BYTES];
+    // Without random bytes there is no TLS and no token either; ids would only be less unlike each other.
+    let _ = aws_lc_rs::rand::fill(&mut bytes);
+    let random = data_encoding::BASE32_NOPAD.encode(&bytes).to_lowercase();
+    format!("{}.{}.{random}", tenant.org, tenant.epoch + 1)
+}
+
+/// A transition as operators see it.
+pub fn described(entry: &Entry) -> Value {
+    let parts: Vec<Value> = entry
+        .participants
+        .iter()
+        .map(|part| json!({ "database": part.database, "state": word(part.step, entry.phase), "calls": part.calls, "note": part.note }))
+        .collect();
+    json!({
+        "id": entry.id,
+        "org_id": entry.org,
+        "from": entry.from,
+        "to": entry.to,
+        "epoch": entry.from_epoch + 1,
+        "state": entry.phase.word(),
+        "force": entry.force,
+        "by": entry.by,
+        "participants": parts,
+        "reason": entry.reason,
+        "over": entry.over,
+        "began_ms": entry.began_ms,
+        "closed_ms": entry.closed_ms,
+    })
+}
+
+/// A participant's state in the words of the transition's phase.
+pub fn word(step: Step, phase: Phase) -> &'static str {
+    match (step, phase.decision()) {
+        (Step::Absent, _) => "not there",
+        (Step::Untouched, _) => "untouched",
+        (Step::Refused, _) => "refused",
+        (Step::Settled, Some(Decision::Abort)) => "restored",
+        (Step::Settled, _) => "done",
+        (_, Some(Decision::Commit)) => "finishing",
+        (_, Some(Decision::Abort)) => "restoring",
+        (Step::Prepared, None) => "prepared",
+        (Step::Asked | Step::Doubt, None) => "preparing",
+    }
+}

@@ -1,0 +1,159 @@
+//! The databases that take part in a transition: what each can say about a move, and how it is brought there or back.
+//!
+//! Every call may be repeated, may arrive late, and may be done although its answer is lost. A call carries the
+//! coordinator's fence and stage ([`Mark`]); where a database can hold such a mark it refuses what is older, so that a
+//! coordinator that wakes up too late changes nothing.
+
+use std::{fmt, pin::Pin, sync::Arc};
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{
+    catalog::Over,
+    tenant::{Limits, Protocol, Tenant, Tier},
+    upstream::postgres::Mark,
+};
+
+mod convex;
+mod postgres;
+mod redis;
+
+pub use convex::Convex;
+pub use postgres::Postgres;
+pub use redis::Redis;
+
+use super::state::SEATS;
+
+/// The stage of a mark while preparing.
+pub const PREPARES: u8 = 1;
+
+/// The stage of a mark when finishing or restoring.
+pub const SETTLES: u8 = 2;
+
+/// What a participant is asked to do.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// The tenant as it was when the transition began.
+    pub tenant: Tenant,
+    /// Its limits then.
+    pub from: Arc<Limits>,
+    /// The tier to go to.
+    pub to_tier: Tier,
+    /// Its limits.
+    pub to: Arc<Limits>,
+    /// Whether a tenant over its new limits goes there nevertheless.
+    pub force: bool,
+    /// The settings before, as [`Participant::look`] gave them.
+    pub prior: Value,
+    /// The coordinator's fence.
+    pub fence: u64,
+}
+
+impl Order {
+    fn mark(&self, stage: u8) -> Mark {
+        Mark { fence: self.fence, stage }
+    }
+}
+
+/// What a participant says before anything is done.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Look {
+    /// Its settings, to be restored.
+    pub prior: Value,
+    /// What the tenant has more of than the new limits allow.
+    pub over: Vec<Over>,
+}
+
+/// What a participant holds, beside what it should.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ReadBack {
+    /// Whether they are the same.
+    pub agrees: bool,
+    /// What the decided tier asks for.
+    pub expected: Value,
+    /// What is there.
+    pub found: Value,
+}
+
+/// Why a participant did not do it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// It can't or must not: nothing was done.
+    No(String),
+    /// A newer coordinator was there: nothing was done, and nothing is left to do for this one.
+    Overtaken,
+    /// It can't be reached: nothing was done.
+    Failed(String),
+    /// No answer, or one that says nothing: it may have been done, or be done yet.
+    Unknown(String),
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Trouble::No(what) => write!(f, "no: {what}"),
+            Trouble::Overtaken => f.write_str("a newer coordinator was here"),
+            Trouble::Failed(what) => write!(f, "not reached: {what}"),
+            Trouble::Unknown(what) => write!(f, "no answer: {what}"),
+        }
+    }
+}
+
+/// A participant's answer, some time.
+pub type Reply<'a, T> = Pin<Box<dyn Future<Output = Result<T, Trouble>> + Send + 'a>>;
+
+/// One database's part. All calls may be repeated; dropping one may leave it done.
+pub trait Participant: Send + Sync {
+    /// Which database.
+    fn database(&self) -> Protocol;
+
+    /// Reads its settings for the tenant and what stands against the new limits. Changes nothing.
+    fn look<'a>(&'a self, tenant: &'a Tenant, to: &'a Limits) -> Reply<'a, Look>;
+
+    /// Makes room for the new limits beside the old ones.
+    fn prepare<'a>(&'a self, order: &'a Order) -> Reply<'a, ()>;
+
+    /// Brings it to the new limits, and reads back that it is there.
+    fn finish<'a>(&'a self, order: &'a Order) -> Reply<'a, ()>;
+
+    /// Brings it back to the settings before.
+    fn restore<'a>(&'a self, order: &'a Order) -> Reply<'a, ()>;
+
+    /// Says what it holds for the tenant, beside what `limits` ask for.
+    fn read_back<'a>(&'a self, tenant: &'a Tenant, limits: &'a Limits) -> Reply<'a, ReadBack>;
+}
+
+/// Every database of this installation, in the order of [`Protocol::ALL`]; `None` where there is none.
+#[derive(Clone, Default)]
+pub struct Participants(pub [Option<Arc<dyn Participant>>; SEATS]);
+
+impl Participants {
+    /// None at all.
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// With one more.
+    #[must_use]
+    pub fn with(mut self, participant: Arc<dyn Participant>) -> Self {
+        let seat = participant.database() as usize;
+        self.0[seat] = Some(participant);
+        self
+    }
+
+    /// Which are there.
+    pub fn present(&self) -> [bool; SEATS] {
+        self.0.each_ref().map(Option::is_some)
+    }
+}
+
+/// A word about something that is over, unless it is not.
+fn over(database: Protocol, what: &str, used: u64, max: u64) -> Option<Over> {
+    (used > max).then(|| Over { database: database.label().to_owned(), what: what.to_owned(), used, max })
+}
+
+fn value(of: &impl Serialize) -> Value {
+    // Numbers, texts and lists of them always have a JSON form.
+    serde_json::to_value(of).unwrap_or_default()
+}

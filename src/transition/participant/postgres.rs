@@ -1,0 +1,112 @@
+//! PostgreSQL's part: the ceilings that the tenant's role carries (connections, timeouts, temporary files). An upgrade
+//! raises them before the switch, a downgrade lowers them after it; the proxy's own limits are always inside.
+
+use super::{Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Trouble, over, value};
+use crate::{
+    tenant::{DEFAULT_NAME, Limits, Names, Protocol, Tenant},
+    upstream::postgres::{AdminError, Ceiling, Mark, ProvisionError, Provisioner},
+};
+
+/// The tenants' own PostgreSQL server.
+pub struct Postgres {
+    provisioner: Provisioner,
+    names: Names,
+}
+
+impl Postgres {
+    /// The server that `provisioner` works on.
+    pub fn new(provisioner: Provisioner, names: Names) -> Self {
+        Self { provisioner, names }
+    }
+
+    fn role(&self, tenant: &Tenant) -> String {
+        self.names.postgres(&tenant.org, DEFAULT_NAME).role
+    }
+
+    async fn present(&self, tenant: &Tenant) -> Result<Ceiling, Trouble> {
+        match self.provisioner.ceiling(&self.role(tenant)).await.map_err(trouble)? {
+            Some((ceiling, _)) => Ok(ceiling),
+            None => Err(Trouble::No(format!(
+                "the tenant has no role there: `dynabase tenant provision {}` makes it",
+                tenant.org
+            ))),
+        }
+    }
+
+    async fn set(&self, tenant: &Tenant, ceiling: &Ceiling, mark: Mark) -> Result<(), Trouble> {
+        match self.provisioner.set_ceiling(&self.role(tenant), ceiling, mark).await.map_err(trouble)? {
+            true => Ok(()),
+            false => Err(Trouble::Overtaken),
+        }
+    }
+}
+
+fn trouble(error: ProvisionError) -> Trouble {
+    match &error {
+        ProvisionError::Admin(AdminError::Dial(_)) => Trouble::Failed(error.to_string()),
+        // With a code the server has said no, and rolled back; without one the connection broke.
+        ProvisionError::Admin(AdminError::Sql { cause, .. }) => match cause.code() {
+            Some(code) if matches!(&code.code()[..2], "57" | "53" | "55" | "40" | "08") => {
+                Trouble::Unknown(error.to_string())
+            }
+            Some(_) => Trouble::No(error.to_string()),
+            None => Trouble::Unknown(error.to_string()),
+        },
+        ProvisionError::Admin(AdminError::TimedOut { .. }) => Trouble::Unknown(error.to_string()),
+        ProvisionError::TooOld { .. } | ProvisionError::Tainted { .. } => Trouble::No(error.to_string()),
+    }
+}
+
+impl Participant for Postgres {
+    fn database(&self) -> Protocol {
+        Protocol::Postgres
+    }
+
+    fn look<'a>(&'a self, tenant: &'a Tenant, to: &'a Limits) -> Reply<'a, Look> {
+        Box::pin(async move {
+            let prior = self.present(tenant).await?;
+            let mut bytes = 0;
+            for database in std::iter::once(DEFAULT_NAME).chain(tenant.databases.iter().map(String::as_str)) {
+                let place = self.names.postgres(&tenant.org, database);
+                bytes += self.provisioner.database_bytes(&place.database).await.map_err(trouble)?.unwrap_or(0);
+            }
+            let over = over(Protocol::Postgres, "storage bytes", bytes, to.postgres.storage);
+            Ok(Look { prior: value(&prior), over: over.into_iter().collect() })
+        })
+    }
+
+    fn prepare<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
+        Box::pin(async move {
+            let room = prior(order)?.or_more(&Ceiling::of(&order.to.postgres));
+            self.set(&order.tenant, &room, order.mark(PREPARES)).await
+        })
+    }
+
+    fn finish<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
+        Box::pin(async move {
+            let wanted = Ceiling::of(&order.to.postgres);
+            self.set(&order.tenant, &wanted, order.mark(SETTLES)).await?;
+            match self.present(&order.tenant).await?.is(&wanted) {
+                true => Ok(()),
+                false => Err(Trouble::Unknown("the role does not carry what was set".into())),
+            }
+        })
+    }
+
+    fn restore<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
+        Box::pin(async move { self.set(&order.tenant, &prior(order)?, order.mark(SETTLES)).await })
+    }
+
+    fn read_back<'a>(&'a self, tenant: &'a Tenant, limits: &'a Limits) -> Reply<'a, ReadBack> {
+        Box::pin(async move {
+            let wanted = Ceiling::of(&limits.postgres);
+            let found = self.present(tenant).await?;
+            Ok(ReadBack { agrees: found.is(&wanted), expected: value(&wanted), found: value(&found) })
+        })
+    }
+}
+
+fn prior(order: &Order) -> Result<Ceiling, Trouble> {
+    serde_json::from_value(order.prior.clone())
+        .map_err(|_| Trouble::No("the journal's word on the settings before can't be read".into()))
+}

@@ -1,0 +1,100 @@
+//! Redis' part: the caps that the server keeps of the tenant, and whether it has more than the new ones allow. Redis has
+//! no caps per user; the proxy's table enforces them, on live sessions too.
+
+use std::sync::Arc;
+
+use super::{Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Trouble, over, value};
+use crate::{
+    tenant::{Limits, Protocol, Tenant},
+    upstream::redis::{DialError, Standing, Upstream},
+};
+
+/// The tenants' Redis server.
+pub struct Redis {
+    upstream: Arc<Upstream>,
+}
+
+impl Redis {
+    /// The server behind `upstream`.
+    pub fn new(upstream: Arc<Upstream>) -> Self {
+        Self { upstream }
+    }
+
+    async fn set(&self, order: &Order, standing: &Standing, stage: u8) -> Result<(), Trouble> {
+        match self.upstream.set_standing(&order.tenant.org, standing, order.fence, stage).await.map_err(trouble)? {
+            true => Ok(()),
+            false => Err(Trouble::Overtaken),
+        }
+    }
+}
+
+fn trouble(error: DialError) -> Trouble {
+    match &error {
+        DialError::Unreachable(cause) if cause.kind() == std::io::ErrorKind::ConnectionRefused => {
+            Trouble::Failed(error.to_string())
+        }
+        DialError::Unreachable(_) | DialError::Slow => Trouble::Unknown(error.to_string()),
+        // A server that loads its data, runs a script, or is a replica for the moment says so and does nothing.
+        DialError::Refused(text)
+            if ["LOADING", "BUSY", "MASTERDOWN", "READONLY", "OOM"].iter().any(|word| text.starts_with(word)) =>
+        {
+            Trouble::Failed(error.to_string())
+        }
+        DialError::Refused(_) => Trouble::No(error.to_string()),
+    }
+}
+
+/// The caps before: what the server keeps, or, before the first transition, what the tier gives.
+fn prior(order: &Order) -> Standing {
+    serde_json::from_value(order.prior.clone()).unwrap_or_else(|_| Standing::of(order.tenant.tier, &order.from.redis))
+}
+
+impl Participant for Redis {
+    fn database(&self) -> Protocol {
+        Protocol::Redis
+    }
+
+    fn look<'a>(&'a self, tenant: &'a Tenant, to: &'a Limits) -> Reply<'a, Look> {
+        Box::pin(async move {
+            let prior = self.upstream.standing(&tenant.org).await.map_err(trouble)?;
+            let usage = self.upstream.usage(&tenant.org).await.map_err(trouble)?;
+            let over = [
+                over(Protocol::Redis, "keys", usage.keys, to.redis.keys),
+                over(Protocol::Redis, "memory bytes", usage.bytes, to.redis.memory),
+            ];
+            Ok(Look { prior: value(&prior), over: over.into_iter().flatten().collect() })
+        })
+    }
+
+    fn prepare<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
+        Box::pin(async move {
+            let room = prior(order).or_more(&Standing::of(order.to_tier, &order.to.redis));
+            self.set(order, &room, PREPARES).await
+        })
+    }
+
+    fn finish<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
+        Box::pin(async move {
+            let wanted = Standing::of(order.to_tier, &order.to.redis);
+            self.set(order, &wanted, SETTLES).await?;
+            match self.upstream.standing(&order.tenant.org).await.map_err(trouble)? {
+                Some(found) if found == wanted => Ok(()),
+                _ => Err(Trouble::Unknown("the server does not keep what was set".into())),
+            }
+        })
+    }
+
+    fn restore<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
+        Box::pin(async move { self.set(order, &prior(order), SETTLES).await })
+    }
+
+    fn read_back<'a>(&'a self, tenant: &'a Tenant, limits: &'a Limits) -> Reply<'a, ReadBack> {
+        Box::pin(async move {
+            let wanted = Standing::of(tenant.tier, &limits.redis);
+            let found = self.upstream.standing(&tenant.org).await.map_err(trouble)?;
+            // Before its first transition a tenant has no caps of its own there: the proxy's are the tier's.
+            let agrees = found.as_ref().is_none_or(|found| *found == wanted);
+            Ok(ReadBack { agrees, expected: value(&wanted), found: value(&found) })
+        })
+    }
+}

@@ -1,0 +1,331 @@
+//! One transition being worked on: events in, what the machine says out.
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use tokio::{
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior},
+};
+
+use super::{
+    Coordinator,
+    coordinator::LEASE,
+    participant::{Order, Reply, Trouble},
+    state::{Action, Event, SEATS, State},
+};
+use crate::{
+    catalog::{
+        Decision, Entry, Fault, LedgerFault, Phase, Step,
+        ledger::{failpoint::reach, lease},
+        now_ms,
+    },
+    tenant::{Limits, Protocol, Tenant},
+};
+
+/// Longest wait for one call of a participant; Neon's operations take tens of seconds.
+const CALL_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 45_000 });
+
+/// How often a sign of life is given; also how soon it is seen that a transition was called off.
+const RENEW_EVERY: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 2_000 });
+
+/// The pause after a failed call, doubled with every further one.
+const PAUSE_MIN: Duration = Duration::from_millis(if cfg!(test) { 5 } else { 100 });
+const PAUSE_MAX: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 10_000 });
+
+/// What a call is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Call {
+    Prepare,
+    Finish,
+    Restore,
+}
+
+/// What came back: of a call, or of the pause after one.
+enum Came {
+    Answer(usize, Call, Result<(), Trouble>),
+    Pause(usize),
+}
+
+/// Who moves between which limits.
+struct Terms {
+    tenant: Tenant,
+    from: Arc<Limits>,
+    to: Arc<Limits>,
+}
+
+/// One transition being worked on.
+pub(super) struct Work {
+    coordinator: Coordinator,
+    pub(super) entry: Entry,
+    state: State,
+    calls: JoinSet<Came>,
+    events: VecDeque<Event>,
+    failures: [u32; SEATS],
+    writes_failed: u32,
+    /// When preparing is given up; `None` once it was.
+    deadline: Option<Instant>,
+    terms: Option<Terms>,
+}
+
+impl Work {
+    /// Goes on from `state`.
+    pub(super) fn new(coordinator: Coordinator, entry: Entry, state: State) -> Self {
+        let begun = Event::Begun(entry.phase.decision());
+        let left = Duration::from_millis(entry.deadline_ms.saturating_sub(now_ms()));
+        Self {
+            coordinator,
+            entry,
+            state,
+            calls: JoinSet::new(),
+            events: VecDeque::from([begun]),
+            failures: [0; SEATS],
+            writes_failed: 0,
+            deadline: Some(Instant::now() + left),
+            terms: None,
+        }
+    }
+
+    /// To its end.
+    ///
+    /// # Errors
+    /// As [`Coordinator::drive`].
+    pub(super) async fn run(&mut self) -> Result<(), LedgerFault> {
+        let record = self.coordinator.catalog().get(&self.entry.org).await?;
+        // As it was when the transition began; what else changes of it meanwhile is nobody's business here.
+        let tenant = Tenant { tier: self.entry.from, epoch: self.entry.from_epoch, ..record.tenant };
+        let (from, to) = (self.coordinator.limits(self.entry.from), self.coordinator.limits(self.entry.to));
+        self.terms = Some(Terms { tenant, from, to });
+        let mut renew = tokio::time::interval_at(Instant::now() + RENEW_EVERY, RENEW_EVERY);
+        renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        if self.entry.cancel {
+            self.give_up("called off");
+        }
+        loop {
+            while let Some(event) = self.events.pop_front() {
+                if self.take(event).await? {
+                    return Ok(());
+                }
+            }
+            let deadline = self.deadline.filter(|_| self.state.phase == Phase::Preparing);
+            tokio::select! {
+                Some(came) = self.calls.join_next() => match came {
+                    Ok(came) => self.came(came)?,
+                    // Cut off when the decision fell.
+                    Err(error) if error.is_cancelled() => {}
+                    Err(error) => {
+                        tracing::error!(id = self.entry.id, %error, "a participant's call panicked");
+                        return Err(Fault::Unavailable("a participant's call panicked".into()).into());
+                    }
+                },
+                () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                    self.deadline = None;
+                    self.give_up("not every database had answered in time");
+                }
+                _ = renew.tick() => {
+                    if self.save().await? && self.deadline.is_some() {
+                        self.deadline = None;
+                        self.give_up("called off");
+                    }
+                }
+            }
+        }
+    }
+
+    fn give_up(&mut self, why: &str) {
+        if self.state.phase == Phase::Preparing && self.state.wish.is_none() {
+            let waiting: Vec<&str> = Protocol::ALL
+                .into_iter()
+                .filter(|it| matches!(self.state.steps[*it as usize], Step::Untouched | Step::Asked | Step::Doubt))
+                .map(Protocol::label)
+                .collect();
+            self.entry.reason.get_or_insert_with(|| match waiting.is_empty() {
+                true => why.to_owned(),
+                false => format!("{why}; not ready: {}", waiting.join(", ")),
+            });
+        }
+        self.events.push_back(Event::GivenUp);
+    }
+
+    /// Takes one event and does what follows. Says whether the transition is over.
+    async fn take(&mut self, event: Event) -> Result<bool, LedgerFault> {
+        let before = self.state;
+        let (state, actions) = self.state.on(event);
+        self.state = state;
+        self.entry.phase = state.phase;
+        self.entry.participants.iter_mut().zip(state.steps).for_each(|(part, step)| {
+            // One that is no longer configured keeps its last word.
+            if step != Step::Absent || part.note.is_empty() {
+                part.step = step;
+            }
+        });
+        if event == Event::Closed {
+            self.coordinator.tell(&self.entry);
+            return Ok(true);
+        }
+        if before != state {
+            self.coordinator.tell(&self.entry);
+        }
+        if before.phase != state.phase {
+            // Calls and pauses of the time before the decision: whatever they do yet is older than what follows.
+            self.calls.abort_all();
+            self.failures = [0; SEATS];
+            tracing::info!(org = %self.entry.org, id = self.entry.id, phase = state.phase.word(), "tier transition");
+        }
+        // Only what is settled need not be done again: the rest of the journal is for people.
+        if before.phase != state.phase || matches!(event, Event::Settled(_)) {
+            self.save().await?;
+        }
+        for action in actions {
+            match action {
+                Action::Prepare(seat) => self.call(seat, Call::Prepare),
+                Action::Finish(seat) => self.call(seat, Call::Finish),
+                Action::Restore(seat) => self.call(seat, Call::Restore),
+                Action::Pause(seat) => {
+                    let pause = pause(self.failures[seat]);
+                    self.calls.spawn(async move {
+                        tokio::time::sleep(pause).await;
+                        Came::Pause(seat)
+                    });
+                }
+                Action::Decide(decision) => self.decide(decision).await?,
+                Action::Close => self.close().await?,
+            }
+        }
+        Ok(false)
+    }
+
+    fn call(&mut self, seat: usize, call: Call) {
+        let (Some(participant), Some(terms)) = (self.coordinator.participant(seat), &self.terms) else { return };
+        let Terms { tenant, from, to } = terms;
+        let part = &mut self.entry.participants[seat];
+        part.calls += 1;
+        let order = Order {
+            tenant: tenant.clone(),
+            from: Arc::clone(from),
+            to_tier: self.entry.to,
+            to: Arc::clone(to),
+            force: self.entry.force,
+            prior: part.prior.clone(),
+            fence: self.entry.fence,
+        };
+        self.calls.spawn(async move {
+            reach("before a call");
+            let asked: Reply<'_, ()> = match call {
+                Call::Prepare => participant.prepare(&order),
+                Call::Finish => participant.finish(&order),
+                Call::Restore => participant.restore(&order),
+            };
+            let late = || Err(Trouble::Unknown(format!("no answer in {CALL_WITHIN:?}")));
+            let answer = tokio::time::timeout(CALL_WITHIN, asked).await.unwrap_or_else(|_| late());
+            reach("after a call");
+            Came::Answer(seat, call, answer)
+        });
+    }
+
+    fn came(&mut self, came: Came) -> Result<(), LedgerFault> {
+        let (seat, call, answer) = match came {
+            Came::Pause(seat) => {
+                self.events.push_back(Event::Retry(seat));
+                return Ok(());
+            }
+            Came::Answer(seat, call, answer) => (seat, call, answer),
+        };
+        let part = &mut self.entry.participants[seat];
+        let event = match answer {
+            Ok(()) => {
+                self.failures[seat] = 0;
+                part.note.clear();
+                if call == Call::Prepare { Event::Prepared(seat) } else { Event::Settled(seat) }
+            }
+            Err(Trouble::Overtaken) => return Err(LedgerFault::Overtaken),
+            Err(trouble) => {
+                self.failures[seat] += 1;
+                part.set_note(&trouble.to_string());
+                tracing::warn!(org = %self.entry.org, id = self.entry.id, database = part.database, ?call, %trouble, "a participant failed");
+                match (trouble, call) {
+                    (Trouble::No(why), Call::Prepare) => {
+                        let reason = format!("{} said no: {why}", part.database);
+                        self.entry.reason.get_or_insert(reason);
+                        Event::Refused(seat)
+                    }
+                    (Trouble::Failed(_), _) => Event::Failed(seat),
+                    // After the decision there is no "no" any more: it is tried until it works.
+                    _ => Event::Unknown(seat),
+                }
+            }
+        };
+        self.events.push_back(event);
+        Ok(())
+    }
+
+    async fn decide(&mut self, decision: Decision) -> Result<(), LedgerFault> {
+        // The journal first, so that a reason is not lost with the process.
+        self.save().await?;
+        reach("before the decision");
+        let decided = self.coordinator.catalog().decide(&self.entry, decision).await;
+        reach("after the decision");
+        let event = match decided {
+            Ok(decided) => Event::Decided(decided),
+            Err(LedgerFault::Outdated) => {
+                self.entry.reason.get_or_insert_with(|| "the tenant's record was changed meanwhile".to_owned());
+                Event::Outdated
+            }
+            Err(fault) => {
+                self.write_failed(fault).await?;
+                Event::Undecided
+            }
+        };
+        self.events.push_back(event);
+        Ok(())
+    }
+
+    async fn close(&mut self) -> Result<(), LedgerFault> {
+        reach("before the end");
+        let closed = self.coordinator.catalog().close(self.entry.clone()).await;
+        reach("after the end");
+        let event = match closed {
+            Ok(()) => Event::Closed,
+            Err(fault) => {
+                self.write_failed(fault).await?;
+                Event::Unclosed
+            }
+        };
+        self.events.push_back(event);
+        Ok(())
+    }
+
+    /// Keeps the journal and the lease. Says whether somebody called the transition off.
+    async fn save(&mut self) -> Result<bool, LedgerFault> {
+        self.entry.lease_until_ms = lease(LEASE);
+        match self.coordinator.catalog().save(self.entry.clone()).await {
+            Ok(cancel) => {
+                self.entry.cancel = cancel;
+                Ok(cancel)
+            }
+            // The journal may be behind; the record decides.
+            Err(LedgerFault::Catalog(Fault::Unavailable(what))) => {
+                tracing::warn!(id = self.entry.id, what, "the journal could not be written");
+                Ok(self.entry.cancel)
+            }
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// Waits before a write is tried again; gives up only what can't succeed.
+    async fn write_failed(&mut self, fault: LedgerFault) -> Result<(), LedgerFault> {
+        match fault {
+            LedgerFault::Catalog(Fault::Unavailable(what)) => {
+                tracing::warn!(id = self.entry.id, what, "the catalog could not be written");
+                let pause = pause(self.writes_failed);
+                self.writes_failed += 1;
+                tokio::time::sleep(pause).await;
+                Ok(())
+            }
+            fault => Err(fault),
+        }
+    }
+}
+
+fn pause(failures: u32) -> Duration {
+    PAUSE_MIN.saturating_mul(1 << failures.min(10)).min(PAUSE_MAX)
+}
