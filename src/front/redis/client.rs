@@ -630,6 +630,13 @@ impl Client {
         (used, step)
     }
 
+    /// Forgets an open transaction: what it would have created is not under way any more.
+    pub(super) fn drop_queue(&mut self) {
+        if let (Some(queue), Some(tenancy)) = (self.queue.take(), &self.tenancy) {
+            tenancy.database.ledger.done(queue.creates);
+        }
+    }
+
     /// Gives the connection of our own back.
     pub(super) fn release(&mut self) {
         if let (Some(own), Some(tenancy)) = (self.own.take(), &self.tenancy) {
@@ -660,6 +667,7 @@ impl Client {
 impl Drop for Client {
     fn drop(&mut self) {
         self.outbox.lock().gone = true;
+        self.drop_queue();
         self.server.large.fetch_sub(self.large, Ordering::Relaxed);
         // A blocked command must not pop an element for nobody; a watch must not outlive its client.
         if let Some(own) = self.own.take() {

@@ -43,7 +43,7 @@ impl Client {
         let mut out = Vec::new();
         match held.row.name {
             "dbsize" => {
-                place.count(crate::quota::clock::now_ms()).await?;
+                place.census(0, crate::quota::clock::now_ms()).await?;
                 put_integer(&mut out, i64::try_from(database.ledger.keys()).unwrap_or(i64::MAX));
             }
             "keys" => {

@@ -40,6 +40,10 @@ const SHARE: u64 = 16;
 /// Pause between two measurements that refused commands ask for, in milliseconds.
 const PAUSE_REFUSED_MS: u64 = 50;
 
+/// How long a count holds where counting means walking over the database: other processes, and keys that expire, are
+/// seen after this time.
+pub const FRESH_MS: u64 = 1000;
+
 /// Longest wait for a moment in which none of a tenant's commands that create keys is on its way.
 const CALM_MAX: Duration = Duration::from_secs(3);
 
@@ -113,22 +117,22 @@ async fn measure(place: &Place, pause_ms: u64) -> Result<(), DialError> {
 /// `own` creations are in the caller's own open transaction.
 async fn count(place: &Place, own: u64) -> Result<(), DialError> {
     if !place.is_shared() {
-        return place.count(clock::now_ms()).await;
+        return place.count().await;
     }
-    let is_busy = || place.all().iter().map(|database| database.ledger.under_way()).sum::<u64>() > own;
+    // One walk for all who wait for one.
+    let _turn = place.counting.lock().await;
+    let databases = place.all();
+    let is_fresh = || databases.iter().all(|database| database.ledger.is_fresh(clock::now_ms(), FRESH_MS));
+    if is_fresh() {
+        return Ok(());
+    }
+    let is_busy = || databases.iter().map(|database| database.ledger.under_way()).sum::<u64>() > own;
     let deadline = tokio::time::Instant::now() + CALM_MAX;
     loop {
         while is_busy() && tokio::time::Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        let calm = !is_busy();
-        place.count(clock::now_ms()).await?;
-        if calm && !is_busy() {
-            return Ok(());
-        }
-        if tokio::time::Instant::now() >= deadline {
-            // Not to be relied on for long.
-            place.all().iter().for_each(|database| database.ledger.shrink());
+        if place.census(own, clock::now_ms()).await? || tokio::time::Instant::now() >= deadline {
             return Ok(());
         }
     }
@@ -137,11 +141,11 @@ async fn count(place: &Place, own: u64) -> Result<(), DialError> {
 /// The same where the tenant's keys are among others': one walk counts them and picks the sample.
 async fn measure_shared(place: &Place) -> Result<(), DialError> {
     let databases = place.all();
-    let before: Vec<(u64, u64)> = databases
+    let before: Vec<u64> = databases
         .iter()
         .map(|database| {
             database.ledger.grown.store(false, Ordering::Relaxed);
-            (database.ledger.written.load(Ordering::Relaxed), database.ledger.begin())
+            database.ledger.written.load(Ordering::Relaxed)
         })
         .collect();
     let tallies = place.tally(SAMPLE_MAX).await?;
@@ -152,10 +156,8 @@ async fn measure_shared(place: &Place) -> Result<(), DialError> {
         total = total.saturating_add(u64::try_from(scaled).unwrap_or(u64::MAX));
     }
     place.set_memory(total);
-    let now = clock::now_ms();
-    for (database, (written, mark)) in databases.iter().zip(before) {
+    for (database, written) in databases.iter().zip(before) {
         database.ledger.written.fetch_sub(written, Ordering::Relaxed);
-        database.ledger.known(tallies.get(&database.number).map_or(0, |tally| tally.keys), mark, now);
     }
     Ok(())
 }

@@ -18,7 +18,9 @@ use parking_lot::MutexGuard;
 use super::{
     client::{Client, Held, Queue, Replies, Step, TRANSACTION_MAX_BYTES},
     commands::{self, Made, Policy, Row, TTL},
-    emulate, keys, refuse,
+    emulate, keys,
+    memory::FRESH_MS,
+    refuse,
     rewrite::{header_len, put_rewritten, put_rewritten_from, put_shortened},
     script,
 };
@@ -40,10 +42,6 @@ const BURST_MAX: usize = 1024;
 
 /// Pause between two counts of a tenant's keys, in milliseconds.
 const COUNT_PAUSE_MS: u64 = 20;
-
-/// How long a count holds where counting means walking over the database: other processes, and keys that expire, are
-/// seen after this time.
-const FRESH_MS: u64 = 1000;
 
 /// Keys that a script is expected to create in a database that others use too.
 const SCRIPT_KEYS: u64 = 64;
@@ -373,8 +371,9 @@ impl<'a> Burst<'a> {
                 self.error("ERR MULTI calls can not be nested");
             }
             (name, None) => self.error(&format!("ERR {} without MULTI", name.to_uppercase())),
-            ("discard", Some(_)) => {
+            ("discard", Some(queue)) => {
                 self.unwatch();
+                self.done(queue.creates);
                 self.local(b"+OK\r\n");
             }
             (_, Some(queue)) if queue.dirty => {

@@ -5,7 +5,9 @@ use std::sync::{Arc, atomic::Ordering};
 
 use super::{
     client::{Client, Held},
-    keys, refuse,
+    keys,
+    memory::FRESH_MS,
+    refuse,
     rewrite::put_rewritten,
 };
 use crate::{
@@ -133,7 +135,8 @@ impl Client {
         }
         let number = target.number;
         let place = Arc::clone(&tenancy.place);
-        if !target.alone && !moves && !target.ledger.is_fresh(clock::now_ms(), 0) {
+        let full = target.ledger.bound().saturating_add(place.elsewhere(number)) >= limits.keys;
+        if !target.alone && !moves && full && !target.ledger.is_fresh(clock::now_ms(), FRESH_MS) {
             self.count().await;
             self.counted = false;
         }

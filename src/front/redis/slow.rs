@@ -130,6 +130,7 @@ impl Client {
 
     /// Drops everything that belongs to a login.
     fn forget(&mut self) {
+        self.drop_queue();
         if let (Some(card), Some(tenancy)) = (self.card.take(), self.tenancy.take()) {
             self.server.registry.leave(&tenancy.session.identity().org, card.id);
         }
@@ -140,7 +141,6 @@ impl Client {
         self.end_subscriptions();
         self.shared = None;
         self.watching = false;
-        self.queue = None;
         self.replies = Replies::On;
     }
 

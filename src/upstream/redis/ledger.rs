@@ -70,16 +70,26 @@ impl Ledger {
         self.shrunk.store(true, Ordering::Release);
     }
 
-    /// A count begins: gives its mark. What shrinks the database from now on makes it stale.
-    pub fn begin(&self) -> u64 {
+    /// A count by a walk begins: gives what is reserved and what of it is done. What shrinks the database from now on
+    /// makes it stale.
+    pub fn begin(&self) -> (u64, u64) {
         self.shrunk.store(false, Ordering::Release);
-        self.mark()
+        let mark = self.mark();
+        (self.reserved.load(Ordering::Acquire), mark)
     }
 
-    /// The answer to a count that began with `mark` at `now_ms`.
-    pub fn known(&self, keys: u64, mark: u64, now_ms: u64) {
-        self.known_ms.store(now_ms, Ordering::Release);
+    /// The answer to a count by a walk that began at `now_ms` with `mark`, when `reserved` keys were reserved, `own` of
+    /// them in a transaction that waits for the walk. What was on its way or was begun meanwhile may be in the answer
+    /// and in what is added to it: then the bound is too high, and not to be relied on. Gives whether it is exact.
+    pub fn known(&self, keys: u64, (reserved, mark): (u64, u64), own: u64, now_ms: u64) -> bool {
         self.counted(keys, mark);
+        let exact = reserved.saturating_sub(mark) <= own && self.reserved.load(Ordering::Acquire) == reserved;
+        if exact {
+            self.known_ms.store(now_ms, Ordering::Release);
+        } else {
+            self.shrink();
+        }
+        exact
     }
 
     /// What is reserved and not yet done.
@@ -179,9 +189,15 @@ mod tests {
     fn an_unknown_database_is_full_until_it_is_counted() {
         let ledger = Ledger::unknown();
         assert!(ledger.reserve(1) > 1 << 40 && !ledger.is_fresh(10, 1000));
-        let mark = ledger.begin();
-        ledger.known(5, mark, 100);
-        assert_eq!(ledger.bound(), 6, "the reserved one is not done");
+        let begun = ledger.begin();
+        assert!(!ledger.known(5, begun, 0, 100) && !ledger.is_fresh(101, 1000), "one was on its way");
+        let begun = ledger.begin();
+        ledger.reserve(3);
+        assert!(!ledger.known(5, begun, 1, 100), "three were begun meanwhile");
+        ledger.done(3);
+        let begun = ledger.begin();
+        assert!(ledger.known(5, begun, 1, 100), "the one that is on its way waits for this");
+        assert_eq!(ledger.bound(), 6);
         assert!(ledger.is_fresh(1099, 1000) && !ledger.is_fresh(1100, 1000));
         ledger.learned(1);
         ledger.done(1);

@@ -72,6 +72,8 @@ pub struct Place {
     opening: tokio::sync::Mutex<bool>,
     /// Bytes in memory as last measured.
     memory: AtomicU64,
+    /// Held while the keys are counted by a walk.
+    pub counting: tokio::sync::Mutex<()>,
     /// When they were measured, in coarse milliseconds; held while measuring.
     pub measuring: tokio::sync::Mutex<u64>,
 }
@@ -91,6 +93,7 @@ impl Place {
             databases: Mutex::default(),
             opening: tokio::sync::Mutex::new(false),
             memory: AtomicU64::new(0),
+            counting: tokio::sync::Mutex::new(()),
             measuring: tokio::sync::Mutex::new(0),
         })
     }
@@ -378,16 +381,8 @@ impl Place {
     ///
     /// # Errors
     /// The server can't be asked; the old counts stay.
-    pub async fn count(&self, now_ms: u64) -> Result<(), DialError> {
+    pub async fn count(&self) -> Result<(), DialError> {
         let databases = self.all();
-        if self.is_shared() {
-            let marks: Vec<u64> = databases.iter().map(|database| database.ledger.begin()).collect();
-            let tallies = self.tally(0).await?;
-            for (database, mark) in databases.iter().zip(marks) {
-                database.ledger.known(tallies.get(&database.number).map_or(0, |tally| tally.keys), mark, now_ms);
-            }
-            return Ok(());
-        }
         let mut ask = Vec::new();
         for database in &databases {
             put_request(&mut ask, &[b"SELECT", database.index.to_string().as_bytes()]);

@@ -150,6 +150,26 @@ impl Place {
         Ok(tallies)
     }
 
+    /// Counts the keys of every logical database by a walk; `own` creations of the caller wait for it. Gives whether the
+    /// counts are exact.
+    ///
+    /// # Errors
+    /// The server can't be asked; the old counts stay.
+    ///
+    /// # Cancel safety
+    /// May be dropped.
+    pub async fn census(&self, own: u64, now_ms: u64) -> Result<bool, DialError> {
+        let databases = self.all();
+        let begun: Vec<(u64, u64)> = databases.iter().map(|database| database.ledger.begin()).collect();
+        let tallies = self.tally(0).await?;
+        let mut exact = true;
+        for (database, begun) in databases.iter().zip(begun) {
+            let keys = tallies.get(&database.number).map_or(0, |tally| tally.keys);
+            exact &= database.ledger.known(keys, begun, own, now_ms);
+        }
+        Ok(exact)
+    }
+
     /// How many bytes these keys take together, and how many of them are still there.
     ///
     /// # Errors
