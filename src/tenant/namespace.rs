@@ -117,6 +117,17 @@ impl RedisNamespace {
         self.prefix(0)
     }
 
+    /// The same with the name as a hash tag, so that all of the tenant is in one slot of a cluster.
+    pub fn tagged(mut self) -> Self {
+        self.stem = format!("{{{}}}", self.stem);
+        self
+    }
+
+    /// A glob that matches every key of the tenant (and may match others: look at the prefix).
+    pub fn pattern(&self) -> Vec<u8> {
+        format!("{}*", self.stem).into_bytes()
+    }
+
     /// The key patterns of an ACL that cover all logical databases and nothing else.
     pub fn key_patterns(&self) -> [String; 2] {
         [format!("~{}:*", self.stem), format!("~{}@*", self.stem)]
@@ -380,6 +391,15 @@ mod tests {
             assert_eq!(shared.logical("shared_"), None);
             assert_eq!(shared.logical("admin"), None);
         }
+    }
+
+    #[test]
+    fn all_of_a_tenant_is_in_one_slot_of_a_cluster() {
+        let space = names(NameStyle::Plain).redis(&org("acme")).tagged();
+        assert_eq!(space.prefix(0), b"{org:acme}:");
+        assert_eq!(space.prefix(3), b"{org:acme}@3:");
+        assert_eq!(space.registry(), "dynabase:databases:{org:acme}");
+        assert_eq!(space.key_patterns(), ["~{org:acme}:*", "~{org:acme}@*"]);
     }
 
     #[test]

@@ -2,10 +2,14 @@
 """
 
 import asyncio
+import subprocess
 import threading
+import time
+import urllib.parse
 
 import redis
 import redis.asyncio
+import redis.cache
 
 from harness import case, main, tenant
 
@@ -149,6 +153,92 @@ def rq(url):
 
     Worker([queue], connection=connection).work(burst=True)
     assert job.latest_result().return_value == 3.0
+
+
+def refused(action, error, words):
+    try:
+        action()
+    except redis.RedisError as seen:
+        assert type(seen) is error and words in str(seen), repr(seen)
+        return
+    raise AssertionError(f"not refused: {words}")
+
+
+@case
+def logins_that_fail_as_exceptions():
+    parts = urllib.parse.urlsplit(FREE)
+    host, port = parts.hostname, parts.port
+    for user, password in [("app", "nonsense"), ("app", parts.password[:-3] + "xyz"), ("nobody", parts.password)]:
+        client = redis.Redis(host=host, port=port, username=user, password=password)
+        refused(client.ping, redis.AuthenticationError, "invalid username-password pair")
+    refused(redis.Redis(host=host, port=port, protocol=2).ping, redis.AuthenticationError, "Authentication required")
+
+
+@case
+def limits_of_free_rate_and_sockets_as_exceptions():
+    client = redis.Redis.from_url(FREE)
+    pipe = client.pipeline(transaction=False)
+    for _ in range(3000):
+        pipe.ping()
+    replies = pipe.execute(raise_on_error=False)
+    errors = [reply for reply in replies if reply is not True]
+    # Neither a connection error, which would make the pool reconnect, nor one that is tried again.
+    assert errors and all(type(e) is redis.ResponseError and "max requests limit exceeded" in str(e) for e in errors)
+    time.sleep(0.1)
+    assert client.ping()
+    clients = [redis.Redis.from_url(FREE) for _ in range(60)]
+    held = []
+    try:
+        for one in clients:
+            connection = one.connection_pool.get_connection()
+            held.append((one, connection))
+        raise AssertionError("60 sockets fit into FREE")
+    except redis.exceptions.MaxClientsError:
+        assert 45 <= len(held) <= 50, len(held)
+    finally:
+        for one in clients:
+            one.connection_pool.disconnect()
+
+
+@case
+def client_side_caching():
+    client = redis.Redis.from_url(BIG, protocol=3, cache_config=redis.cache.CacheConfig(), decode_responses=True)
+    other = redis.Redis.from_url(BIG)
+    client.flushall()
+    client.set("cached", "1")
+    assert client.get("cached") == "1"
+    cache = client.get_cache()
+    assert cache.size == 1
+    assert client.get("cached") == "1"
+    other.set("cached", "2")
+    deadline = time.monotonic() + 5
+    while client.get("cached") != "2":
+        assert time.monotonic() < deadline, "the invalidation did not come"
+    client.close()
+
+
+@case
+def redis_cli_pipe_and_redis_benchmark():
+    requests = b"".join(b"*3\r\n$3\r\nSET\r\n$%d\r\np:%d\r\n$1\r\nv\r\n" % (len(str(i)) + 2, i) for i in range(5000))
+    redis.Redis.from_url(BIG).flushall()
+    done = subprocess.run(["redis-cli", "--no-auth-warning", "-u", BIG, "--pipe"], input=requests, capture_output=True, timeout=60)
+    assert b"errors: 0, replies: 5000" in done.stdout, done
+    assert redis.Redis.from_url(BIG).dbsize() == 5000
+    parts = urllib.parse.urlsplit(BIG)
+    command = ["redis-benchmark", "-h", parts.hostname, "-p", str(parts.port), "--user", parts.username, "-a", parts.password]
+    command += ["-q", "-n", "2000", "-c", "20", "-P", "4", "-t", "set,get,incr,lpush,rpop,sadd,hset,zadd,lrange_100,mset"]
+    done = subprocess.run(command, capture_output=True, timeout=120, text=True)
+    assert done.returncode == 0 and "rror" not in done.stdout + done.stderr, done
+    assert done.stdout.count("requests per second") >= 10, done.stdout
+    cli = ["redis-cli", "--no-auth-warning", "-u", BIG]
+    for command, expected in [("set k v", "OK"), ("get k", "v"), ("type k", "string"), ("object encoding k", "embstr")]:
+        done = subprocess.run(cli + command.split(), capture_output=True, timeout=20, text=True)
+        assert done.stdout.strip() == expected, done
+    # Interactive: one session that reads commands as they are typed, blank lines and all.
+    typed = "set k 2\nincr k\nmulti\nincr k\nget k\nexec\n\nselect 3\ndbsize\nkeys *\n"
+    done = subprocess.run(cli, input=typed, capture_output=True, timeout=20, text=True)
+    lines = done.stdout.split()
+    assert lines[:9] == ["OK", "3", "OK", "QUEUED", "QUEUED", "4", "4", "OK", "0"], done
 
 
 @case

@@ -6,7 +6,7 @@ use std::time::Duration;
 use dynabase::{
     net::{ClientTls, ServerTls, TlsConfig, TlsMode},
     tenant::namespace::Password,
-    upstream::redis::Target,
+    upstream::redis::{Target, Via},
 };
 use fred::{
     interfaces::{
@@ -227,6 +227,8 @@ async fn tls_on_both_sides() {
     let server = Redis::with(tempfile::tempdir().expect("a folder"), plain, &options).await;
     let target = Target {
         address: format!("127.0.0.1:{secure}"),
+        others: Vec::new(),
+        via: Via::Itself,
         tls: ClientTls::new(TlsMode::VerifyFull, Some(cert.clone())).expect("good authorities"),
         user: None,
         password: Some(Password::new(PLATFORM)),

@@ -5,7 +5,7 @@ use dynabase::tenant::Tier;
 use super::support::{Client, House};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_key_after_the_last_is_refused_whatever_makes_it() {
+pub async fn the_key_after_the_last_is_refused_whatever_makes_it() {
     let house = House::with_tiers(
         &include_str!("../../config/tiers.toml")
             .replace("per_second = 500, burst = 1000", "per_second = 500000, burst = 1000000"),
@@ -87,7 +87,7 @@ async fn the_key_after_the_last_is_refused_whatever_makes_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_count_is_right_in_a_new_process() {
+pub async fn the_count_is_right_in_a_new_process() {
     let house = House::start().await;
     let mut client = house.client("acme").await;
     for i in 0..900 {
@@ -117,7 +117,7 @@ async fn the_count_is_right_in_a_new_process() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_key_outlives_its_tier_whatever_makes_it() {
+pub async fn no_key_outlives_its_tier_whatever_makes_it() {
     let house = House::start().await;
     for three in [false, true] {
         let mut client = if three { house.client3("acme").await } else { house.client("acme").await };
@@ -185,7 +185,7 @@ async fn no_key_outlives_its_tier_whatever_makes_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn memory_over_the_cap_refuses_growth_and_nothing_else() {
+pub async fn memory_over_the_cap_refuses_growth_and_nothing_else() {
     let house = House::start().await;
     let mut client = house.client("acme").await;
     let megabyte = "x".repeat(1 << 20);
@@ -210,7 +210,7 @@ async fn memory_over_the_cap_refuses_growth_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rates_and_sockets() {
+pub async fn rates_and_sockets() {
     let house = House::start().await;
     let mut client = house.client("acme").await;
     for _ in 0..1500 {
@@ -242,7 +242,7 @@ async fn rates_and_sockets() {
 
 /// The first command on a new connection waits for a measurement: the connection must not end meanwhile.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tenants_first_command_may_be_one_that_is_refused() {
+pub async fn a_tenants_first_command_may_be_one_that_is_refused() {
     let house = House::start().await;
     for org in ["acme", "globex", "initech"] {
         let mut client = house.client(org).await;

@@ -3,7 +3,9 @@
 mod basic;
 mod differential;
 mod drivers;
+mod kinds;
 mod limits;
+mod moving;
 mod scripts;
 mod support;
 mod table;

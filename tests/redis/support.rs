@@ -21,7 +21,7 @@ use dynabase::{
         directory::{Absent, Ask, Directory},
         namespace::{NameStyle, Password, RootSecret},
     },
-    upstream::redis::{Target, Upstream},
+    upstream::redis::{Target, Upstream, Via},
     usage::Meters,
     wire::resp,
 };
@@ -81,6 +81,13 @@ impl Redis {
         child
     }
 
+    /// The platform's own client of this server.
+    pub async fn admin(&self) -> Client {
+        let mut client = Client::connect(self.port).await;
+        assert_eq!(client.run(&["AUTH", PLATFORM]).await, "+OK");
+        client
+    }
+
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -93,7 +100,74 @@ impl Drop for Redis {
     }
 }
 
+/// What stands behind the front.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A server with a database for each tenant.
+    Own,
+    /// A server with a single database.
+    One,
+    /// A cluster of three masters.
+    Cluster,
+}
+
+thread_local! {
+    static KIND: std::cell::Cell<Kind> = const { std::cell::Cell::new(Kind::Own) };
+}
+
+/// Runs a test before servers of another kind.
+pub fn on(kind: Kind, test: fn()) {
+    KIND.set(kind);
+    test();
+    KIND.set(Kind::Own);
+}
+
+pub fn kind() -> Kind {
+    KIND.get()
+}
+
+/// Three masters that know each other and share the slots.
+pub async fn cluster() -> Vec<Redis> {
+    let mut nodes = Vec::new();
+    let mut buses = Vec::new();
+    for _ in 0..3 {
+        let (port, bus) = (free_port(), free_port().to_string());
+        let options = [
+            "--cluster-enabled",
+            "yes",
+            "--cluster-port",
+            &bus,
+            "--cluster-node-timeout",
+            "1500",
+            "--requirepass",
+            PLATFORM,
+            "--masterauth",
+            PLATFORM,
+        ];
+        nodes.push(Redis::with(tempfile::tempdir().expect("a folder"), port, &options).await);
+        buses.push(bus);
+    }
+    for (i, (node, slots)) in nodes.iter().zip(["0 5460", "5461 10922", "10923 16383"]).enumerate() {
+        let mut admin = node.admin().await;
+        assert_eq!(admin.line(&format!("CLUSTER ADDSLOTSRANGE {slots}")).await, "+OK");
+        let next = (i + 1) % 3;
+        let meet = format!("CLUSTER MEET 127.0.0.1 {} {}", nodes[next].port, buses[next]);
+        assert_eq!(admin.line(&meet).await, "+OK");
+    }
+    for node in &nodes {
+        let mut admin = node.admin().await;
+        while !admin.line("CLUSTER INFO").await.contains("cluster_state:ok")
+            || admin.line("CLUSTER SLOTS").await.matches("127.0.0.1").count() < 3
+        {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    nodes
+}
+
 pub struct House {
+    /// The other nodes of a cluster.
+    pub more: Vec<Redis>,
     pub redis: Redis,
     pub port: u16,
     pub table: Arc<Table>,
@@ -123,6 +197,8 @@ pub fn names() -> Names {
 pub fn target(port: u16) -> Target {
     Target {
         address: format!("127.0.0.1:{port}"),
+        others: Vec::new(),
+        via: Via::Itself,
         tls: ClientTls::new(TlsMode::Disable, None).expect("no TLS"),
         user: None,
         password: Some(Password::new(PLATFORM)),
@@ -183,9 +259,28 @@ impl House {
     }
 
     pub async fn with_tiers(tiers: &str) -> Self {
-        let redis = Redis::start(PLATFORM).await;
-        let target = target(redis.port);
-        Self::before(redis, target, None, tiers).await
+        match kind() {
+            Kind::Own => {
+                let redis = Redis::start(PLATFORM).await;
+                let target = target(redis.port);
+                Self::before(redis, target, None, tiers).await
+            }
+            Kind::One => {
+                let options = ["--databases", "1", "--requirepass", PLATFORM];
+                let redis = Redis::with(tempfile::tempdir().expect("a folder"), free_port(), &options).await;
+                let target = target(redis.port);
+                Self::before(redis, target, None, tiers).await
+            }
+            Kind::Cluster => {
+                let mut nodes = cluster().await;
+                let mut target = target(nodes[0].port);
+                target.others = nodes[1..].iter().map(|node| format!("127.0.0.1:{}", node.port)).collect();
+                target.via = Via::Cluster;
+                let mut house = Self::before(nodes.remove(0), target, None, tiers).await;
+                house.more = nodes;
+                house
+            }
+        }
     }
 
     /// A front before a server that was started in some other way.
@@ -201,7 +296,12 @@ impl House {
         .map(|(org, tier)| (org.to_owned(), Arc::new(tenant(org, tier, 1))))
         .collect();
         let (port, table) = front(target.clone(), tls, &tenants, tiers).await;
-        Self { redis, port, table, tenants, tiers: tiers.to_owned(), target }
+        Self { more: Vec::new(), redis, port, table, tenants, tiers: tiers.to_owned(), target }
+    }
+
+    /// The way to the server, as another part of the platform has it.
+    pub fn upstream(&self) -> Arc<Upstream> {
+        Upstream::new(self.target.clone(), names(), commands::for_acl())
     }
 
     /// Another dynabase process before the same server: its port.
@@ -244,9 +344,7 @@ impl House {
 
     /// The platform's own client, behind the front.
     pub async fn admin(&self) -> Client {
-        let mut client = Client::connect(self.redis.port).await;
-        assert_eq!(client.run(&["AUTH", PLATFORM]).await, "+OK");
-        client
+        self.redis.admin().await
     }
 }
 

@@ -178,6 +178,8 @@ pub struct Client {
     carry: Vec<u8>,
     pub(super) request: Request,
     pub(super) found: Found,
+    /// Arguments of the command being taken.
+    pub(super) request_args: usize,
     pub(super) tenancy: Option<Tenancy>,
     pub(super) card: Option<Arc<Card>>,
     pub(super) version: Version,
@@ -231,6 +233,7 @@ impl Client {
             carry: Vec::new(),
             request: Request::default(),
             found: Found::default(),
+            request_args: 0,
             tenancy: None,
             card: None,
             version: Version::Two,
@@ -309,7 +312,7 @@ impl Client {
     /// The same whatever `CLIENT REPLY` says.
     pub(super) fn say_always(&mut self, bytes: &[u8]) {
         let link = self.current();
-        let mut sending = link.as_ref().and_then(|link| link.lock());
+        let mut sending = link.as_ref().and_then(|link| link.lock_for_local());
         let mut state = self.outbox.lock();
         match &mut sending {
             Some(sending) if state.unanswered > 0 => {
@@ -627,6 +630,13 @@ impl Client {
         (used, step)
     }
 
+    /// Forgets an open transaction: what it would have created is not under way any more.
+    pub(super) fn drop_queue(&mut self) {
+        if let (Some(queue), Some(tenancy)) = (self.queue.take(), &self.tenancy) {
+            tenancy.database.ledger.done(queue.creates);
+        }
+    }
+
     /// Gives the connection of our own back.
     pub(super) fn release(&mut self) {
         if let (Some(own), Some(tenancy)) = (self.own.take(), &self.tenancy) {
@@ -657,6 +667,7 @@ impl Client {
 impl Drop for Client {
     fn drop(&mut self) {
         self.outbox.lock().gone = true;
+        self.drop_queue();
         self.server.large.fetch_sub(self.large, Ordering::Relaxed);
         // A blocked command must not pop an element for nobody; a watch must not outlive its client.
         if let Some(own) = self.own.take() {

@@ -212,6 +212,8 @@ pub fn for_acl() -> Vec<&'static str> {
         "script|exists",
         // Tracking is switched on before a connection becomes the tenant's; this only says yes or no to one command.
         "client|caching",
+        // Before a command that a node of a cluster sent on to the next.
+        "asking",
     ];
     ROWS.iter()
         .filter(|row| {

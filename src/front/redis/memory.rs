@@ -40,6 +40,13 @@ const SHARE: u64 = 16;
 /// Pause between two measurements that refused commands ask for, in milliseconds.
 const PAUSE_REFUSED_MS: u64 = 50;
 
+/// How long a count holds where counting means walking over the database: other processes, and keys that expire, are
+/// seen after this time.
+pub const FRESH_MS: u64 = 1000;
+
+/// Longest wait for a moment in which none of a tenant's commands that create keys is on its way.
+const CALM_MAX: Duration = Duration::from_secs(3);
+
 /// Bytes that a command may make beyond those that it carries.
 pub fn amplified(row: &Row, args: &[Arg], bytes: &[u8]) -> u64 {
     let offset =
@@ -83,6 +90,11 @@ async fn measure(place: &Place, pause_ms: u64) -> Result<(), DialError> {
     // Who is over the cap waits rather than makes the server measure again and again.
     let early = last.saturating_add(pause_ms).saturating_sub(begun);
     tokio::time::sleep(Duration::from_millis(early.min(pause_ms))).await;
+    if place.is_shared() {
+        measure_shared(place).await?;
+        *last = clock::now_ms();
+        return Ok(());
+    }
     let mut total = 0;
     let mut counted = Vec::new();
     for database in place.all() {
@@ -97,6 +109,56 @@ async fn measure(place: &Place, pause_ms: u64) -> Result<(), DialError> {
         database.ledger.written.fetch_sub(before, Ordering::Relaxed);
     }
     *last = clock::now_ms();
+    Ok(())
+}
+
+/// Counts the keys. Where that means walking over the database, what is created meanwhile may be counted twice, so it
+/// is done while nothing is on its way; whoever is at the cap waits here anyway.
+/// `own` creations are in the caller's own open transaction.
+async fn count(place: &Place, own: u64) -> Result<(), DialError> {
+    if !place.is_shared() {
+        return place.count().await;
+    }
+    // One walk for all who wait for one.
+    let _turn = place.counting.lock().await;
+    let databases = place.all();
+    let is_fresh = || databases.iter().all(|database| database.ledger.is_fresh(clock::now_ms(), FRESH_MS));
+    if is_fresh() {
+        return Ok(());
+    }
+    let is_busy = || databases.iter().map(|database| database.ledger.under_way()).sum::<u64>() > own;
+    let deadline = tokio::time::Instant::now() + CALM_MAX;
+    loop {
+        while is_busy() && tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        if place.census(own, clock::now_ms()).await? || tokio::time::Instant::now() >= deadline {
+            return Ok(());
+        }
+    }
+}
+
+/// The same where the tenant's keys are among others': one walk counts them and picks the sample.
+async fn measure_shared(place: &Place) -> Result<(), DialError> {
+    let databases = place.all();
+    let before: Vec<u64> = databases
+        .iter()
+        .map(|database| {
+            database.ledger.grown.store(false, Ordering::Relaxed);
+            database.ledger.written.load(Ordering::Relaxed)
+        })
+        .collect();
+    let tallies = place.tally(SAMPLE_MAX).await?;
+    let mut total = 0u64;
+    for tally in tallies.values() {
+        let (seen, bytes) = place.weigh(&tally.sample).await?;
+        let scaled = u128::from(bytes) * u128::from(tally.keys) / u128::from(seen.max(1));
+        total = total.saturating_add(u64::try_from(scaled).unwrap_or(u64::MAX));
+    }
+    place.set_memory(total);
+    for (database, written) in databases.iter().zip(before) {
+        database.ledger.written.fetch_sub(written, Ordering::Relaxed);
+    }
     Ok(())
 }
 
@@ -157,7 +219,7 @@ impl Client {
     /// Counts the keys of all the tenant's logical databases.
     pub(super) async fn count(&mut self) {
         if let Some(tenancy) = &self.tenancy
-            && let Err(error) = tenancy.place.count().await
+            && let Err(error) = count(&tenancy.place, self.queue.as_ref().map_or(0, |queue| queue.creates)).await
         {
             tracing::warn!(%error, "a tenant's keys could not be counted");
         }

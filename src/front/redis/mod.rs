@@ -7,6 +7,7 @@
 
 mod client;
 pub mod commands;
+mod emulate;
 pub mod keys;
 mod local;
 mod memory;

@@ -1,10 +1,11 @@
-local redis,_G,loadstring,load=(function(R,G,rawloadstring,rawload)
+local redis,_G,loadstring,load@NAME@=(function(R,G,rawloadstring,rawload)
 local P,C='@P@','@C@'
 local up,find,sub,byte=string.upper,string.find,string.sub,string.byte
 local n,L=#P,ARGV[#ARGV]
 ARGV[#ARGV]=nil
 local cap,ttl=string.match(L,'^(%d+) (%d+)$')
 cap,ttl=tonumber(cap),tonumber(ttl)
+local made=0
 for i=1,#KEYS do KEYS[i]=sub(KEYS[i],n+1) end
 local S='@S@'
 local function own(v) if type(v)=='string' and sub(v,1,n)==P then return sub(v,n+1) end return v end
@@ -42,16 +43,17 @@ local function run(raise,...)
  elseif m==69 then d1,d2,ds=2,z,2
  elseif m==83 and store then d1,d2=store,store
  elseif m==84 then d1,d2=2,2 end
+ local new=0
  if cap>0 and d2>0 and m~=84 then
-  local new=0
   for x=d1,d2,ds do if a[x] and R.call('EXISTS',a[x])==0 then new=new+1 end end
-  if new>0 and R.call('DBSIZE')+new>cap then
+  if new>0 and @HELD@+new>cap then
    local o={err='@OOM@'}
    if raise then error(o) end
    return o
   end
  end
  local r=f(unpack(a,1,z))
+ if type(r)~='table' or not r.err then made=made+new end
  if ttl>0 and d2>0 then for x=d1,d2,ds do if a[x] then R.call('EXPIRE',a[x],ttl,'LT') end end end
  if type(r)=='table' then
   if k==103 then for i=1,#r do r[i]=own(r[i]) end
@@ -73,5 +75,5 @@ local function loader(s,name)
 end
 E.loadstring,E.load=loader,loader
 E._G=E
-return W,E,loader,loader
+return W,E,loader,loader@MADE@
 end)(redis,_G,loadstring,load)

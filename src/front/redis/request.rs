@@ -17,8 +17,10 @@ use parking_lot::MutexGuard;
 
 use super::{
     client::{Client, Held, Queue, Replies, Step, TRANSACTION_MAX_BYTES},
-    commands::{self, Policy, Row, TTL},
-    keys, refuse,
+    commands::{self, Made, Policy, Row, TTL},
+    emulate, keys,
+    memory::FRESH_MS,
+    refuse,
     rewrite::{header_len, put_rewritten, put_rewritten_from, put_shortened},
     script,
 };
@@ -40,6 +42,9 @@ const BURST_MAX: usize = 1024;
 
 /// Pause between two counts of a tenant's keys, in milliseconds.
 const COUNT_PAUSE_MS: u64 = 20;
+
+/// Keys that a script is expected to create in a database that others use too.
+const SCRIPT_KEYS: u64 = 64;
 
 /// Most arguments of a command that goes through the guard: Lua can't unpack more.
 const GUARDED_ARGS_MAX: usize = 7000;
@@ -173,8 +178,13 @@ impl<'a> Burst<'a> {
         if self.sent >= BURST_MAX {
             return Err(Step::Wait);
         }
+        // The connection ends, and what is outstanding is answered first, also before replies of our own.
+        if self.state.is_none() && self.outstanding && self.link.is_some() {
+            return Err(Step::Wait);
+        }
         // The arguments are put back before every return; an empty list means that they are out.
         let args = std::mem::take(&mut self.client.request.args);
+        self.client.request_args = args.len();
         let result = self.with_args(bytes, &args);
         self.client.request.args = args;
         match result {
@@ -278,6 +288,13 @@ impl<'a> Burst<'a> {
             return Self::hold(row);
         }
         let queued = self.client.queue.is_some();
+        if row.keys == commands::Keys::Nowhere && emulate::is_whole(row) && !tenancy.database.alone {
+            if queued {
+                self.reject("ERR Command not allowed inside a transaction");
+                return Ok(());
+            }
+            return Self::hold(row);
+        }
         match row.policy {
             Policy::Refuse => {
                 self.reject(&format!("NOPERM this user has no permissions to run the '{}' command", row.name));
@@ -354,8 +371,9 @@ impl<'a> Burst<'a> {
                 self.error("ERR MULTI calls can not be nested");
             }
             (name, None) => self.error(&format!("ERR {} without MULTI", name.to_uppercase())),
-            ("discard", Some(_)) => {
+            ("discard", Some(queue)) => {
                 self.unwatch();
+                self.done(queue.creates);
                 self.local(b"+OK\r\n");
             }
             (_, Some(queue)) if queue.dirty => {
@@ -430,6 +448,9 @@ impl<'a> Burst<'a> {
     /// Asks the server for the number of keys, on the same connection, if it is time to.
     fn count_keys(&mut self) {
         let Some(tenancy) = &self.client.tenancy else { return };
+        if !tenancy.database.alone {
+            return;
+        }
         if let Some(mark) = tenancy.database.ledger.begin_count(quota::clock::now_ms(), COUNT_PAUSE_MS) {
             match &mut self.state {
                 Some(state) => {
@@ -463,7 +484,20 @@ impl<'a> Burst<'a> {
         if made > 0 {
             let number = tenancy.database.number;
             let elsewhere = *self.elsewhere.get_or_insert_with(|| tenancy.place.elsewhere(number));
-            if ledger.reserve(made as u64).saturating_add(elsewhere) > limits.keys {
+            if !tenancy.database.alone {
+                let bound = ledger.reserve(made as u64).saturating_add(elsewhere);
+                let blocking = row.policy == Policy::Block && self.client.queue.is_none();
+                let guardable = !blocking && self.client.request_args + made <= GUARDED_ARGS_MAX;
+                if bound > limits.keys && !self.client.counted && !ledger.is_fresh(quota::clock::now_ms(), FRESH_MS) {
+                    ledger.done(made as u64);
+                    self.elsewhere = None;
+                    return Err(Step::Count);
+                }
+                // The guard says how many keys there really were to create, so that overwriting adds nothing.
+                if bound > limits.keys || guardable && bound > limits.keys / 2 {
+                    return Ok(Some(Care::Guard(limits.keys.saturating_sub(bound - made as u64), ttl)));
+                }
+            } else if ledger.reserve(made as u64).saturating_add(elsewhere) > limits.keys {
                 // What can't go through the guard, or counts in several databases, needs the true number now.
                 let blocking = row.policy == Policy::Block && self.client.queue.is_none();
                 if (elsewhere > 0 || blocking) && !self.client.counted {
@@ -516,6 +550,11 @@ impl<'a> Burst<'a> {
         let creates = made.len() as u64;
         let Some(tenancy) = &self.client.tenancy else { return Ok(()) };
         let database = Arc::clone(&tenancy.database);
+        // Whatever is not told apart afterwards makes the count stale: what may delete, what may only overwrite.
+        let learns = matches!(care, Care::Guard(..)) && self.client.queue.is_none();
+        if !database.alone && row.writes() && !(learns && matches!(row.made, Made::First | Made::All)) {
+            database.ledger.shrink();
+        }
         let prefix = &database.prefix;
         match care {
             Care::None => {
@@ -591,7 +630,8 @@ impl<'a> Burst<'a> {
             return;
         }
         let version = self.client.version;
-        let script = script::guard();
+        let alone = self.client.tenancy.as_ref().is_none_or(|tenancy| tenancy.database.alone);
+        let script = if alone { script::guard() } else { script::learning_guard() };
         let Some(lost) = self.scripts_lost() else { return };
         match (&mut self.client.queue, &mut self.state) {
             (Some(queue), _) => queue.scripts.push((script.sha, script.text.to_vec())),
@@ -632,9 +672,21 @@ impl<'a> Burst<'a> {
                 }
             }
         }
-        self.queued_or_expected(row.reply, creates, 0);
+        if alone {
+            self.queued_or_expected(row.reply, creates, 0);
+        } else {
+            self.learn(creates);
+        }
         if self.client.queue.is_none() {
             self.count_keys();
+        }
+    }
+
+    /// After a script of ours was written that gives the number of created keys and the reply.
+    fn learn(&mut self, creates: u64) {
+        match self.client.queue {
+            Some(_) => self.queued_or_expected(Shape::Second, creates, 0),
+            None => self.expect(1, creates, How::Learn(creates)),
         }
     }
 
@@ -743,11 +795,25 @@ impl<'a> Burst<'a> {
             return Err(Step::Measure);
         }
         let elsewhere = tenancy.place.elsewhere(database.number);
+        let bound = database.ledger.bound().saturating_add(elsewhere);
+        if !database.alone {
+            let fresh = database.ledger.is_fresh(quota::clock::now_ms(), FRESH_MS);
+            if bound >= limits.keys && !self.client.counted && !fresh {
+                return Err(Step::Count);
+            }
+            database.ledger.shrink();
+        }
         let memory_left = tenancy.place.memory() <= limits.memory;
         // Over the memory cap a script may still read and delete: no key is left for it to create.
-        let cap = if memory_left { limits.keys.saturating_sub(elsewhere).max(1) } else { 1 };
+        let cap = match (memory_left, database.alone) {
+            (false, _) => 1,
+            (true, true) => limits.keys.saturating_sub(elsewhere).max(1),
+            // One more than the keys that are left, since 0 is no cap.
+            (true, false) => limits.keys.saturating_sub(bound) + 1,
+        };
+        let expected = if database.alone { UNKNOWN } else { SCRIPT_KEYS };
         let ttl = limits.max_ttl.map_or(0, |ttl| ttl.as_secs());
-        database.ledger.reserve(UNKNOWN);
+        database.ledger.reserve(expected);
         database.ledger.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         database.ledger.grown.store(true, Ordering::Relaxed);
         let lost = database.ledger.scripts_lost.load(Ordering::Relaxed);
@@ -755,7 +821,7 @@ impl<'a> Burst<'a> {
         // The server gets the text of an EVAL once on each connection; an error in it comes as the reply.
         let unknown = match (&self.client.queue, &mut self.state) {
             (Some(_), _) => true,
-            (None, Some(state)) => state.must_load(&script.sha, lost),
+            (None, Some(state)) => state.must_load(&script.sha, lost) || by_text && state.keeps_groups(),
             (None, None) => return Ok(()),
         };
         let with_text = unknown && by_text;
@@ -782,7 +848,11 @@ impl<'a> Burst<'a> {
             }
         }
         put_bulk(out, format!("{cap} {ttl}").as_bytes());
-        self.queued_or_expected(Shape::Raw, UNKNOWN, 0);
+        if database.alone {
+            self.queued_or_expected(Shape::Raw, expected, 0);
+        } else {
+            self.learn(expected);
+        }
         if self.client.queue.is_none() {
             self.count_keys();
         }

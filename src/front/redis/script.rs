@@ -18,11 +18,15 @@ use crate::upstream::redis::{Database, Script};
 /// Scripts of one logical database that are known at once; the server keeps every script that it was ever sent.
 const SCRIPTS_MAX: usize = 4096;
 
+/// What a prelude that counts adds to its names and values.
+const LEARNING: [&str; 2] = [",dynabase_made", ",function() return made end"];
+
 /// Longest script in bytes.
 pub const SCRIPT_MAX_BYTES: usize = 1 << 20;
 
 const PRELUDE: &str = include_str!("prelude.lua");
 const GUARD: &str = include_str!("guard.lua");
+const LEARNING_GUARD: &str = include_str!("learning_guard.lua");
 
 /// The text of the OOM error that scripts raise; they do not know the tier.
 fn oom() -> String {
@@ -102,8 +106,12 @@ fn classes() -> &'static str {
 
 /// Wraps a script for one logical database.
 fn wrap(database: &Database, body: &[u8]) -> Box<[u8]> {
+    let (held, more) = if database.alone { ("R.call('DBSIZE')", ["", ""]) } else { ("made+1", LEARNING) };
     let prelude = PRELUDE
         .replace('\n', " ")
+        .replace("@HELD@", held)
+        .replace("@NAME@", more[0])
+        .replace("@MADE@", more[1])
         .replace("@P@", &String::from_utf8_lossy(&database.prefix))
         .replace("@C@", &String::from_utf8_lossy(&database.channels))
         .replace("@S@", classes())
@@ -113,16 +121,33 @@ fn wrap(database: &Database, body: &[u8]) -> Box<[u8]> {
         Some(at) => body.split_at(at + 1),
         None => (&[][..], body),
     };
-    [head, prelude.as_bytes(), rest].concat().into()
+    if database.alone {
+        return [head, prelude.as_bytes(), rest].concat().into();
+    }
+    // The number of keys that it created comes back beside its reply.
+    let (open, close) = (
+        "local function dynabase_main(...) ",
+        "\nend local r=dynabase_main() if r==nil then r=false end return {dynabase_made(),r}",
+    );
+    [head, prelude.as_bytes(), open.as_bytes(), rest, close.as_bytes()].concat().into()
 }
 
 /// The script that applies the limits to one command, exactly, in the server.
 pub fn guard() -> &'static Script {
     static SCRIPT: OnceLock<Script> = OnceLock::new();
-    SCRIPT.get_or_init(|| {
-        let text = GUARD.replace('\n', " ").replace("@OOM@", &oom());
-        Script { sha: hex(&sha1(text.as_bytes())), text: text.into_bytes().into() }
-    })
+    SCRIPT.get_or_init(|| ours(GUARD))
+}
+
+/// The same where the database holds other tenants' keys too: it is given how many keys are left, and says how many it
+/// created.
+pub fn learning_guard() -> &'static Script {
+    static SCRIPT: OnceLock<Script> = OnceLock::new();
+    SCRIPT.get_or_init(|| ours(LEARNING_GUARD))
+}
+
+fn ours(text: &str) -> Script {
+    let text = text.replace('\n', " ").replace("@OOM@", &oom());
+    Script { sha: hex(&sha1(text.as_bytes())), text: text.into_bytes().into() }
 }
 
 /// Remembers a script of a tenant's client and gives it as the server shall know it; `None` when there are too many.

@@ -5,10 +5,13 @@ use std::sync::{Arc, atomic::Ordering};
 
 use super::{
     client::{Client, Held},
-    keys, refuse,
+    keys,
+    memory::FRESH_MS,
+    refuse,
     rewrite::put_rewritten,
 };
 use crate::{
+    quota::clock,
     refusal::{Limit, Over, Refusal},
     upstream::redis::{
         DATABASES, Version,
@@ -119,7 +122,7 @@ impl Client {
             },
             Some(_) => return self.fail("ERR DB index is out of range"),
         };
-        if source.index == target.index && from == to {
+        if source.number == target.number && from == to {
             return self.fail("ERR source and destination objects are the same");
         }
         let policy = tenancy.session.slot().policy();
@@ -130,12 +133,25 @@ impl Client {
             let over = Over { limit: Limit::Memory, tier, max: limits.memory, in_use, retry_after: None };
             return self.refuse(&Refusal::OverLimit(over));
         }
+        let number = target.number;
+        let place = Arc::clone(&tenancy.place);
+        let full = target.ledger.bound().saturating_add(place.elsewhere(number)) >= limits.keys;
+        if !target.alone && !moves && full && !target.ledger.is_fresh(clock::now_ms(), FRESH_MS) {
+            self.count().await;
+            self.counted = false;
+        }
         source.ledger.grown.store(true, Ordering::Relaxed);
+        source.ledger.shrink();
+        let left = limits.keys.saturating_sub(place.elsewhere(number)).saturating_sub(target.ledger.bound());
         target.ledger.reserve(1);
         // A copy carries its life with it; one that has none predates the tier.
-        let elsewhere = tenancy.place.elsewhere(target.number);
-        let cap = if moves { u64::MAX >> 12 } else { limits.keys.saturating_sub(elsewhere) };
-        let script = "redis.call('SELECT',ARGV[2]) \
+        let cap = match (moves, target.alone) {
+            (true, _) => u64::MAX >> 12,
+            (false, true) => limits.keys.saturating_sub(place.elsewhere(number)),
+            (false, false) => left,
+        };
+        let script = if target.alone {
+            "redis.call('SELECT',ARGV[2]) \
              local new=redis.call('EXISTS',KEYS[2])==0 \
              if new and redis.call('DBSIZE')>=tonumber(ARGV[3]) then return redis.error_reply(ARGV[6]) end \
              redis.call('SELECT',ARGV[1]) \
@@ -143,7 +159,15 @@ impl Client {
              if ARGV[4]=='1' then r=redis.call('COPY',KEYS[1],KEYS[2],'DB',ARGV[2],'REPLACE') \
              else r=redis.call('COPY',KEYS[1],KEYS[2],'DB',ARGV[2]) end \
              if r==1 and ARGV[5]=='1' then redis.call('UNLINK',KEYS[1]) end \
-             return r";
+             return r"
+        } else {
+            "if redis.call('EXISTS',KEYS[2])==0 and tonumber(ARGV[3])<1 then return redis.error_reply(ARGV[6]) end \
+             local r \
+             if ARGV[4]=='1' then r=redis.call('COPY',KEYS[1],KEYS[2],'REPLACE') \
+             else r=redis.call('COPY',KEYS[1],KEYS[2]) end \
+             if r==1 and ARGV[5]=='1' then redis.call('UNLINK',KEYS[1]) end \
+             return r"
+        };
         let words: Vec<Vec<u8>> = vec![
             b"EVAL".to_vec(),
             script.into(),
@@ -181,6 +205,9 @@ impl Client {
             }
         }
         let [one, two] = &databases[..] else { return };
+        if !one.alone {
+            return self.fail("ERR SWAPDB is not possible on a server with a single database");
+        }
         if one.number == two.number {
             return self.say(b"+OK\r\n");
         }
@@ -217,10 +244,19 @@ impl Client {
             Some(_) => return self.fail("ERR syntax error"),
         };
         let Some(tenancy) = &self.tenancy else { return };
-        for database in tenancy.place.all() {
+        let place = Arc::clone(&tenancy.place);
+        for database in place.all() {
+            if !database.alone {
+                database.ledger.shrink();
+                if let Err(error) = place.empty(&database).await {
+                    tracing::warn!(%error, "FLUSHALL failed");
+                    return self.fail(crate::upstream::redis::link::LOST);
+                }
+                continue;
+            }
             let mut request = Vec::new();
             put_request(&mut request, &[b"FLUSHDB", mode.as_bytes()]);
-            if let Err(error) = tenancy.place.as_platform(database.index, &request).await {
+            if let Err(error) = place.as_platform(database.index, &request).await {
                 tracing::warn!(%error, "FLUSHALL failed");
                 return self.fail(crate::upstream::redis::link::LOST);
             }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{
     client::{Client, Held, Own, Replies, Step, Tenancy},
     commands::Policy,
-    keys,
+    emulate, keys,
     refuse::{self, After},
     registry::Card,
     request::Burst,
@@ -35,6 +35,7 @@ impl Client {
             }
             (_, "reset") => self.reset(),
             (_, "select") => self.select(&held).await,
+            (_, _) if emulate::is_whole(held.row) => self.emulate(&held).await,
             (_, "client|tracking") => self.track(&held).await,
             (_, "client|caching") => self.caching(&held),
             (_, "client|trackinginfo") => self.tracking_info(),
@@ -129,6 +130,7 @@ impl Client {
 
     /// Drops everything that belongs to a login.
     fn forget(&mut self) {
+        self.drop_queue();
         if let (Some(card), Some(tenancy)) = (self.card.take(), self.tenancy.take()) {
             self.server.registry.leave(&tenancy.session.identity().org, card.id);
         }
@@ -139,7 +141,6 @@ impl Client {
         self.end_subscriptions();
         self.shared = None;
         self.watching = false;
-        self.queue = None;
         self.replies = Replies::On;
     }
 

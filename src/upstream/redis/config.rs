@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer};
 
-use super::Target;
+use super::{Target, Via};
 use crate::{
     net::{ClientTls, TlsMode},
     tenant::namespace::Password,
@@ -14,8 +14,11 @@ use crate::{
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// The administrator's URL: `redis://user:password@host:6379`, `rediss://…` with TLS, `unix:/path`. Its user makes
-    /// the tenants' ACL users and databases. Without it there is no Redis front.
+    /// The administrator's URL: `redis://user:password@host:6379`, `rediss://…` with TLS, `unix:/path`;
+    /// `redis+sentinel://user:password@host:26379,host:26379/master` where Sentinel names the master (the Sentinels' own
+    /// login, if they have one, as `?sentinel_user=…&sentinel_password=…`); `redis+cluster://user:password@host:6379,…`
+    /// for a cluster; `rediss+…` with TLS. Its user makes the tenants' ACL users and databases. Without it there is no
+    /// Redis front.
     #[serde(deserialize_with = "secret")]
     pub url: Option<Password>,
     /// Authorities to trust with `rediss://`, PEM. Default the system's.
@@ -34,13 +37,19 @@ impl Config {
     pub fn target(&self) -> Result<Option<Target>, String> {
         let Some(url) = &self.url else { return Ok(None) };
         let url = url.expose();
-        let (mode, rest) = match (url.strip_prefix("redis://"), url.strip_prefix("rediss://")) {
-            (Some(rest), _) => (TlsMode::Disable, rest),
-            (_, Some(rest)) => (TlsMode::VerifyFull, rest),
-            _ => match url.strip_prefix("unix:") {
-                Some(path) if path.starts_with('/') => (TlsMode::Disable, path),
-                _ => return Err("must begin with redis://, rediss:// or unix:/".into()),
+        let unknown = "must begin with redis://, redis+sentinel://, redis+cluster://, the same with rediss, or unix:/";
+        let (scheme, rest) = match url.split_once("://") {
+            Some(parts) => parts,
+            None => match url.strip_prefix("unix:") {
+                Some(path) if path.starts_with('/') => ("unix", path),
+                _ => return Err(unknown.into()),
             },
+        };
+        let (scheme, kind) = scheme.split_once('+').unwrap_or((scheme, ""));
+        let mode = match (scheme, kind) {
+            ("redis", "" | "sentinel" | "cluster") | ("unix", "") => TlsMode::Disable,
+            ("rediss", "" | "sentinel" | "cluster") => TlsMode::VerifyFull,
+            _ => return Err(unknown.into()),
         };
         let tls = ClientTls::new(mode, self.ca_file.clone()).map_err(|error| error.to_string())?;
         let (login, place) = rest.rsplit_once('@').map_or((None, rest), |(login, place)| (Some(login), place));
@@ -52,18 +61,51 @@ impl Config {
                 ((!user.is_empty()).then_some(user), (!password.is_empty()).then(|| Password::new(password)))
             }
         };
-        let address = if place.starts_with('/') {
-            place.to_owned()
-        } else {
-            let place = place.split('/').next().unwrap_or_default();
-            let has_port = place.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-            if place.is_empty() {
-                return Err("names no host".into());
-            }
-            if has_port { place.to_owned() } else { format!("{place}:6379") }
+        if place.starts_with('/') {
+            let address = place.to_owned();
+            return Ok(Some(Target { address, others: Vec::new(), via: Via::Itself, tls, user, password }));
+        }
+        let (place, query) = place.split_once('?').unwrap_or((place, ""));
+        let (hosts, path) = place.split_once('/').unwrap_or((place, ""));
+        let via = match kind {
+            "sentinel" => sentinel(path, query)?,
+            "cluster" => Via::Cluster,
+            _ => Via::Itself,
         };
-        Ok(Some(Target { address, tls, user, password }))
+        let port = if kind == "sentinel" { 26_379 } else { 6379 };
+        let mut addresses = hosts.split(',').map(|host| {
+            let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+            if has_port { host.to_owned() } else { format!("{host}:{port}") }
+        });
+        if hosts.split(',').any(str::is_empty) {
+            return Err("names no host".into());
+        }
+        let address = addresses.next().ok_or("names no host")?;
+        let others: Vec<String> = addresses.collect();
+        if kind.is_empty() && !others.is_empty() {
+            return Err("names several hosts: redis+sentinel:// or redis+cluster:// is for that".into());
+        }
+        Ok(Some(Target { address, others, via, tls, user, password }))
     }
+}
+
+/// `/master[/0]?sentinel_user=…&sentinel_password=…`.
+fn sentinel(path: &str, query: &str) -> Result<Via, String> {
+    let master = path.split('/').next().unwrap_or_default();
+    if master.is_empty() {
+        return Err("names no master: redis+sentinel://host:26379/master".into());
+    }
+    let (mut user, mut password) = (None, None);
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let value = unescaped(value).ok_or("its query is not well escaped")?;
+        match key {
+            "sentinel_user" => user = Some(value),
+            "sentinel_password" => password = Some(Password::new(value)),
+            _ => return Err("its query may hold sentinel_user and sentinel_password".into()),
+        }
+    }
+    Ok(Via::Sentinel { master: master.to_owned(), user, password })
 }
 
 /// Takes the percent escapes out; `None` where they are broken.
@@ -97,6 +139,19 @@ mod tests {
         assert_eq!(full.password.map(|p| p.expose().to_owned()).as_deref(), Some("p@ss"));
         assert_eq!(target("redis://:pw@h").expect("good").expect("a server").address, "h:6379");
         assert_eq!(target("unix:/run/redis.sock").expect("good").expect("a server").address, "/run/redis.sock");
+        let many =
+            target("redis+sentinel://:pw@a,b:7000/main/0?sentinel_password=s%20s").expect("good").expect("a server");
+        assert_eq!((many.address.as_str(), &many.others[..]), ("a:26379", &["b:7000".to_owned()][..]));
+        let Via::Sentinel { master, user: None, password: Some(password) } = many.via else { panic!("Sentinel") };
+        assert_eq!((master.as_str(), password.expose()), ("main", "s s"));
+        let many = target("rediss+cluster://u:p@a:1,b:2,c").expect("good").expect("a server");
+        assert!(matches!(many.via, Via::Cluster));
+        assert_eq!((many.address.as_str(), many.others.len()), ("a:1", 2));
+        for bad in
+            ["redis+sentinel://h", "redis+sentinel://h/m?x=1", "redis://a,b", "redis+x://h", "redis+cluster://a,"]
+        {
+            target(bad).expect_err(bad);
+        }
         for bad in ["http://h", "redis://", "redis://u:%zz@h", "unix:rel"] {
             let error = target(bad).expect_err(bad);
             assert!(!error.contains("zz"), "no secret is quoted");

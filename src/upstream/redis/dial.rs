@@ -7,6 +7,7 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
+use super::nodes::Via;
 use crate::{
     net::{Stream, stream::Raw, tls::ClientTls},
     tenant::namespace::Password,
@@ -53,6 +54,10 @@ impl From<io::Error> for DialError {
 pub struct Target {
     /// `host:port`, or the path of a Unix socket.
     pub address: String,
+    /// Further addresses of the same kind: Sentinels, or nodes of a cluster.
+    pub others: Vec<String>,
+    /// How the server is found from these.
+    pub via: Via,
     /// TLS towards it, or none.
     pub tls: ClientTls,
     /// The platform's user; `None` is `default`.
@@ -62,38 +67,44 @@ pub struct Target {
 }
 
 impl Target {
-    /// Connects, without logging in.
-    pub async fn connect(&self) -> Result<Stream, DialError> {
-        let raw = if self.address.starts_with('/') {
-            Raw::Unix(UnixStream::connect(&self.address).await?)
+    /// Connects to an address, without logging in.
+    pub async fn connect(&self, address: &str) -> Result<Stream, DialError> {
+        let raw = if address.starts_with('/') {
+            Raw::Unix(UnixStream::connect(address).await?)
         } else {
-            let tcp = TcpStream::connect(&self.address).await?;
+            let tcp = TcpStream::connect(address).await?;
             tcp.set_nodelay(true)?;
             Raw::Tcp(tcp)
         };
-        let host = self.address.rsplit_once(':').map_or(self.address.as_str(), |(host, _)| host);
+        let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
         Ok(self.tls.connect(raw, host.trim_matches(['[', ']']), &[]).await?)
+    }
+
+    /// Connects to a server that is to be a master: where Sentinel named it, it says so itself.
+    pub async fn reach(&self, address: &str) -> Result<Stream, DialError> {
+        let mut stream = self.connect(address).await?;
+        if let Via::Sentinel { .. } = self.via {
+            let mut ask = Vec::new();
+            let logins = self.put_login(&mut ask);
+            resp::put_request(&mut ask, &[b"ROLE"]);
+            let answers = exchange(&mut stream, &ask, logins + 1).await?;
+            answers.iter().try_for_each(|answer| refused(answer))?;
+            if strings(&answers[logins]).first().is_none_or(|role| role != "master") {
+                return Err(DialError::Refused("READONLY it is no master".to_owned()));
+            }
+        }
+        Ok(stream)
     }
 
     /// Appends the platform's login; gives how many replies it brings.
     pub fn put_login(&self, out: &mut Vec<u8>) -> usize {
-        match (&self.user, &self.password) {
-            (Some(user), Some(password)) => {
-                resp::put_request(out, &[b"AUTH", user.as_bytes(), password.expose().as_bytes()]);
-                1
-            }
-            (None, Some(password)) => {
-                resp::put_request(out, &[b"AUTH", password.expose().as_bytes()]);
-                1
-            }
-            _ => 0,
-        }
+        put_login(out, self.user.as_deref(), self.password.as_ref())
     }
 
-    /// Connects as the platform.
-    pub async fn platform(&self) -> Result<Stream, DialError> {
+    /// Connects to an address as the platform.
+    pub async fn platform(&self, address: &str) -> Result<Stream, DialError> {
         let attempt = async {
-            let mut stream = self.connect().await?;
+            let mut stream = self.reach(address).await?;
             let mut login = Vec::new();
             let replies = self.put_login(&mut login);
             for reply in exchange(&mut stream, &login, replies).await? {
@@ -102,6 +113,21 @@ impl Target {
             Ok(stream)
         };
         tokio::time::timeout(CONNECT_TIMEOUT, attempt).await.unwrap_or(Err(DialError::Slow))
+    }
+}
+
+/// Appends a login; gives how many replies it brings.
+pub fn put_login(out: &mut Vec<u8>, user: Option<&str>, password: Option<&Password>) -> usize {
+    match (user, password) {
+        (Some(user), Some(password)) => {
+            resp::put_request(out, &[b"AUTH", user.as_bytes(), password.expose().as_bytes()]);
+            1
+        }
+        (None, Some(password)) => {
+            resp::put_request(out, &[b"AUTH", password.expose().as_bytes()]);
+            1
+        }
+        _ => 0,
     }
 }
 

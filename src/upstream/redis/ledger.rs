@@ -10,6 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 /// Keys that a script may create as far as we know before it ran: the bound is unknown until the next count.
 pub const UNKNOWN: u64 = 1 << 20;
 
+/// The floor of a database that was never counted: above any cap, far from overflow.
+const ANY: i64 = 1 << 50;
+
 /// See the module. `SeqCst` nowhere: every count is confirmed through the server, whose answers order it.
 #[derive(Debug)]
 pub struct Ledger {
@@ -20,6 +23,10 @@ pub struct Ledger {
     keys: AtomicU64,
     counting: AtomicBool,
     counted_ms: AtomicU64,
+    /// When a count was last known, in coarse milliseconds; only where counting is dear.
+    known_ms: AtomicU64,
+    /// Something that may have deleted keys was sent on since.
+    shrunk: AtomicBool,
     /// Bytes written since the last memory sample.
     pub written: AtomicU64,
     /// Raised when the server turns out to have forgotten a script.
@@ -38,10 +45,64 @@ impl Ledger {
             keys: AtomicU64::new(keys),
             counting: AtomicBool::new(false),
             counted_ms: AtomicU64::new(0),
+            known_ms: AtomicU64::new(0),
+            shrunk: AtomicBool::new(true),
             written: AtomicU64::new(0),
             scripts_lost: AtomicU64::new(0),
             grown: AtomicBool::new(false),
         }
+    }
+
+    /// A ledger of a database that nobody has counted yet: it may hold any number.
+    pub fn unknown() -> Self {
+        let ledger = Self::new(0);
+        ledger.floor.store(ANY, Ordering::Release);
+        ledger
+    }
+
+    /// Whether a count that was made at the earliest `fresh_ms` ago still holds, as far as this process knows.
+    pub fn is_fresh(&self, now_ms: u64, fresh_ms: u64) -> bool {
+        !self.shrunk.load(Ordering::Acquire) && now_ms < self.known_ms.load(Ordering::Acquire).saturating_add(fresh_ms)
+    }
+
+    /// Something that may delete keys is sent on.
+    pub fn shrink(&self) {
+        self.shrunk.store(true, Ordering::Release);
+    }
+
+    /// A count by a walk begins: gives what is reserved and what of it is done. What shrinks the database from now on
+    /// makes it stale.
+    pub fn begin(&self) -> (u64, u64) {
+        self.shrunk.store(false, Ordering::Release);
+        let mark = self.mark();
+        (self.reserved.load(Ordering::Acquire), mark)
+    }
+
+    /// The answer to a count by a walk that began at `now_ms` with `mark`, when `reserved` keys were reserved, `own` of
+    /// them in a transaction that waits for the walk. What was on its way or was begun meanwhile may be in the answer
+    /// and in what is added to it: then the bound is too high, and not to be relied on. Gives whether it is exact.
+    pub fn known(&self, keys: u64, (reserved, mark): (u64, u64), own: u64, now_ms: u64) -> bool {
+        self.counted(keys, mark);
+        let exact = reserved.saturating_sub(mark) <= own && self.reserved.load(Ordering::Acquire) == reserved;
+        if exact {
+            self.known_ms.store(now_ms, Ordering::Release);
+        } else {
+            self.shrink();
+        }
+        exact
+    }
+
+    /// What is reserved and not yet done.
+    pub fn under_way(&self) -> u64 {
+        let done = self.done.load(Ordering::Acquire);
+        self.reserved.load(Ordering::Acquire).saturating_sub(done)
+    }
+
+    /// A command that had reserved keys, and is about to be done, turned out to create `fewer` than that. Before
+    /// [`Self::done`]: a count that includes the command replaces this, and one that does not must not lower the bound
+    /// after it.
+    pub fn learned(&self, fewer: i64) {
+        self.floor.fetch_sub(fewer, Ordering::AcqRel);
     }
 
     /// Reserves `keys` creations and gives the bound with them. They stay reserved until [`Self::done`].
@@ -122,6 +183,27 @@ mod tests {
         ledger.done(1);
         ledger.counted(14, ledger.mark());
         assert_eq!(ledger.bound(), 14);
+    }
+
+    #[test]
+    fn an_unknown_database_is_full_until_it_is_counted() {
+        let ledger = Ledger::unknown();
+        assert!(ledger.reserve(1) > 1 << 40 && !ledger.is_fresh(10, 1000));
+        let begun = ledger.begin();
+        assert!(!ledger.known(5, begun, 0, 100) && !ledger.is_fresh(101, 1000), "one was on its way");
+        let begun = ledger.begin();
+        ledger.reserve(3);
+        assert!(!ledger.known(5, begun, 1, 100), "three were begun meanwhile");
+        ledger.done(3);
+        let begun = ledger.begin();
+        assert!(ledger.known(5, begun, 1, 100), "the one that is on its way waits for this");
+        assert_eq!(ledger.bound(), 6);
+        assert!(ledger.is_fresh(1099, 1000) && !ledger.is_fresh(1100, 1000));
+        ledger.learned(1);
+        ledger.done(1);
+        assert_eq!(ledger.bound(), 5, "it overwrote a key");
+        ledger.shrink();
+        assert!(!ledger.is_fresh(101, 1000));
     }
 
     #[test]

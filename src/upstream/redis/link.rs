@@ -12,7 +12,7 @@ use std::{
     io,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
@@ -24,6 +24,8 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
+    Place, Version,
+    again::{self, Elsewhere, Group},
     ledger::Ledger,
     message,
     outbox::Outbox,
@@ -55,6 +57,15 @@ const KEPT_BYTES: usize = 64 << 10;
 /// How often an unused shared link is looked at; unused for two looks, it is closed.
 const IDLE_LOOK: Duration = Duration::from_secs(30);
 
+/// How long a link to a server that does not serve any more may wait for outstanding replies.
+const RETIRE: Duration = Duration::from_secs(5);
+
+/// Bytes of scripts that a link can load elsewhere.
+const LOADS_MAX_BYTES: usize = 4 << 20;
+
+/// What a command gets that a server refused because it serves no more; it has not run.
+const UNAVAILABLE: &[u8] = b"-ERR upstream unavailable\r\n";
+
 /// The text that commands get whose reply was lost with the connection. Nothing is sent again: it may have run.
 pub const LOST: &str = "ERR upstream connection lost; the command may or may not have been executed";
 
@@ -80,6 +91,8 @@ pub enum How {
     Count(u64),
     /// A reply that is no error is replaced by these bytes.
     Instead(Box<[u8]>),
+    /// A pair of how many keys were created, of so many that were reserved, and the reply.
+    Learn(u64),
     /// Confirmations on a subscriber's link.
     Confirm,
 }
@@ -95,6 +108,21 @@ pub struct Pending {
     pub creates: u64,
     /// What becomes of them.
     pub how: How,
+    /// The requests, where they may have to be sent elsewhere.
+    pub group: Option<Group>,
+}
+
+/// Where a link goes, and how its task finds what is elsewhere.
+#[derive(Debug)]
+pub struct Home {
+    /// The tenant.
+    pub place: Weak<Place>,
+    /// Its slot.
+    pub slot: u16,
+    /// The server.
+    pub address: Arc<str>,
+    /// The protocol version.
+    pub version: Version,
 }
 
 /// What the link is for.
@@ -131,6 +159,12 @@ pub struct State {
     fresh: Vec<Pending>,
     stalled: Vec<Arc<Outbox>>,
     closed: bool,
+    /// Nothing more is taken; what is outstanding is waited for.
+    retired: bool,
+    /// Requests are kept until they are answered.
+    keeps: bool,
+    /// Where in `out` the next group begins.
+    mark: usize,
     /// Scripts loaded through this connection, and the ledger's `scripts_lost` when that was true.
     loaded: (HashSet<[u8; 40]>, u64),
 }
@@ -148,7 +182,8 @@ impl State {
     /// Adds what becomes of the requests just appended; runs of the same kind become one entry.
     #[inline]
     pub fn expect(&mut self, to: &Arc<Outbox>, count: usize, creates: u64, how: How) {
-        if let (How::Raw, Some(last)) = (&how, self.fresh.last_mut())
+        let group = if self.keeps { self.group(count, &how) } else { None };
+        if let (How::Raw, Some(last), None) = (&how, self.fresh.last_mut(), &group)
             && matches!(last.how, How::Raw)
             && Arc::ptr_eq(&last.to, to)
         {
@@ -156,7 +191,26 @@ impl State {
             last.creates += creates;
             return;
         }
-        self.fresh.push(Pending { to: Arc::clone(to), count, creates, how });
+        self.fresh.push(Pending { to: Arc::clone(to), count, creates, how, group });
+    }
+
+    /// The requests appended since the last group.
+    #[cold]
+    fn group(&mut self, count: usize, how: &How) -> Option<Group> {
+        let bytes: Box<[u8]> = self.out[self.mark..].into();
+        self.mark = self.out.len();
+        let frames = match how {
+            How::Local(_) | How::Confirm | How::Count(_) => return None,
+            How::Transaction(transaction) => transaction.acks + 1,
+            How::Discard => count,
+            How::Raw | How::Strip(_) | How::Instead(_) | How::Learn(_) => 1,
+        };
+        Some(Group { bytes, frames })
+    }
+
+    /// Whether scripts have to be sent with every call, since it may have to be made elsewhere.
+    pub fn keeps_groups(&self) -> bool {
+        self.keeps
     }
 
     /// Whether so much waits to be sent that the client should wait; if so it will be woken.
@@ -205,7 +259,24 @@ impl Link {
     /// The state to append to, or `None` once the connection is lost. Call [`Self::wake`] after dropping it.
     pub fn lock(&self) -> Option<MutexGuard<'_, State>> {
         let state = self.state.lock();
+        (!state.closed && !state.retired).then_some(state)
+    }
+
+    /// The state for replies of our own, which have their place among the outstanding ones to the end.
+    pub fn lock_for_local(&self) -> Option<MutexGuard<'_, State>> {
+        let state = self.state.lock();
         (!state.closed).then_some(state)
+    }
+
+    /// Keeps every request until it is answered, since it may have to be sent elsewhere.
+    pub fn keep_groups(&self) {
+        self.state.lock().keeps = true;
+    }
+
+    /// Takes nothing more, and ends once everything is answered.
+    fn retire(&self) {
+        self.state.lock().retired = true;
+        self.waker.wake();
     }
 
     /// Tells the link's task that there is something new.
@@ -232,7 +303,8 @@ impl Link {
 
     /// Whether the connection is lost or closed.
     pub fn is_closed(&self) -> bool {
-        self.state.lock().closed
+        let state = self.state.lock();
+        state.closed || state.retired
     }
 
     /// Gives a dedicated link to another client.
@@ -241,8 +313,16 @@ impl Link {
     }
 
     /// Relays until the connection ends.
-    pub async fn run(self: Arc<Self>, stream: Stream) {
+    pub async fn run(self: Arc<Self>, stream: Stream, home: Home) {
+        let mut views = home.place.upgrade().and_then(|place| place.watch());
+        let (slot, address) = (home.slot, Arc::clone(&home.address));
+        let mut retired = None;
         let mut task = Task {
+            may_move: views.is_some(),
+            home,
+            elsewhere: None,
+            again: None,
+            loads: (Vec::new(), 0),
             link: &self,
             stream,
             queue: VecDeque::new(),
@@ -260,6 +340,14 @@ impl Link {
             let turn = tokio::select! {
                 ended = poll_fn(|cx| task.poll(cx)) => Some(ended),
                 _ = look.tick() => None,
+                owner = owner(&mut views, slot), if retired.is_none() => {
+                    if owner.is_some_and(|owner| owner != address) {
+                        self.retire();
+                        retired = Some(tokio::time::Instant::now() + RETIRE);
+                    }
+                    continue;
+                }
+                () = until(retired) => Some(Some(io::Error::other("the server serves no more"))),
             };
             match turn {
                 Some(error) => break error,
@@ -284,7 +372,40 @@ impl Link {
     }
 }
 
+/// The next owner of a slot that is heard of.
+async fn owner(
+    views: &mut Option<tokio::sync::watch::Receiver<Arc<super::nodes::View>>>,
+    slot: u16,
+) -> Option<Arc<str>> {
+    match views {
+        Some(receiver) => match receiver.changed().await {
+            Ok(()) => receiver.borrow_and_update().of(slot).cloned(),
+            Err(_) => {
+                *views = None;
+                std::future::pending().await
+            }
+        },
+        None => std::future::pending().await,
+    }
+}
+
+async fn until(time: Option<tokio::time::Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
 struct Task<'a> {
+    /// The server may stop serving the tenant.
+    may_move: bool,
+    home: Home,
+    /// The group at the head was refused, since its slot is there.
+    elsewhere: Option<Elsewhere>,
+    /// The group at the head is being run elsewhere.
+    again: Option<again::Running>,
+    /// Requests that load the scripts that were loaded here, and how many.
+    loads: (Vec<u8>, usize),
     link: &'a Arc<Link>,
     stream: Stream,
     queue: VecDeque<Pending>,
@@ -308,6 +429,17 @@ impl Task<'_> {
             }
             if let Err(error) = self.write(cx) {
                 return Poll::Ready(Some(error));
+            }
+            if let Some(again) = &mut self.again {
+                match again.as_mut().poll(cx) {
+                    Poll::Pending => return Poll::Pending,
+                    Poll::Ready(result) => {
+                        if let Err(error) = self.resume(result) {
+                            return Poll::Ready(Some(error));
+                        }
+                        continue;
+                    }
+                }
             }
             match self.read(cx) {
                 Ok(true) => {}
@@ -338,7 +470,12 @@ impl Task<'_> {
                 self.queue.extend(state.fresh.drain(..));
                 self.link.used.fetch_add(1, Ordering::Relaxed);
                 std::mem::swap(&mut self.writing, &mut state.out);
+                state.mark = 0;
                 state.stalled.drain(..).for_each(|client| client.wake());
+            }
+            if state.retired && self.queue.is_empty() && state.fresh.is_empty() && self.writing.is_empty() {
+                state.closed = true;
+                return true;
             }
         }
         self.locals();
@@ -420,7 +557,7 @@ impl Task<'_> {
         let mut at = 0;
         loop {
             self.locals();
-            if at >= bytes.len() {
+            if at >= bytes.len() || self.again.is_some() {
                 return Ok(at);
             }
             let mid_reply = self.reply.is_begun() && self.scanned == 0;
@@ -478,6 +615,10 @@ impl Task<'_> {
                 let Some(len) = self.frame(&bytes[at..]).map_err(fault)? else { return Ok(at) };
                 let frame = &bytes[at..at + len];
                 at += len;
+                if self.may_move {
+                    self.whole_moving(frame)?;
+                    continue;
+                }
                 let Some(head) = self.queue.front_mut() else { return Ok(at) };
                 head.to.deliver(1, |out| strip(Shape::Raw, frame, &self.link.prefix, out));
                 if frame.starts_with(b"-NOSCRIPT") || frame.starts_with(b"-ERR Error compiling script") {
@@ -492,7 +633,94 @@ impl Task<'_> {
             let Some(len) = self.frame(&bytes[at..]).map_err(fault)? else { return Ok(at) };
             let frame = &bytes[at..at + len];
             at += len;
-            self.whole(frame);
+            if self.may_move {
+                self.whole_moving(frame)?;
+            } else {
+                self.whole(frame);
+            }
+        }
+    }
+
+    /// The same as [`Self::whole`] where another server may have taken over: what this one refuses for that reason was
+    /// not run, and is run there, or told to the client in words that mean nothing else.
+    fn whole_moving(&mut self, frame: &[u8]) -> io::Result<()> {
+        let shared = self.queue_is_shared();
+        let mut frame = frame;
+        if frame.starts_with(b"-READONLY") || frame.starts_with(b"-CLUSTERDOWN") || frame.starts_with(b"-MASTERDOWN") {
+            if let Some(place) = self.home.place.upgrade() {
+                place.failed(&self.home.address);
+            }
+            self.link.retire();
+            if !shared {
+                return Err(io::Error::other("the server serves no more"));
+            }
+            frame = UNAVAILABLE;
+        } else if let Some(elsewhere) = Elsewhere::parse(frame, &self.home.address) {
+            // What a connection of one client holds can't be taken elsewhere: the client connects again.
+            if !shared {
+                if let (false, Some(place)) = (elsewhere.once, self.home.place.upgrade()) {
+                    place.moved(elsewhere.slot, &elsewhere.address);
+                }
+                return Err(io::Error::other("the slot is elsewhere"));
+            }
+            self.elsewhere.get_or_insert(elsewhere);
+        }
+        self.whole(frame);
+        Ok(())
+    }
+
+    /// Takes what came of a group that was run elsewhere, and goes on with what had come meanwhile.
+    fn resume(&mut self, result: Result<Vec<Vec<u8>>, super::DialError>) -> io::Result<()> {
+        self.again = None;
+        match result {
+            Ok(answers) => {
+                if let Some(head) = self.queue.front_mut() {
+                    match &mut head.how {
+                        How::Transaction(transaction) => {
+                            transaction.acks = answers.len() - 1;
+                            transaction.refused = None;
+                        }
+                        _ => head.count = answers.len(),
+                    }
+                }
+                answers.iter().for_each(|answer| self.whole(answer));
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a command could not be run elsewhere");
+                if let Some(head) = self.queue.front() {
+                    match head.how {
+                        How::Discard => head.to.deliver(head.count, |_| {}),
+                        _ => head.to.deliver(head.count, |out| put_error(out, LOST)),
+                    }
+                }
+                self.retire();
+            }
+        }
+        let mut carry = std::mem::take(&mut self.carry);
+        let used = self.walk(&carry)?;
+        carry.drain(..used);
+        self.carry = carry;
+        Ok(())
+    }
+
+    /// After the last frame of the head: it is done, or runs elsewhere.
+    fn finish(&mut self) {
+        let group = self.queue.front_mut().and_then(|head| head.group.take());
+        match (self.elsewhere.take(), group) {
+            (Some(to), Some(group)) => {
+                let (place, version) = (Weak::clone(&self.home.place), self.home.version);
+                self.again = Some(again::run(place, version, to, self.loads.clone(), group));
+            }
+            (_, group) => {
+                if let Some(group) = group
+                    && group.bytes.starts_with(b"*3\r\n$6\r\nSCRIPT")
+                    && self.loads.0.len() + group.bytes.len() <= LOADS_MAX_BYTES
+                {
+                    self.loads.0.extend_from_slice(&group.bytes);
+                    self.loads.1 += 1;
+                }
+                self.retire();
+            }
         }
     }
 
@@ -513,18 +741,44 @@ impl Task<'_> {
     fn whole(&mut self, frame: &[u8]) {
         let Some(head) = self.queue.front_mut() else { return };
         let prefix = &self.link.prefix;
+        let silent = self.elsewhere.is_some() && head.group.is_some();
+        if frame.starts_with(b"-NOSCRIPT") {
+            self.link.ledger.scripts_lost.fetch_add(1, Ordering::Relaxed);
+        }
         match &mut head.how {
             How::Transaction(transaction) => {
                 self.scratch.clear();
                 if !transaction.frame(frame, prefix, &mut self.scratch) {
                     return;
                 }
-                let scratch = &self.scratch;
-                head.to.deliver(head.count, |out| out.extend_from_slice(scratch));
-                head.count = 1;
+                if !silent {
+                    let scratch = &self.scratch;
+                    head.to.deliver(head.count, |out| out.extend_from_slice(scratch));
+                    head.count = 1;
+                }
                 if self.scratch.capacity() > KEPT_BYTES {
                     self.scratch = Vec::new();
                 }
+            }
+            _ if silent => {}
+            // Nothing is known to be answered before all of it is known to have been run.
+            How::Discard if head.group.is_some() => {
+                if head.count == 1 {
+                    let frames = head.group.as_ref().map_or(1, |group| group.frames);
+                    head.to.deliver(frames, |_| {});
+                }
+            }
+            How::Raw => head.to.deliver(1, |out| strip(Shape::Raw, frame, prefix, out)),
+            How::Learn(reserved) => {
+                let (made, reply) = learned(frame);
+                match made {
+                    Some(made) => {
+                        let reserved = i64::try_from(*reserved).unwrap_or(i64::MAX);
+                        self.link.ledger.learned(reserved.saturating_sub(made));
+                    }
+                    None => self.link.ledger.shrink(),
+                }
+                head.to.deliver(1, |out| strip(Shape::Raw, reply, prefix, out));
             }
             How::Strip(shape) => {
                 let shape = *shape;
@@ -542,12 +796,19 @@ impl Task<'_> {
                     self.link.ledger.not_counted();
                 }
             }
-            // `Raw`, `Local` and `Confirm` never come here; a reply is swallowed rather than given to the wrong one.
-            How::Discard | How::Raw | How::Local(_) | How::Confirm => head.to.deliver(1, |_| {}),
+            // `Local` and `Confirm` never come here; a reply is swallowed rather than given to the wrong one.
+            How::Discard | How::Local(_) | How::Confirm => head.to.deliver(1, |_| {}),
+        }
+        if silent && matches!(head.how, How::Transaction(_)) {
+            return self.finish();
         }
         head.count -= 1;
         if head.count == 0 {
-            self.retire();
+            // A group that runs elsewhere is as unanswered as before.
+            if silent {
+                head.count = head.group.as_ref().map_or(1, |group| group.frames);
+            }
+            self.finish();
         }
     }
 
@@ -598,7 +859,7 @@ impl Task<'_> {
         let shared = matches!(*self.link.role.lock(), Role::Shared);
         let mut torn = self.reply.is_begun();
         let mut creates = 0;
-        for Pending { to, count, how, creates: created } in self.queue.drain(..) {
+        for Pending { to, count, how, creates: created, group: _ } in self.queue.drain(..) {
             creates += created;
             match how {
                 How::Local(bytes) => to.deliver(count, |out| out.extend_from_slice(&bytes)),
@@ -620,5 +881,17 @@ impl Task<'_> {
             Role::Dedicated(client) | Role::Subscriber(client) => client.lose(),
         }
         stalled.iter().for_each(|client| client.wake());
+    }
+}
+
+/// Takes a pair of a number and a reply apart; anything else is a reply.
+fn learned(frame: &[u8]) -> (Option<i64>, &[u8]) {
+    let mut cursor = resp::Cursor { rest: frame };
+    match (cursor.item(), cursor.item()) {
+        (Some(resp::Item::Many(b'*', 2)), Some(resp::Item::Other(text))) => {
+            let number = text.strip_prefix(b":").and_then(|n| std::str::from_utf8(n).ok()?.trim_end().parse().ok());
+            (number, if number.is_some() { cursor.rest } else { frame })
+        }
+        _ => (None, frame),
     }
 }

@@ -5,15 +5,20 @@
 //! client. Every connection that carries a tenant's commands is logged in as the tenant's ACL user and stands in
 //! the tenant's database, which that user can't leave.
 
+mod again;
 mod config;
+mod database;
 pub mod dial;
 pub mod ledger;
 pub mod link;
+mod login;
 pub mod message;
+pub mod nodes;
 pub mod outbox;
 mod place;
 pub mod reply;
 mod standing;
+mod walk;
 
 use std::{
     collections::HashSet,
@@ -23,13 +28,16 @@ use std::{
 
 use dashmap::DashMap;
 use moka::sync::Cache;
+use nodes::Nodes;
 use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 
 pub use config::Config;
+pub use database::{Database, Script};
 pub use dial::{DialError, Target};
+pub use nodes::Via;
 pub use outbox::Outbox;
-pub use place::{Database, Place, Script};
+pub use place::Place;
 pub use standing::{Standing, Usage};
 
 use crate::{
@@ -49,6 +57,12 @@ const KEEP_MAX: u64 = 1000;
 
 /// Idle connections of the platform's own user.
 const PLATFORM_IDLE_MAX: usize = 4;
+
+/// How often a request of the platform is sent elsewhere.
+const HOPS_MAX: usize = 5;
+
+/// Pause while a slot is being moved.
+const MOVING_PAUSE: Duration = Duration::from_millis(50);
 
 /// Longest time for one command that is run for a tenant by the platform's user.
 const PLATFORM_TIMEOUT: Duration = Duration::from_secs(60);
@@ -75,30 +89,33 @@ pub struct Server {
     pub notifications: String,
 }
 
-/// The way to one Redis server. One per process.
+/// The way to one Redis: a server, the master that Sentinel names, or a cluster. One per process.
 #[derive(Debug)]
 pub struct Upstream {
-    target: Target,
+    nodes: Arc<Nodes>,
     names: Names,
     /// Commands that tenants' ACL users may run, where the server has them.
     allowed: Vec<&'static str>,
     places: DashMap<OrgId, Weak<Place>>,
     kept: Cache<OrgId, Arc<Place>>,
-    idle: Mutex<Vec<Stream>>,
+    idle: Mutex<Vec<(Arc<str>, Stream)>>,
     server: OnceCell<Server>,
+    /// Held by the walk over a database under way; when the next may begin.
+    walking: tokio::sync::Mutex<tokio::time::Instant>,
 }
 
 impl Upstream {
     /// The way to `target`. `allowed` are the commands that a tenant's ACL user gets.
     pub fn new(target: Target, names: Names, allowed: Vec<&'static str>) -> Arc<Self> {
         Arc::new(Self {
-            target,
+            nodes: Nodes::new(target),
             names,
             allowed,
             places: DashMap::new(),
             kept: Cache::builder().max_capacity(KEEP_MAX).time_to_idle(KEEP).build(),
             idle: Mutex::default(),
             server: OnceCell::new(),
+            walking: tokio::sync::Mutex::new(tokio::time::Instant::now()),
         })
     }
 
@@ -151,22 +168,65 @@ impl Upstream {
     /// # Cancel safety
     /// Dropping it closes the connection; the requests may have run.
     pub async fn platform(&self, requests: &[u8], replies: usize) -> Result<Vec<Vec<u8>>, DialError> {
+        self.platform_of(0, requests, replies).await
+    }
+
+    /// The same on the server of a slot. A cluster's node that is not it any more is found out by its answer, and the
+    /// requests, none of which it has run, go where it says.
+    async fn platform_of(&self, slot: u16, requests: &[u8], replies: usize) -> Result<Vec<Vec<u8>>, DialError> {
+        for _ in 0..HOPS_MAX {
+            let address = self.nodes.address(slot).await?;
+            let answers = self.platform_at(&address, requests, replies).await?;
+            match answers.iter().find_map(|answer| again::Elsewhere::parse(answer, &address)) {
+                None => return Ok(answers),
+                Some(to) if to.once => tokio::time::sleep(MOVING_PAUSE).await,
+                Some(to) => self.nodes.moved(to.slot, &to.address),
+            }
+        }
+        Err(DialError::Refused("the slot is being moved".to_owned()))
+    }
+
+    /// The same on one server.
+    async fn platform_at(
+        &self,
+        address: &Arc<str>,
+        requests: &[u8],
+        replies: usize,
+    ) -> Result<Vec<Vec<u8>>, DialError> {
         let run = async {
-            let kept = self.idle.lock().pop();
+            let kept = {
+                let mut idle = self.idle.lock();
+                let at = idle.iter().rposition(|(known, _)| known == address);
+                at.map(|at| idle.swap_remove(at).1)
+            };
             // An idle connection may have been closed by the server; it says so at once.
             let kept = kept.and_then(|mut stream| is_alive(&mut stream).then_some(stream));
             let mut stream = match kept {
                 Some(stream) => stream,
-                None => self.target.platform().await?,
+                None => self.nodes.target().platform(address).await?,
             };
             let answers = dial::exchange(&mut stream, requests, replies).await?;
-            let mut idle = self.idle.lock();
-            if idle.len() < PLATFORM_IDLE_MAX {
-                idle.push(stream);
+            if self.nodes.may_change() && answers.iter().any(|answer| answer.starts_with(b"-READONLY")) {
+                return Err(DialError::Refused("READONLY it is no master any more".to_owned()));
             }
+            let mut idle = self.idle.lock();
+            if idle.len() >= PLATFORM_IDLE_MAX {
+                idle.remove(0);
+            }
+            idle.push((Arc::clone(address), stream));
             Ok(answers)
         };
-        tokio::time::timeout(PLATFORM_TIMEOUT, run).await.unwrap_or(Err(DialError::Slow))
+        let result = tokio::time::timeout(PLATFORM_TIMEOUT, run).await.unwrap_or(Err(DialError::Slow));
+        if result.is_err() {
+            self.nodes.failed(address);
+        }
+        result
+    }
+
+    /// What a tenant is called here.
+    fn space(&self, org: &OrgId) -> crate::tenant::namespace::RedisNamespace {
+        let space = self.names.redis(org);
+        if self.nodes.is_cluster() { space.tagged() } else { space }
     }
 
     /// The tenant's place; one at a time per tenant, so that its keys are counted once.
@@ -175,7 +235,7 @@ impl Upstream {
         let place = match entry.upgrade() {
             Some(place) if place.generation == generation => place,
             _ => {
-                let place = Arc::new(Place::new(Arc::clone(self), org, generation));
+                let place = Place::new(Arc::clone(self), org, generation);
                 *entry = Arc::downgrade(&place);
                 place
             }
@@ -198,18 +258,24 @@ impl Upstream {
     ///
     /// # Errors
     /// The server can't be reached or refuses the platform. May be repeated.
-    pub async fn remove(&self, org: &OrgId, purge: bool) -> Result<(), DialError> {
-        let space = self.names.redis(org);
+    pub async fn remove(self: &Arc<Self>, org: &OrgId, purge: bool) -> Result<(), DialError> {
+        let place = Place::new(Arc::clone(self), org, 0);
+        let space = &place.space;
         let mut requests = Vec::new();
         resp::put_request(&mut requests, &[b"ACL", b"DELUSER", space.user.as_bytes()]);
         resp::put_request(&mut requests, &[b"HVALS", space.registry().as_bytes()]);
-        let answers = self.platform(&requests, 2).await?;
+        let answers = place.ask(&requests, 2).await?;
         answers.iter().try_for_each(|answer| dial::refused(answer))?;
         self.kept.invalidate(org);
         if !purge {
             return Ok(());
         }
-        let indexes = dial::strings(&answers[1]);
+        let mut indexes = dial::strings(&answers[1]);
+        // What is in the database that several tenants share goes key by key.
+        if indexes.iter().any(|index| index == "0") {
+            place.purge().await?;
+            indexes.retain(|index| index != "0");
+        }
         let mut requests = Vec::new();
         for index in &indexes {
             resp::put_request(&mut requests, &[b"SELECT", index.as_bytes()]);
@@ -220,7 +286,7 @@ impl Upstream {
             resp::put_request(&mut requests, &[b"RPUSH", place::FREE.as_bytes(), index.as_bytes()]);
         }
         resp::put_request(&mut requests, &[b"DEL", space.registry().as_bytes()]);
-        let answers = self.platform(&requests, indexes.len() * 3 + 2).await?;
+        let answers = place.ask(&requests, indexes.len() * 3 + 2).await?;
         answers.iter().try_for_each(|answer| dial::refused(answer))
     }
 

@@ -1,24 +1,25 @@
 //! One tenant on the server: its ACL user, its logical databases, and their connections.
 
 use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+    Arc, Weak,
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use hashbrown::HashMap;
 use parking_lot::Mutex;
 
 use super::{
-    DATABASES, Upstream, Version,
+    DATABASES, Database, Upstream, Version,
     dial::{self, CONNECT_TIMEOUT, DialError},
     ledger::Ledger,
-    link::{Link, Role},
+    link::{Home, Link, Role},
+    nodes,
     outbox::Outbox,
 };
 use crate::{
     net::Stream,
     tenant::{OrgId, namespace::RedisNamespace},
-    wire::resp::{put_array, put_bulk, put_request},
+    wire::resp::put_request,
 };
 
 /// Databases given back by deleted tenants, in the platform's own database.
@@ -26,9 +27,6 @@ pub const FREE: &str = "dynabase:databases:free";
 
 /// The highest database given out so far.
 const NEXT: &str = "dynabase:databases:next";
-
-/// Idle dedicated connections of one database.
-const DEDICATED_IDLE_MAX: usize = 8;
 
 /// How long a failed connection attempt is remembered, doubled with every further one.
 const BACKOFF_MIN_MS: u64 = 50;
@@ -57,8 +55,15 @@ return tonumber(i)";
 /// See the module.
 #[derive(Debug)]
 pub struct Place {
-    upstream: Arc<Upstream>,
-    org: OrgId,
+    me: Weak<Place>,
+    pub(super) upstream: Arc<Upstream>,
+    /// Its slot, where the server is a cluster.
+    pub(super) slot: u16,
+    /// Its databases are physical database 0, which others use too. Known once `open` has run.
+    shared: AtomicBool,
+    /// Servers that have its ACL user as it should be.
+    pub(super) users: Mutex<Vec<Arc<str>>>,
+    pub(super) org: OrgId,
     /// The generation of its credentials.
     pub generation: u32,
     /// Its ACL user and prefix.
@@ -67,14 +72,20 @@ pub struct Place {
     opening: tokio::sync::Mutex<bool>,
     /// Bytes in memory as last measured.
     memory: AtomicU64,
+    /// Held while the keys are counted by a walk.
+    pub counting: tokio::sync::Mutex<()>,
     /// When they were measured, in coarse milliseconds; held while measuring.
     pub measuring: tokio::sync::Mutex<u64>,
 }
 
 impl Place {
-    pub(super) fn new(upstream: Arc<Upstream>, org: &OrgId, generation: u32) -> Self {
-        let space = upstream.names.redis(org);
-        Self {
+    pub(super) fn new(upstream: Arc<Upstream>, org: &OrgId, generation: u32) -> Arc<Self> {
+        let space = upstream.space(org);
+        Arc::new_cyclic(|me| Self {
+            me: me.clone(),
+            slot: nodes::slot(&space.channel_prefix()),
+            shared: AtomicBool::new(false),
+            users: Mutex::default(),
             upstream,
             org: org.clone(),
             generation,
@@ -82,8 +93,39 @@ impl Place {
             databases: Mutex::default(),
             opening: tokio::sync::Mutex::new(false),
             memory: AtomicU64::new(0),
+            counting: tokio::sync::Mutex::new(()),
             measuring: tokio::sync::Mutex::new(0),
-        }
+        })
+    }
+
+    /// Whether the tenant's keys are in a database that others use too.
+    pub fn is_shared(&self) -> bool {
+        self.shared.load(Ordering::Relaxed)
+    }
+
+    /// The tenant's slot, where the server is a cluster.
+    pub fn slot(&self) -> Option<u16> {
+        self.upstream.nodes.is_cluster().then_some(self.slot)
+    }
+
+    pub(super) fn walking(&self) -> &tokio::sync::Mutex<tokio::time::Instant> {
+        &self.upstream.walking
+    }
+
+    /// A node of the cluster said that a slot is at `address`.
+    pub(super) fn moved(&self, slot: u16, address: &str) {
+        self.upstream.nodes.moved(slot, address);
+    }
+
+    /// The server at `address` failed, or is no master any more.
+    pub(super) fn failed(&self, address: &str) {
+        self.upstream.nodes.failed(address);
+    }
+
+    /// Tells when other servers serve, where they can change.
+    pub(super) fn watch(&self) -> Option<tokio::sync::watch::Receiver<Arc<nodes::View>>> {
+        let nodes = &self.upstream.nodes;
+        nodes.may_change().then(|| nodes.watch())
     }
 
     /// One of the tenant's logical databases if it is open.
@@ -123,12 +165,21 @@ impl Place {
         }
         let mut ready = self.opening.lock().await;
         if !*ready {
-            self.set_user().await?;
+            let server = self.upstream.server().await?;
             let mut ask = Vec::new();
-            put_request(&mut ask, &[b"HKEYS", self.space.registry().as_bytes()]);
-            let answer = self.upstream.platform(&ask, 1).await?;
+            put_request(&mut ask, &[b"HGETALL", self.space.registry().as_bytes()]);
+            let answer = self.ask(&ask, 1).await?;
             dial::refused(&answer[0])?;
-            for known in dial::strings(&answer[0]).iter().filter_map(|n| n.parse().ok()).filter(|n| *n < DATABASES) {
+            let known = dial::strings(&answer[0]);
+            let known: Vec<(u32, u32)> =
+                known.chunks_exact(2).filter_map(|pair| Some((pair[0].parse().ok()?, pair[1].parse().ok()?))).collect();
+            // Who began in the common database stays there, whatever the server has become since.
+            let shared =
+                server.databases <= 1 || self.upstream.nodes.is_cluster() || known.iter().any(|(_, index)| *index == 0);
+            self.shared.store(shared, Ordering::Relaxed);
+            let address = self.upstream.nodes.address(self.slot).await?;
+            self.set_user(&address).await?;
+            for (known, _) in known.into_iter().filter(|(number, _)| *number < DATABASES) {
                 self.allot(known).await?;
             }
             *ready = true;
@@ -145,9 +196,14 @@ impl Place {
         let registry = self.space.registry();
         let mut ask = Vec::new();
         let name = number.to_string();
+        if self.is_shared() {
+            put_request(&mut ask, &[b"HSET", registry.as_bytes(), name.as_bytes(), b"0"]);
+            dial::refused(&self.ask(&ask, 1).await?[0])?;
+            return Ok(self.opened_as(number, 0, Ledger::unknown()));
+        }
         let words = ["EVAL", ALLOT, "3", &registry, FREE, NEXT, &name, &databases];
         put_request(&mut ask, &words.map(str::as_bytes));
-        let answer = self.upstream.platform(&ask, 1).await?;
+        let answer = self.ask(&ask, 1).await?;
         dial::refused(&answer[0])?;
         let index = match dial::integer(&answer[0]).map(u32::try_from) {
             Some(Ok(index)) => index,
@@ -161,14 +217,19 @@ impl Place {
         put_request(&mut ask, &[b"SELECT", index.to_string().as_bytes()]);
         put_request(&mut ask, &[b"DBSIZE"]);
         put_request(&mut ask, &[b"SELECT", b"0"]);
-        let answers = self.upstream.platform(&ask, 3).await?;
+        let answers = self.ask(&ask, 3).await?;
         dial::refused(&answers[0])?;
         let keys = dial::integer(&answers[1]).and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
+        Ok(self.opened_as(number, index, Ledger::new(keys)))
+    }
+
+    fn opened_as(&self, number: u32, index: u32, ledger: Ledger) -> Arc<Database> {
         let database = Arc::new(Database {
             number,
             index,
+            alone: !self.is_shared(),
             prefix: self.space.prefix(number).into(),
-            ledger: Arc::new(Ledger::new(keys)),
+            ledger: Arc::new(ledger),
             channels: self.space.channel_prefix().into(),
             user: self.space.user.clone(),
             scripts: Mutex::default(),
@@ -176,29 +237,7 @@ impl Place {
             idle: Mutex::default(),
         });
         self.databases.lock().insert(number, Arc::clone(&database));
-        Ok(database)
-    }
-
-    /// Makes the ACL user or replaces its rules and password.
-    async fn set_user(&self) -> Result<(), DialError> {
-        let server = self.upstream.server().await?;
-        let password = self.password();
-        let mut rules: Vec<String> = ["reset", "on", "resetchannels", "-@all"].map(str::to_owned).into();
-        rules.push(format!(">{}", password.expose()));
-        rules.extend(self.space.key_patterns());
-        rules.push(self.space.channel_pattern());
-        let known = self.upstream.allowed.iter().filter(|name| server.commands.contains(**name));
-        rules.extend(known.map(|name| format!("+{name}")));
-        let mut ask = Vec::new();
-        put_array(&mut ask, 3 + rules.len());
-        [&b"ACL"[..], b"SETUSER", self.space.user.as_bytes()].iter().for_each(|word| put_bulk(&mut ask, word));
-        rules.iter().for_each(|rule| put_bulk(&mut ask, rule.as_bytes()));
-        let answer = self.upstream.platform(&ask, 1).await?;
-        dial::refused(&answer[0])
-    }
-
-    fn password(&self) -> crate::tenant::namespace::Password {
-        self.upstream.names.password("redis", &self.org, self.generation)
+        database
     }
 
     /// The connection that all clients of `database` share, made if there is none.
@@ -223,9 +262,9 @@ impl Place {
             return Err(DialError::Slow);
         }
         match self.log_in(database, version, &[]).await {
-            Ok((stream, _)) => {
+            Ok((stream, address, _)) => {
                 *failed = None;
-                let link = self.spawn(Role::Shared, database, stream);
+                let link = self.spawn(Role::Shared, database, stream, address, version);
                 *slot.link.lock() = Some(Arc::clone(&link));
                 Ok(link)
             }
@@ -267,8 +306,8 @@ impl Place {
                 None => break,
             }
         }
-        let (stream, _) = self.log_in(database, version, &[]).await?;
-        Ok(self.spawn(Role::Dedicated(Arc::clone(client)), database, stream))
+        let (stream, address, _) = self.log_in(database, version, &[]).await?;
+        Ok(self.spawn(Role::Dedicated(Arc::clone(client)), database, stream, address, version))
     }
 
     /// A connection for one client on which tracking is on: `request`, which the caller has put inside the prefix, is
@@ -287,17 +326,26 @@ impl Place {
         client: &Arc<Outbox>,
         request: &[u8],
     ) -> Result<(Option<Arc<Link>>, Vec<u8>), DialError> {
-        let (stream, answer) = self.log_in(database, version, request).await?;
+        let (stream, address, answer) = self.log_in(database, version, request).await?;
         if answer.starts_with(b"-") {
             return Ok((None, answer));
         }
-        Ok((Some(self.spawn(Role::Dedicated(Arc::clone(client)), database, stream)), answer))
+        let link = self.spawn(Role::Dedicated(Arc::clone(client)), database, stream, address, version);
+        Ok((Some(link), answer))
     }
 
-    fn spawn(&self, role: Role, database: &Database, stream: Stream) -> Arc<Link> {
+    fn spawn(&self, role: Role, database: &Database, stream: Stream, address: Arc<str>, version: Version) -> Arc<Link> {
+        let tracked = self.slot().is_some() && matches!(role, Role::Shared);
         let link = Link::new(role, &database.prefix, Arc::clone(&database.ledger));
-        tokio::spawn(Arc::clone(&link).run(stream));
+        if tracked {
+            link.keep_groups();
+        }
+        tokio::spawn(Arc::clone(&link).run(stream, self.home(address, version)));
         link
+    }
+
+    fn home(&self, address: Arc<str>, version: Version) -> Home {
+        Home { place: self.me.clone(), slot: self.slot, address, version }
     }
 
     /// A connection that only brings messages: the platform's own login, since an ACL can't confine patterns. The
@@ -310,66 +358,23 @@ impl Place {
     /// May be dropped.
     pub async fn subscriber(&self, version: Version, client: &Arc<Outbox>) -> Result<Arc<Link>, DialError> {
         let attempt = async {
-            let mut stream = self.upstream.target.platform().await?;
+            let address = self.upstream.nodes.address(self.slot).await?;
+            let mut stream = self.upstream.nodes.target().platform(&address).await.inspect_err(|_| {
+                self.failed(&address);
+            })?;
             let mut ask = Vec::new();
             put_request(&mut ask, &[b"HELLO", (version as u8).to_string().as_bytes()]);
             put_request(&mut ask, &[b"CLIENT", b"ID"]);
             let answers = dial::exchange(&mut stream, &ask, 2).await?;
             answers.iter().try_for_each(|answer| dial::refused(answer))?;
-            Ok((stream, dial::integer(&answers[1]).unwrap_or(0)))
+            Ok((stream, address, dial::integer(&answers[1]).unwrap_or(0)))
         };
-        let (stream, id) = tokio::time::timeout(CONNECT_TIMEOUT, attempt).await.unwrap_or(Err(DialError::Slow))?;
+        let (stream, address, id) =
+            tokio::time::timeout(CONNECT_TIMEOUT, attempt).await.unwrap_or(Err(DialError::Slow))?;
         let prefix = self.space.channel_prefix();
         let link = Link::with_id(Role::Subscriber(Arc::clone(client)), &prefix, Arc::new(Ledger::new(0)), id);
-        tokio::spawn(Arc::clone(&link).run(stream));
+        tokio::spawn(Arc::clone(&link).run(stream, self.home(address, version)));
         Ok(link)
-    }
-
-    /// Connects as the platform, goes into the database, becomes the tenant's user: one round trip. A user that the
-    /// server has forgotten (it was restarted without its ACL file) is made again.
-    /// `first` is a request that the platform's user runs before, if it is not empty; its answer comes back.
-    async fn log_in(
-        &self,
-        database: &Database,
-        version: Version,
-        first: &[u8],
-    ) -> Result<(Stream, Vec<u8>), DialError> {
-        let password = self.password();
-        let attempt = || async {
-            let mut stream = self.upstream.target.connect().await?;
-            let mut hello = Vec::new();
-            let mut replies = self.upstream.target.put_login(&mut hello);
-            put_request(&mut hello, &[b"SELECT", database.index.to_string().as_bytes()]);
-            put_request(&mut hello, &[b"DBSIZE"]);
-            hello.extend_from_slice(first);
-            let user = self.space.user.as_bytes();
-            match version {
-                Version::Two => put_request(&mut hello, &[b"AUTH", user, password.expose().as_bytes()]),
-                Version::Three => {
-                    put_request(&mut hello, &[b"HELLO", b"3", b"AUTH", user, password.expose().as_bytes()]);
-                }
-            }
-            replies += 3;
-            let extra = usize::from(!first.is_empty());
-            let mark = database.ledger.mark();
-            let mut answers = dial::exchange(&mut stream, &hello, replies + extra).await?;
-            let answer = if extra > 0 { answers.remove(replies - 1) } else { Vec::new() };
-            answers.iter().try_for_each(|answer| dial::refused(answer))?;
-            let keys = answers.get(replies - 2).and_then(|answer| dial::integer(answer));
-            if let Some(keys) = keys.and_then(|n| u64::try_from(n).ok()) {
-                database.ledger.counted(keys, mark);
-            }
-            Ok((stream, answer))
-        };
-        let bounded =
-            || async { tokio::time::timeout(CONNECT_TIMEOUT, attempt()).await.unwrap_or(Err(DialError::Slow)) };
-        match bounded().await {
-            Err(DialError::Refused(text)) if text.starts_with("WRONGPASS") => {
-                self.set_user().await?;
-                bounded().await
-            }
-            other => other,
-        }
     }
 
     /// Counts the keys of every logical database.
@@ -385,7 +390,7 @@ impl Place {
         }
         put_request(&mut ask, &[b"SELECT", b"0"]);
         let marks: Vec<u64> = databases.iter().map(|database| database.ledger.mark()).collect();
-        let answers = self.upstream.platform(&ask, databases.len() * 2 + 1).await?;
+        let answers = self.ask(&ask, databases.len() * 2 + 1).await?;
         for (i, (database, mark)) in databases.iter().zip(marks).enumerate() {
             if let Some(keys) = answers.get(i * 2 + 1).and_then(|answer| dial::integer(answer)) {
                 database.ledger.counted(u64::try_from(keys).unwrap_or(0), mark);
@@ -399,7 +404,7 @@ impl Place {
     /// # Errors
     /// The connection failed; they may have run.
     pub async fn ask(&self, requests: &[u8], replies: usize) -> Result<Vec<Vec<u8>>, DialError> {
-        self.upstream.platform(requests, replies).await
+        self.upstream.platform_of(self.slot, requests, replies).await
     }
 
     /// Runs one command for the tenant as the platform's user, inside `database`. The caller has put every name
@@ -415,81 +420,11 @@ impl Place {
         put_request(&mut ask, &[b"SELECT", index.to_string().as_bytes()]);
         ask.extend_from_slice(request);
         put_request(&mut ask, &[b"SELECT", b"0"]);
-        let mut answers = self.upstream.platform(&ask, 3).await?;
+        let mut answers = self.ask(&ask, 3).await?;
         dial::refused(&answers[0])?;
         Ok(answers.swap_remove(1))
     }
-}
 
-/// One logical database of a tenant.
-#[derive(Debug)]
-pub struct Database {
-    /// As the tenant knows it.
-    pub number: u32,
-    /// As the server knows it.
-    pub index: u32,
-    /// What stands before its keys.
-    pub prefix: Box<[u8]>,
-    /// How many keys it can hold at most now.
-    pub ledger: Arc<Ledger>,
-    /// What stands before its channels.
-    pub channels: Box<[u8]>,
-    /// The tenant's ACL user.
-    pub user: String,
-    /// Scripts of the tenant by the SHA-1 that its clients know them by.
-    pub scripts: Mutex<HashMap<[u8; 20], Arc<Script>>>,
-    shared: [Slot; 2],
-    idle: Mutex<Vec<(Version, Arc<Link>)>>,
-}
-
-impl Database {
-    /// The shared connection if it is open.
-    pub fn shared_open(&self, version: Version) -> Option<Arc<Link>> {
-        self.shared[version as usize - 2].open()
-    }
-
-    /// Takes a dedicated connection back that holds no state and no outstanding reply.
-    pub fn give_back(&self, version: Version, link: Arc<Link>) {
-        let mut idle = self.idle.lock();
-        if idle.len() < DEDICATED_IDLE_MAX && !link.is_closed() {
-            link.hand_to(Arc::default());
-            idle.push((version, link));
-        } else {
-            link.part();
-        }
-    }
-}
-
-impl Drop for Database {
-    fn drop(&mut self) {
-        self.shared.iter().filter_map(Slot::open).for_each(|link| link.close());
-        self.idle.lock().drain(..).for_each(|(_, link)| link.close());
-    }
-}
-
-/// A tenant's script as the server knows it.
-#[derive(Debug)]
-pub struct Script {
-    /// Its text.
-    pub text: Box<[u8]>,
-    /// Its SHA-1 in hexadecimal.
-    pub sha: [u8; 40],
-}
-
-#[derive(Debug, Default)]
-struct Slot {
-    link: Mutex<Option<Arc<Link>>>,
-    /// Held while dialing; the pause after a failure, and until when.
-    dialing: tokio::sync::Mutex<Option<(tokio::time::Instant, u64)>>,
-}
-
-impl Slot {
-    fn open(&self) -> Option<Arc<Link>> {
-        self.link.lock().as_ref().filter(|link| !link.is_closed()).cloned()
-    }
-}
-
-impl Place {
     /// Keeps a new sample of the tenant's memory.
     pub fn set_memory(&self, bytes: u64) {
         self.memory.store(bytes, Ordering::Relaxed);

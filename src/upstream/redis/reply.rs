@@ -22,6 +22,8 @@ pub enum Shape {
     Pairs,
     /// A message or confirmation ([`super::message`]).
     Message,
+    /// A pair of a number of ours and the reply.
+    Second,
     /// `nil` becomes 0 and `OK` becomes 1 (a SETNX that was sent as SET … NX).
     SetNx,
 }
@@ -36,6 +38,10 @@ pub fn strip(shape: Shape, reply: &[u8], prefix: &[u8], out: &mut Vec<u8>) {
     let mut cursor = Cursor { rest: reply };
     match shape {
         Shape::Raw => out.extend_from_slice(reply),
+        Shape::Second => match (cursor.item(), cursor.item()) {
+            (Some(Item::Many(b'*', 2)), Some(Item::Other(_))) => strip(Shape::Raw, cursor.rest, prefix, out),
+            _ => out.extend_from_slice(reply),
+        },
         Shape::SetNx => out.extend_from_slice(if reply.starts_with(b"+") { b":1\r\n" } else { b":0\r\n" }),
         Shape::Key => match cursor.item() {
             Some(Item::Bulk(key)) => match key.strip_prefix(prefix) {

@@ -4,11 +4,14 @@
 //! platform's own database, written only by who is newer than the last writer: so that they can be read back, and a
 //! paused coordinator that wakes up too late changes nothing.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use super::{
-    DialError, Upstream,
+    DialError, Place, Upstream,
     dial::{integer, refused, strings},
+    nodes,
 };
 use crate::{
     tenant::{OrgId, Tier, tier::RedisLimits},
@@ -73,8 +76,16 @@ pub struct Usage {
 }
 
 impl Upstream {
+    /// In a cluster it is in the tenant's own slot.
     fn standing_key(&self, org: &OrgId) -> String {
-        format!("dynabase:standing:{}", self.names.base(org))
+        match self.nodes.is_cluster() {
+            true => format!("dynabase:standing:{}", String::from_utf8_lossy(&self.space(org).channel_prefix())),
+            false => format!("dynabase:standing:{}", self.names.base(org)),
+        }
+    }
+
+    async fn platform_for(&self, org: &OrgId, ask: &[u8], replies: usize) -> Result<Vec<Vec<u8>>, DialError> {
+        self.platform_of(nodes::slot(&self.space(org).channel_prefix()), ask, replies).await
     }
 
     /// What the server keeps of a tenant's caps; `None` before its first transition.
@@ -85,7 +96,7 @@ impl Upstream {
         let key = self.standing_key(org);
         let mut ask = Vec::new();
         put_request(&mut ask, &[b"HMGET", key.as_bytes(), b"tier", b"keys", b"memory", b"max_ttl"]);
-        let answers = self.platform(&ask, 1).await?;
+        let answers = self.platform_for(org, &ask, 1).await?;
         refused(&answers[0])?;
         let words = strings(&answers[0]);
         let number = |at: usize| words.get(at).and_then(|text: &String| text.parse().ok());
@@ -118,7 +129,7 @@ impl Upstream {
             ["EVAL", SET, "1", &key, &numbers[0], &numbers[1], &standing.tier, &numbers[3], &numbers[4], &numbers[5]];
         let mut ask = Vec::new();
         put_request(&mut ask, &words.map(str::as_bytes));
-        let answers = self.platform(&ask, 1).await?;
+        let answers = self.platform_for(org, &ask, 1).await?;
         refused(&answers[0])?;
         Ok(integer(&answers[0]) == Some(1))
     }
@@ -131,7 +142,7 @@ impl Upstream {
         let key = self.standing_key(org);
         let mut ask = Vec::new();
         put_request(&mut ask, &[b"DEL", key.as_bytes()]);
-        let answers = self.platform(&ask, 1).await?;
+        let answers = self.platform_for(org, &ask, 1).await?;
         refused(&answers[0])
     }
 
@@ -139,21 +150,32 @@ impl Upstream {
     ///
     /// # Errors
     /// The server can't be reached or refuses the platform.
-    pub async fn usage(&self, org: &OrgId) -> Result<Usage, DialError> {
-        let registry = self.names.redis(org).registry();
+    pub async fn usage(self: &Arc<Self>, org: &OrgId) -> Result<Usage, DialError> {
+        let registry = self.space(org).registry();
         let mut ask = Vec::new();
         put_request(&mut ask, &[b"HVALS", registry.as_bytes()]);
-        let answers = self.platform(&ask, 1).await?;
+        let answers = self.platform_for(org, &ask, 1).await?;
         refused(&answers[0])?;
         let mut usage = Usage::default();
-        for index in strings(&answers[0]) {
+        let indexes = strings(&answers[0]);
+        if indexes.iter().any(|index| index == "0") {
+            // Other tenants' keys are there too.
+            let place = Place::new(Arc::clone(self), org, 0);
+            for tally in place.tally(SAMPLE).await?.values() {
+                let (seen, bytes) = place.weigh(&tally.sample).await?;
+                usage.keys += tally.keys;
+                usage.bytes += bytes / seen.max(1) * tally.keys;
+            }
+            return Ok(usage);
+        }
+        for index in indexes {
             let sample = SAMPLE.to_string();
             let mut ask = Vec::new();
             put_request(&mut ask, &[b"SELECT", index.as_bytes()]);
             put_request(&mut ask, &[b"DBSIZE"]);
             put_request(&mut ask, &[b"SCAN", b"0", b"COUNT", sample.as_bytes()]);
             put_request(&mut ask, &[b"SELECT", b"0"]);
-            let answers = self.platform(&ask, 4).await?;
+            let answers = self.platform_for(org, &ask, 4).await?;
             answers.iter().try_for_each(|answer| refused(answer))?;
             let keys = integer(&answers[1]).and_then(|keys| u64::try_from(keys).ok()).unwrap_or(0);
             usage.keys += keys;
@@ -173,7 +195,7 @@ impl Upstream {
             put_request(&mut ask, &[b"SELECT", index.as_bytes()]);
             names.iter().for_each(|name| put_request(&mut ask, &[b"MEMORY", b"USAGE", name]));
             put_request(&mut ask, &[b"SELECT", b"0"]);
-            let answers = self.platform(&ask, names.len() + 2).await?;
+            let answers = self.platform_for(org, &ask, names.len() + 2).await?;
             let bytes: u64 =
                 answers[1..].iter().filter_map(|it| integer(it)).filter_map(|bytes| u64::try_from(bytes).ok()).sum();
             usage.bytes += bytes / names.len() as u64 * keys;
