@@ -68,7 +68,7 @@ async fn a_change_that_overtakes_a_look_up_is_enforced() {
 }
 
 fn document(tier: &str, epoch: u64) -> String {
-    json!({"_id": "acme", "tier": tier, "status": "active", "epoch": epoch, "routes": {"keep": "me"}}).to_string()
+    json!({"_id": "acme", "tier": tier, "status": "active", "epoch": epoch, "notes": {"keep": "me"}}).to_string()
 }
 
 fn write(folder: &Path, name: &str, text: &str) {
@@ -93,7 +93,7 @@ async fn an_edit_by_hand_is_enforced() {
     let next = Record::new(Tenant { epoch: 4, ..tenant("acme") });
     fed.catalog.put(next, Expect::Epoch(3)).await.expect("kept");
     let text = fs::read_to_string(folder.path().join("orgs/acme.json")).expect("there");
-    assert!(text.contains("\"routes\"") && text.contains("\"me\""), "{text}");
+    assert!(text.contains("\"notes\"") && text.contains("\"me\""), "{text}");
 }
 
 #[tokio::test]

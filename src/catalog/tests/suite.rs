@@ -11,7 +11,7 @@ const ENFORCED_WITHIN: Duration = Duration::from_millis(500);
 
 pub async fn documents_come_back_as_they_went(catalog: Catalog) {
     let mut record = Record::new(tenant("acme"));
-    record.more.insert("routes".into(), json!({"postgres": ["a", {"b": 1.5}]}));
+    record.more.insert("notes".into(), json!({"postgres": ["a", {"b": 1.5}]}));
     assert_eq!(catalog.get(&org("acme")).await, Err(Fault::Unknown));
     catalog.put(record.clone(), Expect::Absent).await.expect("kept");
     assert_eq!(catalog.get(&org("acme")).await, Ok(record));
@@ -51,7 +51,7 @@ pub async fn one_of_many_writers_wins(catalog: Catalog) {
 pub async fn unknown_fields_and_the_first_date_survive_an_update(catalog: Catalog) {
     let mut first = Record::new(tenant("acme"));
     first.created_at = "2020-01-02T03:04:05Z".into();
-    first.more.insert("routes".into(), json!({"redis": "r1"}));
+    first.more.insert("notes".into(), json!({"redis": "r1"}));
     first.more.insert("note".into(), json!("old"));
     catalog.put(first, Expect::Absent).await.expect("kept");
     let mut second = Record::new(Tenant { epoch: 2, ..tenant("acme") });
@@ -59,7 +59,7 @@ pub async fn unknown_fields_and_the_first_date_survive_an_update(catalog: Catalo
     catalog.put(second, Expect::Epoch(1)).await.expect("kept");
     let found = catalog.get(&org("acme")).await.expect("there");
     assert_eq!((found.created_at.as_str(), found.tenant.epoch), ("2020-01-02T03:04:05Z", 2));
-    assert_eq!(json!(found.more), json!({"routes": {"redis": "r1"}, "note": "new"}));
+    assert_eq!(json!(found.more), json!({"notes": {"redis": "r1"}, "note": "new"}));
 }
 
 pub async fn the_list_streams_every_document(catalog: Catalog) {
