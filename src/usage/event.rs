@@ -81,13 +81,14 @@ pub fn keys_reloaded(outcome: Outcome) {
 }
 
 /// Every series counted through the facade anywhere in this crate, with its help text.
-const DESCRIPTIONS: [(&str, &str); 12] = [
+const DESCRIPTIONS: [(&str, &str); 13] = [
     ("dynabase_refusals_total", "Refusals told to clients."),
     ("dynabase_token_faults_total", "Credentials refused, by what was wrong with them."),
     ("dynabase_connections_ended_total", "Connections that ended, by the side that ended them."),
     ("dynabase_upstream_errors_total", "Failed steps on the way to an upstream."),
     ("dynabase_pins_total", "Sessions that came to hold their upstream connection beyond a transaction."),
     ("dynabase_catalog_reloads_total", "Reloads of the catalog."),
+    ("dynabase_catalog_rereads_total", "Whole readings of what is in use of the catalog, after a break in following it."),
     ("dynabase_key_reloads_total", "Fetches of the token keys."),
     ("dynabase_accept_errors_total", "Failed accepts: for want of resources, or because the connection had gone."),
     ("dynabase_connections_shed_total", "Connections closed unserved: too many unauthenticated from one network."),

@@ -624,7 +624,9 @@ impl Relay {
                 let policy = self.session.slot().policy();
                 let limits = policy.limits.sql(self.pool.protocol());
                 let limit = if busy { limits.statement_timeout } else { limits.idle_in_transaction_timeout };
-                clock::now_ms() + u64::try_from(limit.as_millis()).unwrap_or(u64::MAX / 2)
+                // The clock may lag; nobody's statement is cut before its time.
+                let whole = limit + clock::RESOLUTION;
+                clock::now_ms() + u64::try_from(whole.as_millis()).unwrap_or(u64::MAX / 2)
             }
             None => u64::MAX,
         };
