@@ -17,6 +17,7 @@ import { WebSocketServer } from "ws";
 
 const ZERO = "AAAAAAAAAAA=";
 const PING_AFTER_MS = 15_000;
+const LISTEN_WITHIN_MS = 10_000;
 const MUTATIONS_KEPT = 10_000;
 const modules = {
   "./convex/_generated/api.js": () => import("./convex/_generated/api.js"),
@@ -384,7 +385,14 @@ function serve(deployment) {
     if (!version) return socket.end("HTTP/1.1 404 Not Found\r\n\r\n");
     sockets.handleUpgrade(request, socket, head, (ws) => new Socket(deployment, ws, version[1] ?? "0.0.0"));
   });
-  server.listen(deployment.port, "127.0.0.1");
+  // Its port was free a moment ago; an outgoing connection may hold it for another.
+  const until = Date.now() + LISTEN_WITHIN_MS;
+  const listen = () => server.listen(deployment.port, "127.0.0.1");
+  server.on("error", (error) => {
+    if (error.code !== "EADDRINUSE" || Date.now() > until) throw error;
+    setTimeout(listen, 100);
+  });
+  listen();
 }
 
 for (const config of JSON.parse(readFileSync(process.argv[2], "utf8")).deployments) serve(new Deployment(config));

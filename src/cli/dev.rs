@@ -129,11 +129,11 @@ async fn start(
     )?;
     eprintln!("starting Redis …");
     let redis = start_redis(redis, folder, &secrets).await?;
-    let double = plan_convex(arguments, folder, &secrets)?;
+    let mut double = plan_convex(arguments, folder, &secrets)?;
     let convex_url = arguments.convex_url.clone().or_else(|| double.as_ref().map(convex::Plan::url));
     let config = configure(folder, ports, &secrets, &server, &redis, &mongo, convex_url.as_deref())?;
     app::log_to_stderr(&config.log).map_err(Failure::usage)?;
-    let convex = start_convex(&config, double.as_ref()).await?;
+    let convex = start_convex(&config, double.as_mut()).await?;
     let catalog = place::catalog(&config).await?;
     catalog.init().await.map_err(Failure::failed)?;
     let mut tenants = Vec::new();
@@ -242,7 +242,7 @@ fn plan_convex(arguments: &Arguments, folder: &Folder, secrets: &Secrets) -> Res
     }
 }
 
-async fn start_convex(config: &Config, double: Option<&convex::Plan>) -> Result<Option<convex::Server>, Failure> {
+async fn start_convex(config: &Config, double: Option<&mut convex::Plan>) -> Result<Option<convex::Server>, Failure> {
     let (Some(double), Some(upstream)) = (double, config.convex().map_err(Failure::usage)?) else { return Ok(None) };
     eprintln!("starting the Convex double …");
     let public_url = config.upstream.convex.public_url.as_deref().unwrap_or_default();

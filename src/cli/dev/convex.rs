@@ -50,13 +50,15 @@ const FILES: [(&str, &str); 5] = [
 const CACHE: &str = ".cache/convex-double";
 
 /// Where the deployments will be; nothing runs yet.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Plan {
     folder: PathBuf,
     node: PathBuf,
     own: [u16; 2],
     shared: u16,
     key: Password,
+    /// The ports, held until the double takes them.
+    held: Vec<TcpListener>,
 }
 
 /// The running double. Dropping it stops it and waits.
@@ -99,8 +101,15 @@ impl Plan {
                 None => install(&folder, &find("npm").ok_or(missing)?)?,
             }
         }
-        let port = || TcpListener::bind(("127.0.0.1", 0)).and_then(|it| it.local_addr()).map(|it| it.port());
-        Ok(Self { node, own: [port().map_err(io)?, port().map_err(io)?], shared: port().map_err(io)?, key, folder })
+        let mut held = Vec::new();
+        let mut port = || -> Result<u16, String> {
+            let socket = TcpListener::bind(("127.0.0.1", 0)).map_err(io)?;
+            let port = socket.local_addr().map_err(io)?.port();
+            held.push(socket);
+            Ok(port)
+        };
+        let (own, shared) = ([port()?, port()?], port()?);
+        Ok(Self { folder, node, own, shared, key, held })
     }
 
     /// The shared deployment.
@@ -128,7 +137,7 @@ impl Plan {
     ///
     /// # Errors
     /// In words.
-    pub async fn start(&self, upstream: &Upstream, public_url: &str) -> Result<Server, String> {
+    pub async fn start(&mut self, upstream: &Upstream, public_url: &str) -> Result<Server, String> {
         let http_port = public_url.rsplit(':').next().unwrap_or_default();
         let deployment = |org: &str, origin: String, port: u16| -> Result<Value, String> {
             let org = OrgId::parse(org).ok_or("a demo tenant's name")?;
@@ -164,6 +173,7 @@ impl Plan {
         };
         command.arg("server.js").arg(&config).current_dir(&self.folder).stdin(Stdio::null());
         command.stdout(out.try_clone().map_err(io)?).stderr(out);
+        self.held.clear();
         let mut server = Server { child: command.spawn().map_err(|error| format!("node can't be started: {error}"))? };
         let deadline = Instant::now() + PATIENCE;
         for port in self.own.into_iter().chain([self.shared]) {
