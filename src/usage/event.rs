@@ -88,7 +88,10 @@ const DESCRIPTIONS: [(&str, &str); 13] = [
     ("dynabase_upstream_errors_total", "Failed steps on the way to an upstream."),
     ("dynabase_pins_total", "Sessions that came to hold their upstream connection beyond a transaction."),
     ("dynabase_catalog_reloads_total", "Reloads of the catalog."),
-    ("dynabase_catalog_rereads_total", "Whole readings of what is in use of the catalog, after a break in following it."),
+    (
+        "dynabase_catalog_rereads_total",
+        "Whole readings of what is in use of the catalog, after a break in following it.",
+    ),
     ("dynabase_key_reloads_total", "Fetches of the token keys."),
     ("dynabase_accept_errors_total", "Failed accepts: for want of resources, or because the connection had gone."),
     ("dynabase_connections_shed_total", "Connections closed unserved: too many unauthenticated from one network."),

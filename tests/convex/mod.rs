@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeMap,
-    path::Path,
     time::{Duration, Instant},
 };
 
@@ -11,7 +10,10 @@ use convex::{ConvexClient, FunctionResult, QuerySubscription, Value};
 use futures_util::StreamExt;
 use serde_json::{Value as Json, json};
 
-use crate::{dev, support::PATIENCE};
+use crate::{
+    dev,
+    support::{self, PATIENCE},
+};
 
 fn args<const N: usize>(pairs: [(&str, Value); N]) -> BTreeMap<String, Value> {
     pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
@@ -59,18 +61,17 @@ impl Place {
         client
     }
 
-    /// What an operator does by hand: the record is replaced at once.
+    /// What an operator does by hand, straight on the catalog.
     fn edit(&self, org: &str, changes: Json) {
-        let folder = Path::new(self.ready["catalog"]["path"].as_str().expect("a folder")).join("orgs");
-        let path = folder.join(format!("{org}.json"));
-        let mut record: Json = serde_json::from_slice(&std::fs::read(&path).expect("there")).expect("JSON");
-        for (key, value) in changes.as_object().expect("an object") {
-            record[key] = value.clone();
-        }
-        record["epoch"] = (record["epoch"].as_u64().expect("an epoch") + 1).into();
-        let young = folder.join(format!(".edit-{org}"));
-        std::fs::write(&young, record.to_string()).expect("written");
-        std::fs::rename(young, path).expect("replaced");
+        let url = self.ready["upstreams"]["mongodb"].as_str().expect("a URL");
+        let set = bson::serialize_to_document(&changes).expect("a document");
+        support::block_on(async {
+            let client = mongodb::Client::with_uri_str(url).await.expect("a good URL");
+            let orgs = client.database("dynabase").collection::<bson::Document>("orgs");
+            let change = bson::doc! {"$set": set, "$inc": {"epoch": 1_i64}};
+            let done = orgs.update_one(bson::doc! {"_id": org}, change).await.expect("written");
+            assert_eq!(done.matched_count, 1);
+        });
     }
 }
 

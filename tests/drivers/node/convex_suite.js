@@ -7,11 +7,13 @@ const crypto = require('node:crypto');
 const assert = require('node:assert/strict');
 const { ConvexClient, ConvexHttpClient } = require('convex/browser');
 const { makeFunctionReference: ref } = require('convex/server');
+const { MongoClient } = require('mongodb');
 const WebSocket = require('ws');
 
 const ready = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'));
 const only = process.argv.slice(3);
-const home = path.dirname(ready.catalog.path);
+// Where tests/drivers/run lets `dynabase dev` live: beside the ready file.
+const home = path.join(path.dirname(process.argv[2]), 'data');
 const base = ready.tenants[0].urls.convex;
 const demo = (org) => ready.tenants.find((tenant) => tenant.org_id === org).token;
 const quiet = { logger: false, skipConvexDeploymentUrlCheck: true };
@@ -39,18 +41,16 @@ function token(org, { seconds = 3600, subject = USER } = {}) {
 let made = 0;
 async function organisation(tier = 'FREE') {
   const org = `cx${process.pid}n${(made += 1)}`;
-  write({ _id: org, tier, status: 'active', epoch: 1 });
-  // The catalog's folder is watched.
+  await write({ _id: org, tier, status: 'active', epoch: 1 });
   await until('it is known', () => http(token(org)).query(list, { channel: 'x' }).then(() => true, () => false));
   return org;
 }
 
-// What an operator does by hand: the file is replaced at once.
-function write(record) {
-  const folder = path.join(ready.catalog.path, 'orgs');
-  const young = path.join(folder, `.edit-${record._id}`);
-  fs.writeFileSync(young, JSON.stringify(record));
-  fs.renameSync(young, path.join(folder, `${record._id}.json`));
+// What an operator does by hand: the record is replaced, straight on the catalog.
+async function write(record) {
+  const client = await MongoClient.connect(ready.catalog.url);
+  await client.db(ready.catalog.database).collection('orgs').replaceOne({ _id: record._id }, record, { upsert: true });
+  await client.close();
 }
 
 function socket(credential, options = {}) {
@@ -209,7 +209,7 @@ const cases = {
     const all = Array.from({ length: 50 }, (_, n) => watch(client, big, { channel: c, bytes: n }));
     await until('fifty', () => all.every((it) => it.last()));
     const before = client.connectionState?.().connectionCount;
-    write({ _id: org, tier: 'PRO', status: 'active', epoch: 2 });
+    await write({ _id: org, tier: 'PRO', status: 'active', epoch: 2 });
     let more = null;
     await until('room', async () => {
       more?.stop();
@@ -217,7 +217,7 @@ const cases = {
       await until('an answer', () => more.last() || more.errors.length > 0);
       return more.last();
     });
-    write({ _id: org, tier: 'FREE', status: 'active', epoch: 3 });
+    await write({ _id: org, tier: 'FREE', status: 'active', epoch: 3 });
     await until('no room', async () => {
       const probe = watch(client, big, { channel: c, bytes: 20_000 + Math.floor(Math.random() * 1e6) % 1000 });
       await until('an answer', () => probe.last() || probe.errors.length > 0);
@@ -341,12 +341,12 @@ const cases = {
     const client = socket(token(org));
     const seen = watch(client, list, { channel: 'x' });
     await until('the first', () => seen.last());
-    write({ _id: org, tier: 'FREE', status: 'suspended', epoch: 2 });
+    await write({ _id: org, tier: 'FREE', status: 'suspended', epoch: 2 });
     await until('the refusal', () => seen.errors.length > 0);
     assert.equal(seen.errors[0].data.code, 'suspended');
     await assert.rejects(client.mutation(send, { channel: 'x', body: 'y' }), (error) => error.data.code === 'suspended');
     assert.equal((await fetch(`${base}/api/query?path=messages:list`, { headers: { authorization: `Bearer ${token(org)}` } })).status, 403);
-    write({ _id: org, tier: 'FREE', status: 'active', epoch: 3 });
+    await write({ _id: org, tier: 'FREE', status: 'active', epoch: 3 });
     const before = seen.values.length;
     await until('it lives again', () => seen.values.length > before, 40000);
   },
@@ -526,8 +526,8 @@ const cases = {
     // What acme's deployment got is no token here, nor at globex'.
     const org = await organisation();
     const stolen = await new Promise((resolve) => {
-      const server = require('node:http').createServer((request, response) => (resolve(request.headers.authorization), response.end('{"status":"success","value":null}'))).listen(0, '127.0.0.1', () => {
-        write({ _id: org, tier: 'FREE', status: 'active', epoch: 2, routes: { convex: { url: `http://127.0.0.1:${server.address().port}` } } });
+      const server = require('node:http').createServer((request, response) => (resolve(request.headers.authorization), response.end('{"status":"success","value":null}'))).listen(0, '127.0.0.1', async () => {
+        await write({ _id: org, tier: 'FREE', status: 'active', epoch: 2, routes: { convex: { url: `http://127.0.0.1:${server.address().port}` } } });
         until('the deployment is asked', () => http(token(org)).query(list, { channel: 'x' }).then((it) => it === null, () => false)).then(() => server.close());
       });
     });
