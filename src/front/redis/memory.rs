@@ -69,6 +69,15 @@ pub fn amplified(row: &Row, args: &[Arg], bytes: &[u8]) -> u64 {
     }
 }
 
+/// The bytes that the server's allocator (jemalloc) takes for so many: four sizes for each power of two, so up to a
+/// quarter more.
+pub fn allocated(bytes: u64) -> u64 {
+    match bytes.saturating_sub(1).checked_ilog2() {
+        Some(power) if power >= 6 => bytes.checked_next_multiple_of(1 << (power - 2)).unwrap_or(u64::MAX),
+        _ => bytes,
+    }
+}
+
 /// Whether a command makes a value out of others, so that its request says nothing about its size.
 pub fn is_derived(row: &Row) -> bool {
     row.made != Made::None && row.keys != Keys::At1 && row.keys != Keys::Every2
@@ -90,9 +99,11 @@ async fn measure(place: &Place, pause_ms: u64) -> Result<(), DialError> {
     // Who is over the cap waits rather than makes the server measure again and again.
     let early = last.saturating_add(pause_ms).saturating_sub(begun);
     tokio::time::sleep(Duration::from_millis(early.min(pause_ms))).await;
+    // It tells of the keys as they are from now on: who asks later wants another.
+    let started = clock::now_ms();
     if place.is_shared() {
         measure_shared(place).await?;
-        *last = clock::now_ms();
+        *last = started;
         return Ok(());
     }
     let mut total = 0;
@@ -108,7 +119,7 @@ async fn measure(place: &Place, pause_ms: u64) -> Result<(), DialError> {
     for (database, before) in counted {
         database.ledger.written.fetch_sub(before, Ordering::Relaxed);
     }
-    *last = clock::now_ms();
+    *last = started;
     Ok(())
 }
 
@@ -245,5 +256,27 @@ impl Client {
                 slot.set_stored(crate::tenant::Protocol::Redis, place.memory());
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_the_allocators() {
+        for (bytes, expected) in [
+            (0, 0),
+            (64, 64),
+            (65, 80),
+            (80, 80),
+            (81, 96),
+            (1 << 20, 1 << 20),
+            ((1 << 20) + 1, 1_310_720),
+            (536_000_001, 1 << 29),
+            (u64::MAX, u64::MAX),
+        ] {
+            assert_eq!(allocated(bytes), expected, "{bytes}");
+        }
     }
 }

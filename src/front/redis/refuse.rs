@@ -52,10 +52,10 @@ pub fn render(refusal: &Refusal) -> (String, After) {
 
 fn over_limit(over: &Over) -> (String, After) {
     let Over { tier, max, in_use, .. } = over;
+    let text = |text: &str| text.to_owned();
     match over.limit {
-        Limit::ClientSockets => {
-            (format!("ERR max number of clients reached ({in_use} of {max} connections of tier {tier})"), After::Close)
-        }
+        // To the letter: redis-py compares the whole text, and takes anything longer for an error of the command.
+        Limit::ClientSockets => (text("ERR max number of clients reached"), After::Close),
         Limit::Connections => (
             format!(
                 "ERR max number of blocked, watching or subscribed clients reached ({in_use} of {max} of tier {tier})"
@@ -103,6 +103,13 @@ mod tests {
             assert_eq!(after, After::Stay);
             assert!(text.starts_with("ERR ") || text.starts_with("OOM "), "{text}");
         }
+    }
+
+    #[test]
+    fn too_many_clients_is_what_redis_says_to_the_letter() {
+        let over = Over { limit: Limit::ClientSockets, tier: Tier::Free, max: 50, in_use: 50, retry_after: None };
+        let said = render(&Refusal::OverLimit(over));
+        assert_eq!(said, ("ERR max number of clients reached".to_owned(), After::Close));
     }
 
     #[test]

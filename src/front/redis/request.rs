@@ -475,7 +475,8 @@ impl<'a> Burst<'a> {
                 self.refuse_memory(memory.saturating_add(bytes), limits.memory);
                 return Ok(None);
             }
-            ledger.written.fetch_add(bytes + KEY_OVERHEAD_BYTES, Ordering::Relaxed);
+            let taken = super::memory::allocated(bytes).saturating_add(KEY_OVERHEAD_BYTES);
+            ledger.written.fetch_add(taken, Ordering::Relaxed);
             if super::memory::is_derived(row) {
                 ledger.grown.store(true, Ordering::Relaxed);
             }

@@ -74,7 +74,7 @@ pub struct Place {
     memory: AtomicU64,
     /// Held while the keys are counted by a walk.
     pub counting: tokio::sync::Mutex<()>,
-    /// When they were measured, in coarse milliseconds; held while measuring.
+    /// When the last measurement began, in coarse milliseconds; held while measuring.
     pub measuring: tokio::sync::Mutex<u64>,
 }
 
