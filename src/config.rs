@@ -6,6 +6,7 @@
 //!
 //! Entry point: [`Config::load`].
 
+mod databases;
 mod document;
 
 use std::{
@@ -26,7 +27,7 @@ use crate::{
         namespace::{NameStyle, Password, RootSecret},
         unit,
     },
-    transition, upstream,
+    upstream,
 };
 
 /// Everything that can be configured.
@@ -399,53 +400,6 @@ impl Config {
         faults
     }
 
-    /// The way to Convex deployments, if there are any.
-    ///
-    /// # Errors
-    /// What is wrong with the configuration.
-    pub fn convex(&self) -> Result<Option<std::sync::Arc<upstream::convex::Upstream>>, String> {
-        upstream::convex::Upstream::new(&self.upstream.convex, self.names()?)
-    }
-
-    /// The way to Redis, if it is configured.
-    ///
-    /// # Errors
-    /// What is wrong with the configuration: not after [`Self::load`].
-    pub fn redis(&self) -> Result<Option<std::sync::Arc<upstream::redis::Upstream>>, String> {
-        let names = self.names()?;
-        let target = self.upstream.redis.target()?;
-        Ok(target.map(|target| upstream::redis::Upstream::new(target, names, crate::front::redis::commands::for_acl())))
-    }
-
-    /// What moves tenants between tiers, over every database that is configured.
-    ///
-    /// # Errors
-    /// What is wrong with the configuration: not after [`Self::load`].
-    pub fn coordinator(&self, catalog: catalog::Catalog, tiers: Tiers) -> Result<transition::Coordinator, String> {
-        use transition::participant;
-        if cfg!(debug_assertions)
-            && let Ok(nth) = std::env::var("DYNABASE_TEST_FAILPOINT")
-        {
-            catalog::ledger::failpoint::arm(nth.parse().unwrap_or(0));
-        }
-        let provisioner = upstream::postgres::Provisioner::new(self.upstream.postgres.admin()?);
-        let mut participants = transition::Participants::none()
-            .with(std::sync::Arc::new(participant::Postgres::new(provisioner, self.names()?)));
-        if let Some(redis) = self.redis()? {
-            participants = participants.with(std::sync::Arc::new(participant::Redis::new(redis)));
-        }
-        Ok(transition::Coordinator::new(catalog, tiers, participants))
-    }
-
-    /// The way to MongoDB, if it is configured.
-    ///
-    /// # Errors
-    /// What is wrong with the configuration: not after [`Self::load`].
-    pub fn mongodb(&self) -> Result<Option<std::sync::Arc<upstream::mongo::Upstream>>, String> {
-        let names = self.names()?;
-        Ok(self.upstream.mongodb.target()?.map(|target| upstream::mongo::Upstream::new(target, names)))
-    }
-
     /// Reads the tiers' file.
     ///
     /// # Errors
@@ -478,6 +432,15 @@ impl Config {
     pub fn names(&self) -> Result<Names, String> {
         let secret = self.names.root_secret.as_ref().and_then(|secret| RootSecret::new(secret.expose().as_bytes()));
         secret.map(|root| Names::new(root, self.names.style)).ok_or_else(|| "names.root_secret is too short".into())
+    }
+}
+
+/// In tests: kills this process at the n-th step of a tier transition.
+fn arm_failpoint() {
+    if cfg!(debug_assertions)
+        && let Ok(nth) = std::env::var("DYNABASE_TEST_FAILPOINT")
+    {
+        catalog::ledger::failpoint::arm(nth.parse().unwrap_or(0));
     }
 }
 

@@ -115,6 +115,62 @@ fn a_live_session_gets_the_new_limits_without_reconnecting() {
     assert_eq!(proxy.command(&["tier", "set", "acme", "PRO"], &[]).0, Some(0));
 }
 
+/// A MongoDB-wire server of one test's own; the calling thread keeps it.
+fn mongodb(folder: &tempfile::TempDir) -> dynabase::cli::dev::mongo::Server {
+    use dynabase::cli::dev::mongo;
+    let program = mongo::find().expect("a MongoDB-wire server is installed: sh .ci/tools");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(mongo::Server::start(&program, folder.path(), None)).expect("it starts")
+}
+
+/// The state of each database in `tier verify`, and its exit code.
+fn states(proxy: &Proxy, org: &str) -> (Option<i32>, Vec<String>) {
+    let (code, out, err) = proxy.command(&["tier", "verify", org, "--json"], &[]);
+    let verdict: Value = serde_json::from_str(&out).unwrap_or_else(|_| panic!("{out}{err}"));
+    let word = |it: &Value| it["state"].as_str().expect("a word").to_owned();
+    (code, verdict["databases"].as_array().expect("five").iter().map(word).collect())
+}
+
+#[test]
+fn all_five_databases_go_together_and_are_read_back() {
+    let redis = Redis::start();
+    let folder = tempfile::tempdir().expect("a folder");
+    let mongodb = mongodb(&folder);
+    let postgres = crate::support::postgres::shared();
+    let sections = format!(
+        "[upstream.redis]\nurl = \"redis://127.0.0.1:{}\"\n[upstream.mongodb]\nurl = \"{}\"\n\
+         [upstream.neon]\nurl = \"{}\"\n[upstream.convex]\npublic_url = \"http://127.0.0.1:1\"\n",
+        redis.port,
+        mongodb.url(),
+        postgres.url
+    );
+    let listen = "redis = \"127.0.0.1:0\"\nmongodb = \"127.0.0.1:0\"\nhttp = \"127.0.0.1:0\"".to_owned();
+    let proxy = Proxy::start(&Setup { sections, listen, ..Setup::default() });
+    let five = vec!["yes".to_owned(); 5];
+    let done = |words: &[&str]| {
+        let (code, out, err) = proxy.command(words, &[]);
+        assert_eq!(code, Some(0), "{words:?}: {out}{err}");
+    };
+    // Twice, the second time as another tenant of the same name: nothing of the first one fences it off.
+    for _ in 0..2 {
+        done(&["tenant", "create", "acme", "--tier", "FREE"]);
+        assert_eq!(states(&proxy, "acme"), (Some(0), five.clone()));
+        for tier in ["PRO", "FREE", "STARTER"] {
+            done(&["tier", "set", "acme", tier, "--wait"]);
+            assert_eq!(states(&proxy, "acme"), (Some(0), five.clone()), "{tier}");
+        }
+        // What an operator changes by hand at one of them is seen.
+        let names = proxy.config.names().expect("our own");
+        let org = dynabase::tenant::OrgId::parse("acme").expect("an id");
+        let home = names.sql(dynabase::tenant::Protocol::Neon, &org, "app").role;
+        proxy.server.sql(&format!("alter role \"{home}\" connection limit 77"));
+        let (code, seen) = states(&proxy, "acme");
+        assert_eq!((code, seen[4].as_str()), (Some(1), "no"));
+        assert!(seen[..4].iter().all(|state| state == "yes"), "{seen:?}");
+        done(&["tenant", "delete", "acme", "--yes"]);
+    }
+}
+
 #[test]
 fn over_http_a_transition_is_begun_and_watched() {
     let redis = Redis::start();

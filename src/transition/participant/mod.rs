@@ -16,10 +16,12 @@ use crate::{
 };
 
 mod convex;
+mod mongo;
 mod postgres;
 mod redis;
 
 pub use convex::Convex;
+pub use mongo::Mongo;
 pub use postgres::Postgres;
 pub use redis::Redis;
 

@@ -1,4 +1,4 @@
-//! PostgreSQL's part: the ceilings that the tenant's role carries (connections, timeouts, temporary files). An upgrade
+//! PostgreSQL's part, of the main homes and of the Neon homes: the ceilings that the tenant's role carries (connections, timeouts, temporary files). An upgrade
 //! raises them before the switch, a downgrade lowers them after it; the proxy's own limits are always inside.
 
 use super::{Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Trouble, over, value};
@@ -7,20 +7,32 @@ use crate::{
     upstream::postgres::{AdminError, Ceiling, Mark, ProvisionError, Provisioner},
 };
 
-/// The tenants' own PostgreSQL server.
+/// A server with a role for each tenant: that of their main homes, or that of their Neon homes.
 pub struct Postgres {
     provisioner: Provisioner,
     names: Names,
+    /// Which home, and so which column of the tier.
+    home: Protocol,
 }
 
 impl Postgres {
-    /// The server that `provisioner` works on.
+    /// The main homes.
     pub fn new(provisioner: Provisioner, names: Names) -> Self {
-        Self { provisioner, names }
+        Self { provisioner, names, home: Protocol::Postgres }
+    }
+
+    /// The Neon homes. Compute sizes, sleep and branches are settings of a project at Neon, which this does not touch:
+    /// the role's ceilings are what a home has on any server.
+    pub fn of_neon_homes(provisioner: Provisioner, names: Names) -> Self {
+        Self { provisioner, names, home: Protocol::Neon }
+    }
+
+    fn ceiling(&self, limits: &Limits) -> Ceiling {
+        Ceiling::of(&limits.sql(self.home))
     }
 
     fn role(&self, tenant: &Tenant) -> String {
-        self.names.postgres(&tenant.org, DEFAULT_NAME).role
+        self.names.sql(self.home, &tenant.org, DEFAULT_NAME).role
     }
 
     async fn present(&self, tenant: &Tenant) -> Result<Ceiling, Trouble> {
@@ -59,7 +71,7 @@ fn trouble(error: ProvisionError) -> Trouble {
 
 impl Participant for Postgres {
     fn database(&self) -> Protocol {
-        Protocol::Postgres
+        self.home
     }
 
     fn look<'a>(&'a self, tenant: &'a Tenant, to: &'a Limits) -> Reply<'a, Look> {
@@ -67,24 +79,24 @@ impl Participant for Postgres {
             let prior = self.present(tenant).await?;
             let mut bytes = 0;
             for database in std::iter::once(DEFAULT_NAME).chain(tenant.databases.iter().map(String::as_str)) {
-                let place = self.names.postgres(&tenant.org, database);
+                let place = self.names.sql(self.home, &tenant.org, database);
                 bytes += self.provisioner.database_bytes(&place.database).await.map_err(trouble)?.unwrap_or(0);
             }
-            let over = over(Protocol::Postgres, "storage bytes", bytes, to.postgres.storage);
+            let over = over(self.home, "storage bytes", bytes, to.sql(self.home).storage);
             Ok(Look { prior: value(&prior), over: over.into_iter().collect() })
         })
     }
 
     fn prepare<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
         Box::pin(async move {
-            let room = prior(order)?.or_more(&Ceiling::of(&order.to.postgres));
+            let room = prior(order)?.or_more(&self.ceiling(&order.to));
             self.set(&order.tenant, &room, order.mark(PREPARES)).await
         })
     }
 
     fn finish<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
         Box::pin(async move {
-            let wanted = Ceiling::of(&order.to.postgres);
+            let wanted = self.ceiling(&order.to);
             self.set(&order.tenant, &wanted, order.mark(SETTLES)).await?;
             match self.present(&order.tenant).await?.is(&wanted) {
                 true => Ok(()),
@@ -99,7 +111,7 @@ impl Participant for Postgres {
 
     fn read_back<'a>(&'a self, tenant: &'a Tenant, limits: &'a Limits) -> Reply<'a, ReadBack> {
         Box::pin(async move {
-            let wanted = Ceiling::of(&limits.postgres);
+            let wanted = self.ceiling(limits);
             let found = self.present(tenant).await?;
             Ok(ReadBack { agrees: found.is(&wanted), expected: value(&wanted), found: value(&found) })
         })

@@ -9,6 +9,7 @@ pub mod account;
 mod config;
 pub mod connection;
 mod pool;
+mod standing;
 
 use std::{
     sync::{
@@ -24,6 +25,7 @@ pub use account::Account;
 pub use config::{Config, Login, Target};
 pub use connection::{Error, Reply};
 pub use pool::{Lease, Pool};
+pub use standing::Standing;
 
 use crate::{
     tenant::{Isolation, Names, OrgId, namespace::MongoNamespace},
@@ -178,6 +180,10 @@ impl Upstream {
     pub async fn remove(&self, org: &OrgId, purge: bool) -> Result<(), Error> {
         account::drop_user(self, &self.place(org, Isolation::Database).user).await?;
         self.accounts.remove(org);
-        if purge { account::purge(self, org).await } else { Ok(()) }
+        if purge {
+            account::purge(self, org).await?;
+            self.forget_standing(org).await?;
+        }
+        Ok(())
     }
 }

@@ -8,7 +8,7 @@ use super::{
     admin::{Connection, quoted},
     provision::{OUTER_GRACE, lock_in_transaction, run, tenant_lock},
 };
-use crate::tenant::tier::{NeonLimits, PostgresLimits};
+use crate::tenant::SqlLimits;
 
 /// What the comment of a role begins with.
 const MARK: &str = "dynabase fence ";
@@ -36,23 +36,13 @@ pub struct Ceiling {
 }
 
 impl Ceiling {
-    /// The ceilings of a tier.
-    pub fn of(limits: &PostgresLimits) -> Self {
+    /// The ceilings of a tier's main or Neon home.
+    pub fn of(limits: &SqlLimits) -> Self {
         Self {
             connections: Some(limits.connections.into()),
             statement_timeout_ms: Some(ms(limits.statement_timeout + OUTER_GRACE)),
             idle_in_transaction_ms: Some(ms(limits.idle_in_transaction_timeout + OUTER_GRACE)),
             temp_file_kib: Some((limits.storage >> 10).min(i32::MAX as u64)),
-        }
-    }
-
-    /// The ceilings of a tier's Neon column.
-    pub fn of_neon(limits: &NeonLimits) -> Self {
-        Self {
-            connections: Some(limits.connections.into()),
-            statement_timeout_ms: Some(ms(limits.statement_timeout + OUTER_GRACE)),
-            idle_in_transaction_ms: None,
-            temp_file_kib: None,
         }
     }
 

@@ -287,7 +287,9 @@ impl Upstream {
         }
         resp::put_request(&mut requests, &[b"DEL", space.registry().as_bytes()]);
         let answers = place.ask(&requests, indexes.len() * 3 + 2).await?;
-        answers.iter().try_for_each(|answer| dial::refused(answer))
+        answers.iter().try_for_each(|answer| dial::refused(answer))?;
+        // The next tenant of this name begins with a fence of its own.
+        self.forget_standing(org).await
     }
 
     /// Asks the server for a sign of life.

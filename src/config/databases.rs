@@ -1,0 +1,65 @@
+//! The ways to the databases that are configured, and what moves tenants between tiers over all of them.
+
+use std::sync::Arc;
+
+use super::{Config, arm_failpoint};
+use crate::{
+    catalog::Catalog,
+    tenant::Tiers,
+    transition::{Coordinator, Participants, participant},
+    upstream::{self, postgres::Provisioner},
+};
+
+impl Config {
+    /// What moves tenants between tiers, over every database that is configured.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration: not after [`Self::load`].
+    pub fn coordinator(&self, catalog: Catalog, tiers: Tiers) -> Result<Coordinator, String> {
+        arm_failpoint();
+        let provisioner = Provisioner::new(self.upstream.postgres.admin()?);
+        let mut participants =
+            Participants::none().with(Arc::new(participant::Postgres::new(provisioner, self.names()?)));
+        if let Some(redis) = self.redis()? {
+            participants = participants.with(Arc::new(participant::Redis::new(redis)));
+        }
+        if let Some(mongodb) = self.mongodb()? {
+            participants = participants.with(Arc::new(participant::Mongo::new(mongodb)));
+        }
+        if self.convex()?.is_some() {
+            participants = participants.with(Arc::new(participant::Convex));
+        }
+        if let Some(neon) = self.upstream.neon.provisioner()? {
+            let homes = participant::Postgres::of_neon_homes(neon, self.names()?);
+            participants = participants.with(Arc::new(homes));
+        }
+        Ok(Coordinator::new(catalog, tiers, participants))
+    }
+
+    /// The way to MongoDB, if it is configured.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration: not after [`Self::load`].
+    pub fn mongodb(&self) -> Result<Option<Arc<upstream::mongo::Upstream>>, String> {
+        let names = self.names()?;
+        Ok(self.upstream.mongodb.target()?.map(|target| upstream::mongo::Upstream::new(target, names)))
+    }
+
+    /// The way to Convex deployments, if there are any.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration.
+    pub fn convex(&self) -> Result<Option<Arc<upstream::convex::Upstream>>, String> {
+        upstream::convex::Upstream::new(&self.upstream.convex, self.names()?)
+    }
+
+    /// The way to Redis, if it is configured.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration: not after [`Self::load`].
+    pub fn redis(&self) -> Result<Option<Arc<upstream::redis::Upstream>>, String> {
+        let names = self.names()?;
+        let target = self.upstream.redis.target()?;
+        Ok(target.map(|target| upstream::redis::Upstream::new(target, names, crate::front::redis::commands::for_acl())))
+    }
+}
