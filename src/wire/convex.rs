@@ -1,10 +1,10 @@
 //! Convex's sync protocol: JSON text frames, peeked and relayed, not parsed and rebuilt.
 //!
-//! [`client`] finds in a client's frame what a limit or a rewrite needs, [`server`] in the deployment's what versions
+//! [`mod@client`] finds in a client's frame what a limit or a rewrite needs, [`mod@server`] in the deployment's what versions
 //! and answers need; both skip the rest by its brackets and leave the text as it is. Where two readers could differ,
 //! a frame is refused: a key twice, or written with escapes, in an object that is read here.
 //!
-//! [`rewrite`] makes the few frames that are not sent on as they came, [`write`] those of our own.
+//! [`rewrite`] makes the few frames that are not sent on as they came, [`mod@write`] those of our own.
 
 mod client;
 mod json;
