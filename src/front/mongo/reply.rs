@@ -24,6 +24,9 @@ const UNREACHABLE: (i32, &str) = (6, "HostUnreachable");
 /// `NamespaceExists`.
 const NAMESPACE_EXISTS: i64 = 48;
 
+/// `CannotCreateIndex`: a collection has at most 64.
+const NO_ROOM_FOR_AN_INDEX: i64 = 67;
+
 /// Deepest nesting of a plan that is rewritten.
 const PLAN_DEPTH_MAX: usize = 60;
 
@@ -78,8 +81,13 @@ impl Mapping<'_> {
             }
         }
         seen.topology = seen.code.is_some_and(|code| TOPOLOGY.contains(&code));
-        if self.rule == ReplyRule::Created && seen.code == Some(NAMESPACE_EXISTS) && self.isolation == Isolation::Filter
-        {
+        let filter = self.isolation == Isolation::Filter;
+        let done = match self.rule {
+            ReplyRule::Created => Some(NAMESPACE_EXISTS),
+            ReplyRule::IndexesWished => Some(NO_ROOM_FOR_AN_INDEX),
+            _ => None,
+        };
+        if filter && done.is_some() && seen.code == done {
             seen.ok = true;
             let body = bson::open(out);
             bson::put_f64(out, "ok", 1.0);
@@ -115,6 +123,11 @@ impl Mapping<'_> {
                 (b"cursorsKilled" | b"cursorsNotFound" | b"cursorsAlive" | b"cursorsUnknown", _) => {
                     self.put_cursors(&element, out)?;
                 }
+                // They count the indexes of every tenant.
+                (
+                    b"numIndexesBefore" | b"numIndexesAfter" | b"nIndexesWas",
+                    ReplyRule::IndexesMade | ReplyRule::IndexesWished,
+                ) if filter => {}
                 (b"id", ReplyRule::Session) => self.put_session(&element, out)?,
                 (b"serverInfo" | b"command", ReplyRule::Explain) => {}
                 (_, ReplyRule::Explain) => self.put_plan(&element, PLAN_DEPTH_MAX, out)?,

@@ -7,12 +7,20 @@ use crate::tenant::{
 };
 
 fn map(rule: ReplyRule, failed: &[Failed], reply: ::bson::Document) -> (::bson::Document, Seen) {
+    map_in(Isolation::Database, rule, failed, reply)
+}
+
+fn map_in(
+    isolation: Isolation,
+    rule: ReplyRule,
+    failed: &[Failed],
+    reply: ::bson::Document,
+) -> (::bson::Document, Seen) {
     let names = Names::new(RootSecret::new(&[7; 32]).expect("long enough"), NameStyle::Plain);
     let org = OrgId::parse("acme").expect("an org");
-    let place = names.mongodb(&org, Isolation::Database);
+    let place = names.mongodb(&org, isolation);
     let mask = mask();
-    let mapping =
-        Mapping { rule, isolation: Isolation::Database, org: &org, place: &place, mask: &mask, failed, ordered: false };
+    let mapping = Mapping { rule, isolation, org: &org, place: &place, mask: &mask, failed, ordered: false };
     let raw = RawDocumentBuf::try_from(&reply).expect("encodes").into_bytes();
     let mut out = Vec::new();
     let seen = mapping.put(Document::new(&raw).expect("sound"), &mut out).expect("maps");
@@ -115,4 +123,26 @@ fn a_reply_that_is_no_bson_is_not_sent() {
     let at = raw.len() - 10;
     raw[at] = 0xff;
     assert!(mapping.put(Document::new(&raw).expect("framed"), &mut Vec::new()).is_err());
+}
+
+#[test]
+fn in_shared_collections_nobody_learns_how_many_indexes_others_have() {
+    let made = || doc! { "numIndexesBefore": 7, "numIndexesAfter": 8, "note": "n", "ok": 1.0 };
+    for rule in [ReplyRule::IndexesMade, ReplyRule::IndexesWished] {
+        assert_eq!(map_in(Isolation::Filter, rule, &[], made()).0, doc! { "note": "n", "ok": 1.0 });
+        assert_eq!(map(rule, &[], made()).0, made());
+    }
+    let (dropped, _) = map_in(Isolation::Filter, ReplyRule::IndexesMade, &[], doc! { "nIndexesWas": 8, "ok": 1.0 });
+    assert_eq!(dropped, doc! { "ok": 1.0 });
+}
+
+#[test]
+fn an_index_that_only_makes_faster_may_find_no_room_among_others() {
+    let full = || doc! { "ok": 0.0, "errmsg": "add index fails, too many indexes", "code": 67 };
+    assert_eq!(map_in(Isolation::Filter, ReplyRule::IndexesWished, &[], full()).0, doc! { "ok": 1.0 });
+    for (isolation, rule) in
+        [(Isolation::Filter, ReplyRule::IndexesMade), (Isolation::Database, ReplyRule::IndexesWished)]
+    {
+        assert_eq!(map_in(isolation, rule, &[], full()).0, full(), "the tenant has to know");
+    }
 }
