@@ -14,13 +14,13 @@ fuzz_target!(|data: &[u8]| {
         match frame {
             Client::Connect { session, connections, .. } => {
                 assert_eq!((&whole["type"], &whole["sessionId"]), (&"Connect".into(), &session.into()));
-                assert_eq!(number(&whole["connectionCount"]), connections.into());
+                assert_eq!(number(&whole["connectionCount"]), u64::from(connections));
                 let without: Value = serde_json::from_str(&rewrite::forget_observed(text).expect("read")).expect("JSON");
                 assert!(without.get("maxObservedTimestamp").is_none());
             }
-            Client::Authenticate { base, .. } => assert_eq!(number(&whole["baseVersion"]), base.into()),
+            Client::Authenticate { base, .. } => assert_eq!(number(&whole["baseVersion"]), u64::from(base)),
             Client::ModifyQuerySet { new, modifications, .. } => {
-                assert_eq!(number(&whole["newVersion"]), new.into());
+                assert_eq!(number(&whole["newVersion"]), u64::from(new));
                 let theirs = whole["modifications"].as_array().expect("an array");
                 assert_eq!(theirs.len(), modifications.len());
                 for (one, whole) in modifications.iter().zip(theirs) {
@@ -36,7 +36,7 @@ fuzz_target!(|data: &[u8]| {
                 }
             }
             Client::Call { request, component, args, .. } => {
-                assert_eq!(number(&whole["requestId"]), request.into());
+                assert_eq!(number(&whole["requestId"]), u64::from(request));
                 assert_eq!(component, whole.get("componentPath").is_some_and(|it| !it.is_null()));
                 assert_eq!(serde_json::from_str::<Value>(&text[args]).expect("JSON"), whole["args"]);
             }
