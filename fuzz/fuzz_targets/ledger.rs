@@ -5,13 +5,10 @@
 pub use dynabase::{upstream, wire};
 use libfuzzer_sys::fuzz_target;
 
-// The files themselves: the front keeps them to itself.
+// The file itself: the front keeps it to itself.
 #[allow(dead_code)]
 #[path = "../../src/front/postgres/ledger.rs"]
 mod ledger;
-#[allow(dead_code)]
-#[path = "../../src/front/postgres/scan.rs"]
-mod scan;
 
 use ledger::{How, Ledger, Owed};
 use wire::postgres::backend::Status;
@@ -31,7 +28,7 @@ const HOW: [How; 3] = [How::Forward, How::Swallow, How::Invent];
 const KINDS: &[u8] = b"123tTnDCIsEGHWVNASZdc";
 
 fuzz_target!(|data: &[u8]| {
-    let _ = scan::scan(data);
+    dynabase::front::postgres::fuzz_scan(data);
     let mut ledger = Ledger::default();
     for pair in data.chunks_exact(2) {
         let (act, detail) = (pair[0] % 8, usize::from(pair[1]));
