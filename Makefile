@@ -40,10 +40,10 @@ test:
 
 unit:
 ifneq ($(NEXTEST),)
-	$(CARGO) nextest run
+	$(CARGO) nextest run --no-fail-fast
 	$(CARGO) test --doc
 else
-	$(CARGO) test
+	$(CARGO) test --no-fail-fast
 endif
 
 # make drivers  the real drivers before dynabase, on this machine's PostgreSQL and on 18

@@ -6,6 +6,7 @@
 mod convex;
 mod folder;
 pub mod mongo;
+pub mod port;
 pub mod postgres;
 mod ready;
 mod redis;
