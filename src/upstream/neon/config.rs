@@ -96,7 +96,8 @@ impl Config {
         self.server().admin().map(|admin| Some(Provisioner::of_neon_homes(admin)))
     }
 
-    fn server(&self) -> postgres::Config {
+    /// The server of the homes, as one of PostgreSQL.
+    pub fn server(&self) -> postgres::Config {
         postgres::Config {
             url: self.url.clone(),
             tls: self.tls,
