@@ -1,5 +1,6 @@
 //! One binary for all integration tests: linking is the slow part.
 
+mod catalog;
 mod confinement;
 mod convex;
 mod dev;

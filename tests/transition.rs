@@ -21,14 +21,14 @@ const ENFORCED_WITHIN: Duration = Duration::from_secs(1);
 const CHAOS_RUNS: u64 = 6;
 
 /// A Redis server of one test's own.
-struct Redis {
+pub(crate) struct Redis {
     child: Child,
-    port: u16,
+    pub port: u16,
     folder: tempfile::TempDir,
 }
 
 impl Redis {
-    fn start() -> Self {
+    pub fn start() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let port = free_port();
         Self { child: Self::spawn(port, folder.path()), port, folder }

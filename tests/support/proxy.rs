@@ -71,6 +71,8 @@ pub struct Setup {
     pub upstream: String,
     /// The upstream's URL, where it is not the server's own.
     pub url: Option<String>,
+    /// Lines of `[catalog]`; a folder, by default.
+    pub catalog: String,
     /// Whole sections.
     pub sections: String,
     /// Files to put beside the configuration.
@@ -86,6 +88,7 @@ impl Default for Setup {
             listen: String::new(),
             upstream: String::new(),
             url: None,
+            catalog: "path = \"catalog\"".into(),
             sections: String::new(),
             files: Vec::new(),
         }
@@ -150,13 +153,13 @@ impl Proxy {
         let folder = tempfile::tempdir().expect("a folder");
         let admin = free_port();
         let url = setup.url.as_ref().unwrap_or(&server.url);
-        let Setup { top, listen, upstream, sections, .. } = setup;
+        let Setup { top, listen, upstream, catalog, sections, .. } = setup;
         // A root secret of its own: two proxies before one server don't share roles and databases.
         let root = folder.path().display().to_string().repeat(3);
         let text = format!(
             "{top}\n[listen]\npostgres = \"127.0.0.1:0\"\nunadmitted_per_network = 0\n{listen}\n\
              [identity]\nissuer = \"{ISSUER}\"\nhs256_secret = \"{root}\"\nleeway = \"0s\"\n\
-             [catalog]\npath = \"catalog\"\n[names]\nroot_secret = \"{root}\"\n\
+             [catalog]\n{catalog}\n[names]\nroot_secret = \"{root}\"\n\
              [upstream.postgres]\nurl = \"{url}\"\n{upstream}\n\
              [admin]\nlisten = \"127.0.0.1:{admin}\"\ntoken = \"{ADMIN_TOKEN}\"\n\
              [log]\nfilter = \"info\"\n{sections}\n"
@@ -174,12 +177,21 @@ impl Proxy {
         let mut proxy = Self { child, port: 0, admin, config, log, server: server.clone(), folder };
         proxy.port = eventually("dynabase listens", || {
             assert!(proxy.child.try_wait().expect("a child").is_none(), "it ended: {}", proxy.log());
-            let log = proxy.log();
-            let (_, rest) = log.split_once("listening for PostgreSQL clients")?;
-            let (_, port) = rest.lines().next()?.rsplit_once(':')?;
-            port.trim().parse().ok()
+            proxy.logged_port("PostgreSQL")
         });
         proxy
+    }
+
+    fn logged_port(&self, clients: &str) -> Option<u16> {
+        let log = self.log();
+        let (_, rest) = log.split_once(&format!("listening for {clients} clients"))?;
+        let (_, port) = rest.lines().next()?.rsplit_once(':')?;
+        port.trim().parse().ok()
+    }
+
+    /// The port for clients of another database: `Redis`, `MongoDB`, `HTTP`.
+    pub fn port_for(&self, clients: &str) -> u16 {
+        eventually("it listens", || self.logged_port(clients))
     }
 
     /// The usual one, which tests share. Every test has tenants of its own.
