@@ -6,6 +6,7 @@ mod convex;
 mod dev;
 mod doctor;
 mod floors;
+mod life;
 mod mongo;
 mod neon;
 mod neon_api;

@@ -13,6 +13,14 @@ pub(super) enum Endpoint {
     Metrics,
     Tenants,
     Tenant,
+    Create,
+    Delete,
+    Holdings,
+    Suspend,
+    Resume,
+    Restore,
+    Purge,
+    Rotate,
     Tier,
     Transition,
     Events,
@@ -26,7 +34,7 @@ pub(super) enum Access {
     Token,
 }
 
-/// One row. Every path has one method; HEAD goes where GET does.
+/// One row. HEAD goes where GET does.
 pub(super) struct Route {
     pub(super) endpoint: Endpoint,
     pub(super) access: Access,
@@ -47,7 +55,16 @@ const fn route(
     Route { endpoint, access, path, summary, statuses }
 }
 
-pub(super) const ROUTES: [Route; 9] = [
+/// Of every step of a tenant's life.
+const LIFE: [(&str, &str); 5] = [
+    ("202", "Begun; its id leads to /v1/transitions/{id}."),
+    ("400", "Not an organisation id, or a body that does not belong here."),
+    ("404", "The catalog knows no such organisation."),
+    ("409", "Not now: another transition is open, or the tenant is not where this begins."),
+    ("503", "The catalog can't be asked; nothing was changed."),
+];
+
+pub(super) const ROUTES: [Route; 17] = [
     route(Endpoint::Live, Access::Anyone, "/livez", "Whether the process runs.", &[]),
     route(
         Endpoint::Ready,
@@ -76,6 +93,38 @@ pub(super) const ROUTES: [Route; 9] = [
         ],
     ),
     route(
+        Endpoint::Create,
+        Access::Token,
+        "/v1/tenants/{org}",
+        "Makes a tenant of {\"tier\": \"FREE\"}: its place on every database, then it is served.",
+        &LIFE,
+    ),
+    route(
+        Endpoint::Delete,
+        Access::Token,
+        "/v1/tenants/{org}",
+        "Deletes a tenant: refused from now on, its data purged after the grace, which {\"grace\": SECONDS} may name.",
+        &LIFE,
+    ),
+    route(
+        Endpoint::Holdings,
+        Access::Token,
+        "/v1/tenants/{org}/holdings",
+        "What every database holds of a tenant: what a purge would take away.",
+        &[("404", "The catalog knows no such organisation."), ("503", "The catalog can't be asked.")],
+    ),
+    route(Endpoint::Suspend, Access::Token, "/v1/tenants/{org}/suspend", "Refuses a tenant; its data stays.", &LIFE),
+    route(Endpoint::Resume, Access::Token, "/v1/tenants/{org}/resume", "Serves a suspended tenant again.", &LIFE),
+    route(Endpoint::Restore, Access::Token, "/v1/tenants/{org}/restore", "Takes a deletion back.", &LIFE),
+    route(Endpoint::Purge, Access::Token, "/v1/tenants/{org}/purge", "Purges a deleted tenant now.", &LIFE),
+    route(
+        Endpoint::Rotate,
+        Access::Token,
+        "/v1/tenants/{org}/rotate",
+        "Gives a tenant the next generation of its derived credentials.",
+        &LIFE,
+    ),
+    route(
         Endpoint::Tier,
         Access::Token,
         "/v1/tenants/{org}/tier",
@@ -100,29 +149,53 @@ pub(super) const ROUTES: [Route; 9] = [
 ];
 
 impl Endpoint {
-    /// The one method beside HEAD.
+    /// Its method; HEAD beside GET.
     pub(super) fn method(self) -> Method {
         match self {
-            Endpoint::Tier => Method::PUT,
-            _ => Method::GET,
+            Endpoint::Tier | Endpoint::Create => Method::PUT,
+            Endpoint::Delete => Method::DELETE,
+            Endpoint::Suspend | Endpoint::Resume | Endpoint::Restore | Endpoint::Purge | Endpoint::Rotate => {
+                Method::POST
+            }
+            Endpoint::Live
+            | Endpoint::Ready
+            | Endpoint::Metrics
+            | Endpoint::Tenants
+            | Endpoint::Tenant
+            | Endpoint::Holdings
+            | Endpoint::Transition
+            | Endpoint::Events
+            | Endpoint::OpenApi => Method::GET,
         }
     }
 }
 
-/// The route of `path`, and the segment that stands for `{org}` or `{id}`.
-pub(super) fn find(path: &str) -> Option<(&'static Route, &str)> {
-    ROUTES.iter().find_map(|route| match (route.path.split_once('{'), route.path.split_once('}')) {
-        (Some((before, _)), Some((_, after))) => {
-            let segment = path.strip_prefix(before)?.strip_suffix(after)?;
-            (!segment.is_empty() && !segment.contains('/')).then_some((route, segment))
+/// The routes of `path`, one for each method, and the segment that stands for `{org}` or `{id}`. Empty: no such path.
+pub(super) fn find(path: &str) -> (Vec<&'static Route>, &str) {
+    let mut found = (Vec::new(), "");
+    for route in &ROUTES {
+        match (route.path.split_once('{'), route.path.split_once('}')) {
+            (Some((before, _)), Some((_, after))) => {
+                let segment = path.strip_prefix(before).and_then(|rest| rest.strip_suffix(after));
+                if let Some(segment) = segment.filter(|segment| !segment.is_empty() && !segment.contains('/')) {
+                    found.0.push(route);
+                    found.1 = segment;
+                }
+            }
+            _ if route.path == path => found.0.push(route),
+            _ => {}
         }
-        _ => (route.path == path).then_some((route, "")),
-    })
+    }
+    found
 }
 
 /// OpenAPI 3.1.
 pub(super) fn openapi() -> Value {
-    let paths: serde_json::Map<String, Value> = ROUTES.iter().map(|route| (route.path.into(), item(route))).collect();
+    let mut paths = serde_json::Map::new();
+    for route in &ROUTES {
+        let methods = paths.entry(route.path).or_insert_with(|| json!({}));
+        methods[route.endpoint.method().as_str().to_ascii_lowercase()] = item(route);
+    }
     json!({
         "openapi": "3.1.0",
         "info": { "title": "dynabase admin", "version": env!("CARGO_PKG_VERSION"), "license": { "name": "Apache-2.0", "identifier": "Apache-2.0" } },
@@ -140,7 +213,16 @@ fn item(route: &Route) -> Value {
         Endpoint::Ready => ("application/json", reference("Readiness")),
         Endpoint::Tenants => ("application/json", reference("TenantPage")),
         Endpoint::Tenant => ("application/json", reference("Tenant")),
-        Endpoint::Tier | Endpoint::Transition => ("application/json", reference("Transition")),
+        Endpoint::Holdings => ("application/json", reference("Holdings")),
+        Endpoint::Tier
+        | Endpoint::Transition
+        | Endpoint::Create
+        | Endpoint::Delete
+        | Endpoint::Suspend
+        | Endpoint::Resume
+        | Endpoint::Restore
+        | Endpoint::Purge
+        | Endpoint::Rotate => ("application/json", reference("Transition")),
         Endpoint::Events => ("text/event-stream", json!({ "type": "string" })),
         Endpoint::OpenApi => ("application/json", json!({ "type": "object" })),
     };
@@ -158,16 +240,15 @@ fn item(route: &Route) -> Value {
             parameter("limit", "query", false, json!({ "type": "integer", "minimum": 1, "maximum": PAGE_MAX })),
             parameter("after", "query", false, json!({ "type": "string" })),
         ],
-        Endpoint::Tenant | Endpoint::Tier => vec![parameter("org", "path", true, json!({ "type": "string" }))],
         Endpoint::Transition => vec![parameter("id", "path", true, json!({ "type": "string" }))],
+        _ if route.path.contains("{org}") => vec![parameter("org", "path", true, json!({ "type": "string" }))],
         _ => Vec::new(),
     };
     let security = match route.access {
         Access::Anyone => json!([]),
         Access::Token => json!([{ "token": [] }]),
     };
-    let method = route.endpoint.method().as_str().to_ascii_lowercase();
-    json!({ method: { "summary": route.summary, "parameters": parameters, "security": security, "responses": responses } })
+    json!({ "summary": route.summary, "parameters": parameters, "security": security, "responses": responses })
 }
 
 fn reference(schema: &str) -> Value {
@@ -197,10 +278,17 @@ fn schemas() -> Value {
             }))),
         })),
         "Transition": object(json!({
-            "id": text, "org_id": text, "from": text, "to": text, "epoch": number, "reason": text,
+            "id": text, "deed": text, "org_id": text, "from": text, "to": text, "epoch": number, "reason": text,
             "state": { "type": "string", "enum": ["preparing", "committed", "aborting", "done", "aborted"] },
             "participants": list(object(json!({ "database": text, "state": text, "calls": number, "note": text }))),
             "over": list(object(json!({ "database": text, "what": text, "used": number, "max": number }))),
+        })),
+        "Holdings": object(json!({
+            "org_id": text, "status": text, "purge_after": text,
+            "databases": list(object(json!({
+                "database": text, "why": text,
+                "holdings": list(object(json!({ "what": text, "count": number, "bytes": number }))),
+            }))),
         })),
         "TenantPage": object(json!({ "tenants": list(reference("Tenant")), "next": text })),
     })

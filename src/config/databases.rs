@@ -33,7 +33,7 @@ impl Config {
             let homes = participant::Postgres::of_neon_homes(neon, self.names()?);
             participants = participants.with(Arc::new(homes));
         }
-        Ok(Coordinator::new(catalog, tiers, participants))
+        Ok(Coordinator::new(catalog, tiers, participants).purging(self.tenants.clone()))
     }
 
     /// The way to MongoDB, if it is configured.

@@ -123,8 +123,11 @@ impl Upstream {
         let generation = tenant.generation;
         pool.home(database, generation, || {
             let place = self.names.sql(self.protocol, &tenant.org, database);
-            let password = self.names.password(self.protocol.label(), &tenant.org, generation);
-            Home { logical: database.into(), generation, database: place.database.as_str().into(), place, password }
+            let of = |generation| self.names.password(self.protocol.label(), &tenant.org, generation);
+            let others = [generation.checked_sub(1), generation.checked_add(1)].into_iter().flatten().map(of).collect();
+            let database_name = place.database.as_str().into();
+            let (logical, password) = (database.into(), of(generation));
+            Home { logical, generation, database: database_name, place, password, others }
         })
     }
 

@@ -161,6 +161,46 @@ impl Provisioner {
         Ok(())
     }
 
+    /// Sets the role's password to that of a generation; open connections keep going. No role is no error.
+    ///
+    /// # Errors
+    /// The server can't be reached or says no; calling again sets it again.
+    ///
+    /// # Cancel safety
+    /// Dropped, it may happen yet.
+    pub async fn set_password(&self, tenant: &Tenant, names: &Names, generation: u32) -> Result<(), ProvisionError> {
+        let role = names.sql(self.protocol, &tenant.org, DEFAULT_NAME).role;
+        let client = self.open().await?;
+        lock(&client, tenant_lock(&role)).await?;
+        if role_exists(&client, &role).await? {
+            let verifier = scram_verifier(&names.password(self.protocol.label(), &tenant.org, generation));
+            let change = format!("alter role {} password '{verifier}'", quoted(&role));
+            run(&client, "setting the role's password", &change).await?;
+        }
+        Ok(())
+    }
+
+    /// The tenant's physical databases with their bytes, those that its record no longer lists included.
+    ///
+    /// # Errors
+    /// The server can't be reached or says no.
+    pub async fn holdings(&self, tenant: &Tenant, names: &Names) -> Result<Vec<(String, u64)>, ProvisionError> {
+        let role = names.sql(self.protocol, &tenant.org, DEFAULT_NAME).role;
+        let client = self.open().await?;
+        let mut databases: Vec<String> =
+            logical_databases(tenant).map(|it| names.sql(self.protocol, &tenant.org, it).database).collect();
+        databases.extend(forgotten_databases(&client, &role).await?);
+        databases.sort();
+        databases.dedup();
+        let mut held = Vec::new();
+        for database in databases {
+            if let Some(bytes) = self.database_bytes(&database).await? {
+                held.push((database, bytes));
+            }
+        }
+        Ok(held)
+    }
+
     pub(super) async fn open(&self) -> Result<Connection, ProvisionError> {
         let client = self.admin.connect(None).await?;
         prepare(&client).await?;
