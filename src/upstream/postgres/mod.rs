@@ -40,6 +40,9 @@ use crate::{
 /// How often pools are tidied.
 const TIDY_EVERY: Duration = Duration::from_secs(1);
 
+/// How often it is looked who holds too many of the server's locks: so long may a tenant keep others from theirs.
+const HOARDERS_EVERY: Duration = Duration::from_secs(2);
+
 /// Longest time for a cancel request, from dialling to the server's closing.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -213,7 +216,13 @@ impl Upstream {
                 self.sample().await;
             }
         };
-        tokio::join!(tidy, follow, sample);
+        let watch = async {
+            loop {
+                tokio::time::sleep(HOARDERS_EVERY).await;
+                self.end_hoarders().await;
+            }
+        };
+        tokio::join!(tidy, follow, sample, watch);
     }
 
     /// Brings the roles' own limits to those of a tier that was changed in the catalog. Until then the server refuses
@@ -230,6 +239,20 @@ impl Upstream {
                     tokio::time::sleep(TIDY_EVERY).await;
                 }
             }
+        }
+    }
+
+    async fn end_hoarders(&self) {
+        let role = |pool: &Arc<Pool>| self.names.sql(self.protocol, pool.slot().org(), DEFAULT_NAME).role;
+        let roles: Vec<String> = self.pools().iter().map(role).collect();
+        // A server without clients may sleep.
+        if roles.is_empty() {
+            return;
+        }
+        match self.maintenance.end_hoarders(&roles).await {
+            Ok(None) => {}
+            Ok(Some(who)) => tracing::warn!(%who, "ended a session that held too many of the server's locks"),
+            Err(error) => tracing::debug!(%error, "could not look for who holds too many locks"),
         }
     }
 

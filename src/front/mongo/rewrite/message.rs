@@ -442,6 +442,10 @@ fn cursor_name(row: &Row, name: Option<&str>) -> bool {
 /// An array of `{id}`.
 fn put_sessions(at: &str, first: &Element<'_>, ids: &mut Vec<usize>, out: &mut Vec<u8>) -> Result<(), Fault> {
     let list = first.array().ok_or_else(|| Fault::wrong_type(at, first.key, "array"))?;
+    // None named means all of the login's, which all tenants of the shared databases have in common.
+    if at == "killSessions" && list.is_empty() {
+        return Err(Fault::bad_value("name the sessions to kill: killing all is not available here"));
+    }
     let open = bson::open_array(out, at);
     for (number, item) in list.iter().enumerate() {
         let item = item?;
