@@ -52,8 +52,7 @@ def unlimited(text):
     return re.sub(r"^\[(STARTER|ENTERPRISE)\.mongodb\]\n(?:.+\n)+", section, text, flags=re.M)
 
 
-def run(target, server, case, clients, operations):
-    load = ROOT / "target/release/examples/mongo_load"
+def run(load, target, server, case, clients, operations):
     before = cpu(target["pid"]) if target["pid"] else 0, cpu(server)
     out = subprocess.run([load, target["url"], case, str(clients), str(operations)], capture_output=True, text=True)
     if out.returncode:
@@ -62,7 +61,7 @@ def run(target, server, case, clients, operations):
     told = json.loads(out.stdout)
     if told["errors"]:
         raise SystemExit(f"{case} with {clients} clients: {told['errors']} errors")
-    # The preparation's requests are in it: ten of a thousand documents, and one per client.
+    # The preparation's requests are in it: a handful, and one per client.
     each = 100_000 / told["operations"]
     return (told["operations"] / told["seconds"], told["p50_us"] / 1000, told["p99_us"] / 1000,
             (after[0] - before[0]) * each, (after[1] - before[1]) * each)
@@ -75,12 +74,14 @@ def main():
     parser.add_argument("--cases", default="find,insert,aggregate")
     parser.add_argument("--clients", default="1,16,64")
     parser.add_argument("--port-offset", default="12000")
+    parser.add_argument("--program", type=Path, default=ROOT / "target/release/dynabase")
+    parser.add_argument("--load", type=Path, default=ROOT / "target/release/examples/mongo_load")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         ready = folder / "ready.json"
         dynabase = subprocess.Popen(
-            [ROOT / "target/release/dynabase", "dev", "--data-dir", folder / "dev", "--port-offset", args.port_offset,
+            [args.program, "dev", "--data-dir", folder / "dev", "--port-offset", args.port_offset,
              "--ready-file", ready], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             while not ready.exists():
@@ -108,7 +109,7 @@ def main():
                     runs = {name: [] for name in targets}
                     for _ in range(args.rounds):
                         for name, target in targets.items():
-                            runs[name].append(run(target, server, case, clients, operations))
+                            runs[name].append(run(args.load, target, server, case, clients, operations))
                     medians = {name: [statistics.median(column) for column in zip(*rows)] for name, rows in runs.items()}
                     for name, (rate, p50, p99, proxy, at_server) in medians.items():
                         added = [f"{value - medians['direct'][column]:.3f}" if name != "direct" else ""
