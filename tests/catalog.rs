@@ -266,7 +266,12 @@ fn while_the_catalog_is_away_the_known_go_on_and_what_came_after_is_enforced() {
     cable.cut();
     until("the metric rises", || house.age() > 3.0);
     let risen = house.age();
-    assert!(house.proxy.admin("/readyz").contains("ready"), "known tenants are served: it is ready");
+    assert_eq!(
+        house.proxy.metric("dynabase_ready", ""),
+        1.0,
+        "known tenants are served: {}",
+        house.proxy.admin("/readyz")
+    );
     // Open sessions, and new ones of who is known.
     open.serves();
     Open::of(&known).serves();
@@ -296,6 +301,27 @@ fn while_the_catalog_is_away_the_known_go_on_and_what_came_after_is_enforced() {
     let mut open = Open::of(&stranger);
     house.by_hand(&server.place.url, "stranger", doc! { "status": "suspended" });
     open.has_ended();
+}
+
+#[test]
+fn it_starts_while_the_catalog_is_away_and_is_ready_once_it_was_reached() {
+    let server = Own::start(None);
+    let cable = Cable::to(server.place.port);
+    cable.cut();
+    let url = cable.url(&server.place.url);
+    let catalog = format!("kind = \"mongodb\"\nurl = \"{url}\"\ndatabase = \"later\"");
+    let proxy = Proxy::start(&Setup { catalog, ..Setup::default() });
+    assert!(proxy.admin("/readyz").contains("catalog"), "{}", proxy.admin("/readyz"));
+    assert_eq!(proxy.metric("dynabase_ready", ""), 0.0);
+    let org = Org { proxy: &proxy, org: OrgId::parse("anybody").expect("an id") };
+    let told = Wire::login(proxy.address(), &org.token(), &[]).expect_err("nobody is known");
+    assert_eq!(told.field(b'C'), "57P03");
+    cable.mend();
+    until("it is ready", || proxy.metric("dynabase_ready", "") == 1.0);
+    // Now it can tell that there is no such organisation.
+    until("it is known to be nobody", || {
+        Wire::login(proxy.address(), &org.token(), &[]).is_err_and(|told| told.field(b'C') != "57P03")
+    });
 }
 
 /// Every document of a folder by its file's name.

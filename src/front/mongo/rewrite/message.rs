@@ -275,8 +275,16 @@ fn forward<'a>(
         out[at..at + 4].copy_from_slice(&bytes.to_le_bytes());
     }
     required(&fields)?;
-    if rewritten.statements && rewritten.told.written == 0 && !rewritten.told.failed.is_empty() {
-        return Err(Fault::statements(rewritten.told.failed));
+    if let Some(first) = rewritten.told.failed.first().filter(|_| rewritten.statements) {
+        let bulk = row.reply == ReplyRule::BulkWrite;
+        let sliced = fields.get("cursor").and_then(|cursor| cursor.document()?.get("batchSize").ok()?).is_some();
+        if bulk && sliced {
+            // The results of what is left out stand among the others in the first batch, which has to be the only one.
+            return Err(Fault::new(first.code, "BadValue", first.message.as_str()));
+        }
+        if rewritten.told.written == 0 {
+            return Err(Fault::statements(rewritten.told.failed, bulk));
+        }
     }
     Ok(Verdict::Forward(Forward {
         row,
@@ -609,6 +617,9 @@ fn put_field<'a>(
         Rule::Indexes => {
             if index::only_wished(array()?)? {
                 body.reply = ReplyRule::IndexesWished;
+            }
+            if let Some(collection) = body.collection.filter(|_| filter) {
+                body.prepare = Some(Prepare::IndexRoom { collection });
             }
             return index::put_all(scope, field.name, array()?, out);
         }

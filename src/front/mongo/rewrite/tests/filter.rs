@@ -278,10 +278,24 @@ fn statements_and_their_options() {
             ),
             (
                 r#"{"bulkWrite": 1, "ops": [{"update": 0, "filter": {}, "updateMods": {"$set": {"org_id": "x"}}}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"}"#,
-                "66",
+                "0:66",
             ),
             (
                 r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"org_id": "x"}}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"}"#,
+                "0:66",
+            ),
+            // What is refused is left out, and only what follows it in order.
+            (
+                r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"org_id": "x"}}, {"delete": 0, "filter": {}}], "nsInfo": [{"ns": "app.c"}], "ordered": false, "$db": "admin"}"#,
+                r#"{"bulkWrite": 1, "ops": [{"delete": 0, "filter": {"org_id": "acme"}}], "nsInfo": [{"ns": "shared_app.c"}], "ordered": false, "$db": "admin"}"#,
+            ),
+            (
+                r#"{"bulkWrite": 1, "ops": [{"delete": 0, "filter": {}}, {"insert": 0, "document": {"org_id": "x"}}, {"delete": 0, "filter": {}}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"}"#,
+                r#"{"bulkWrite": 1, "ops": [{"delete": 0, "filter": {"org_id": "acme"}}], "nsInfo": [{"ns": "shared_app.c"}], "$db": "admin"}"#,
+            ),
+            // Its results are not asked for slice by slice then.
+            (
+                r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"org_id": "x"}}, {"delete": 0, "filter": {}}], "nsInfo": [{"ns": "app.c"}], "ordered": false, "cursor": {"batchSize": 1}, "$db": "admin"}"#,
                 "66",
             ),
             (r#"{"bulkWrite": 1, "ops": [{"nope": 0}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"}"#, "40415"),
