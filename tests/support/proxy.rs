@@ -172,14 +172,33 @@ impl Proxy {
         let log = Arc::new(Mutex::new(String::new()));
         read_along(&mut child, &log);
         let mut proxy = Self { child, port: 0, admin, config, log, server: server.clone(), folder };
-        proxy.port = eventually("dynabase listens", || {
-            assert!(proxy.child.try_wait().expect("a child").is_none(), "it ended: {}", proxy.log());
-            let log = proxy.log();
-            let (_, rest) = log.split_once("listening for PostgreSQL clients")?;
+        proxy.port = proxy.port_of("PostgreSQL");
+        proxy
+    }
+
+    /// Where it listens for clients of a database, as it says itself.
+    pub fn port_of(&mut self, database: &str) -> u16 {
+        eventually("dynabase listens", || {
+            assert!(self.child.try_wait().expect("a child").is_none(), "it ended: {}", self.log());
+            let log = self.log();
+            let (_, rest) = log.split_once(&format!("listening for {database} clients"))?;
             let (_, port) = rest.lines().next()?.rsplit_once(':')?;
             port.trim().parse().ok()
-        });
-        proxy
+        })
+    }
+
+    /// Kills it as it is (SIGKILL).
+    pub fn kill(&mut self) {
+        self.child.kill().expect("killed");
+        self.child.wait().expect("ended");
+    }
+
+    /// Starts it once more after [`Self::kill`], from the same configuration.
+    pub fn start_again(&mut self) {
+        self.log = Arc::new(Mutex::new(String::new()));
+        self.child = spawn(&self.folder.path().join("dynabase.toml"));
+        read_along(&mut self.child, &self.log);
+        self.port = self.port_of("PostgreSQL");
     }
 
     /// The usual one, which tests share. Every test has tenants of its own.
