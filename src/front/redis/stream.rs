@@ -17,8 +17,8 @@
 //!
 //! Held whole, as small commands are, and then within [`held`](crate::upstream::redis::held): commands inside `MULTI`
 //! (at most [`TRANSACTION_MAX_BYTES`](super::client::TRANSACTION_MAX_BYTES) each time), those of several keys (`MSET`),
-//! scripts' arguments, blocking commands, a key that is itself large, and everything while the tenant has no connection
-//! left.
+//! scripts' arguments, blocking commands, a key that is itself large, and everything while half of the tenant's
+//! connections are in use.
 
 use std::{
     future::poll_fn,
@@ -254,7 +254,12 @@ impl Client {
             return true;
         }
         let Some(tenancy) = &self.tenancy else { return false };
-        let Some(permit) = tenancy.session.slot().connection(Protocol::Redis) else { return false };
+        let slot = tenancy.session.slot();
+        // Those that block, watch or listen can't do without one: half of the tenant's are theirs.
+        if slot.connections(Protocol::Redis) >= slot.policy().limits.redis.connections / 2 {
+            return false;
+        }
+        let Some(permit) = slot.connection(Protocol::Redis) else { return false };
         match tenancy.place.dedicated(&tenancy.database, self.version, &self.outbox).await {
             Ok(link) => {
                 self.own = Some(Own { link, version: self.version, _permit: permit });
