@@ -109,7 +109,7 @@ struct Open {
 }
 
 fn redis_client(org: &Org<'_>) -> redis::Client {
-    let url = format!("redis://app:{}@127.0.0.1:{}/0", org.token(), org.proxy.port_for("Redis"));
+    let url = format!("redis://app:{}@127.0.0.1:{}/0", org.token(), org.proxy.port_of("Redis"));
     redis::Client::open(url).expect("a URL")
 }
 
@@ -151,7 +151,7 @@ impl Open {
 }
 
 async fn mongo_client(org: &Org<'_>) -> Client {
-    let mut client = Client::connect(org.proxy.port_for("MongoDB")).await;
+    let mut client = Client::connect(org.proxy.port_of("MongoDB")).await;
     let told = client.run(plain(&org.token())).await;
     assert_eq!(told.get_bool("done").ok(), Some(true), "{told}");
     client
@@ -162,12 +162,12 @@ fn refusals(org: &Org<'_>) -> (String, String, Document) {
     let wire = Wire::login(org.proxy.address(), &org.token(), &[]).err().map(|told| told.field(b'C'));
     let token = org.token();
     // In its own words, for which the driver has words of its own.
-    let mut socket = TcpStream::connect(("127.0.0.1", org.proxy.port_for("Redis"))).expect("it accepts");
+    let mut socket = TcpStream::connect(("127.0.0.1", org.proxy.port_of("Redis"))).expect("it accepts");
     let auth = format!("*3\r\n$4\r\nAUTH\r\n$3\r\napp\r\n${}\r\n{token}\r\n", token.len());
     socket.write_all(auth.as_bytes()).expect("sent");
     let mut redis = String::new();
     BufReader::new(socket).read_line(&mut redis).expect("an answer");
-    let port = org.proxy.port_for("MongoDB");
+    let port = org.proxy.port_of("MongoDB");
     let mongo = block_on(async move { Client::connect(port).await.run(plain(&token)).await });
     (wire.unwrap_or_default(), redis, mongo)
 }
