@@ -8,7 +8,7 @@ use crate::{
     catalog::{Catalog, Expect, Fault, Record},
     config::Config,
     identity::service_key,
-    tenant::{DEFAULT_NAME, OrgId, Protocol, Status, Tenant, Tier},
+    tenant::{DEFAULT_NAME, Isolation, OrgId, Protocol, Status, Tenant, Tier},
     upstream::postgres::Provisioner,
 };
 
@@ -166,6 +166,15 @@ async fn provision(config: &Config, tenant: &Tenant) -> Result<(), Failure> {
     if let Some(mongodb) = config.mongodb().map_err(Failure::usage)? {
         mongodb.provision(&tenant.org, tenant.generation).await.map_err(mongodb_failure)?;
         eprintln!("{}: mongodb: user and rights are there", tenant.org);
+        let isolation = tenant.routes.mongodb.unwrap_or(tiers.limits(tenant.tier).mongodb.isolation);
+        if isolation == Isolation::Filter {
+            eprintln!(
+                "{}: mongodb: its collections are shared with other tenants. Generated ObjectIds never meet; a program \
+                 that chooses its own _id gets 11000 for one that another tenant holds, and is better off with \
+                 isolation = \"database\" (tiers.toml)",
+                tenant.org
+            );
+        }
     }
     Ok(())
 }
