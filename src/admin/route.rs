@@ -14,6 +14,8 @@ pub(super) enum Endpoint {
     Tenants,
     Tenant,
     Tier,
+    Branches,
+    Branch,
     Transition,
     Events,
     OpenApi,
@@ -26,11 +28,11 @@ pub(super) enum Access {
     Token,
 }
 
-/// One row. Every path has one method; HEAD goes where GET does.
+/// One row. Where a path is read, HEAD goes where GET does.
 pub(super) struct Route {
     pub(super) endpoint: Endpoint,
     pub(super) access: Access,
-    /// `{org}` or `{id}` stands for one segment.
+    /// `{org}`, `{id}` or `{name}` stands for one segment.
     pub(super) path: &'static str,
     summary: &'static str,
     /// Statuses beyond 200, and 401 where a token is needed.
@@ -47,7 +49,7 @@ const fn route(
     Route { endpoint, access, path, summary, statuses }
 }
 
-pub(super) const ROUTES: [Route; 9] = [
+pub(super) const ROUTES: [Route; 11] = [
     route(Endpoint::Live, Access::Anyone, "/livez", "Whether the process runs.", &[]),
     route(
         Endpoint::Ready,
@@ -89,6 +91,34 @@ pub(super) const ROUTES: [Route; 9] = [
         ],
     ),
     route(
+        Endpoint::Branches,
+        Access::Token,
+        "/v1/tenants/{org}/branches",
+        "Branches of a tenant's Neon home. POST {\"name\": \"…\"} makes one: a copy of its databases as they are now, \
+         reached as database app@NAME with the tenant's own token.",
+        &[
+            ("201", "POST: made."),
+            ("400", "Not an organisation id, or not a name: 1 to 40 of a-z, 0-9, - and _, a letter or digit first."),
+            ("404", "The catalog knows no such organisation, or there are no Neon homes here."),
+            ("409", "POST: there is one with this name."),
+            ("422", "POST: the tenant's tier has no more."),
+            ("423", "POST: the database is in use; try again when its sessions are idle."),
+            ("502", "Neon, or the server of the homes, could not do it."),
+            ("503", "The catalog can't be asked."),
+        ],
+    ),
+    route(
+        Endpoint::Branch,
+        Access::Token,
+        "/v1/tenants/{org}/branches/{name}",
+        "Removes a branch with all that is in it; its sessions end.",
+        &[
+            ("404", "No such organisation or branch."),
+            ("502", "Neon, or the server of the homes, could not do it; the branch's name leads nowhere any more."),
+            ("503", "The catalog can't be asked."),
+        ],
+    ),
+    route(
         Endpoint::Transition,
         Access::Token,
         "/v1/transitions/{id}",
@@ -100,23 +130,34 @@ pub(super) const ROUTES: [Route; 9] = [
 ];
 
 impl Endpoint {
-    /// The one method beside HEAD.
-    pub(super) fn method(self) -> Method {
+    /// The methods, with the words for who comes with another; HEAD goes where GET does.
+    pub(super) fn methods(self) -> (&'static [Method], &'static str, &'static str) {
         match self {
-            Endpoint::Tier => Method::PUT,
-            _ => Method::GET,
+            Endpoint::Tier => (&[Method::PUT], "PUT", "this path is written with PUT"),
+            Endpoint::Branches => {
+                (&[Method::GET, Method::POST], "GET, HEAD, POST", "this path is read with GET and takes POST")
+            }
+            Endpoint::Branch => (&[Method::DELETE], "DELETE", "this path takes DELETE"),
+            _ => (&[Method::GET], "GET, HEAD", "this path is read with GET"),
         }
     }
 }
 
-/// The route of `path`, and the segment that stands for `{org}` or `{id}`.
-pub(super) fn find(path: &str) -> Option<(&'static Route, &str)> {
-    ROUTES.iter().find_map(|route| match (route.path.split_once('{'), route.path.split_once('}')) {
-        (Some((before, _)), Some((_, after))) => {
-            let segment = path.strip_prefix(before)?.strip_suffix(after)?;
-            (!segment.is_empty() && !segment.contains('/')).then_some((route, segment))
+/// The route of `path`, and the segments that stand for `{org}` or `{id}` and for `{name}`.
+pub(super) fn find(path: &str) -> Option<(&'static Route, [&str; 2])> {
+    ROUTES.iter().find_map(|route| {
+        let (mut found, mut at) = ([""; 2], 0);
+        let mut ours = path.split('/');
+        for part in route.path.split('/') {
+            let segment = ours.next()?;
+            if part.starts_with('{') {
+                *found.get_mut(at).filter(|_| !segment.is_empty())? = segment;
+                at += 1;
+            } else if part != segment {
+                return None;
+            }
         }
-        _ => (route.path == path).then_some((route, "")),
+        ours.next().is_none().then_some((route, found))
     })
 }
 
@@ -141,8 +182,9 @@ fn item(route: &Route) -> Value {
         Endpoint::Tenants => ("application/json", reference("TenantPage")),
         Endpoint::Tenant => ("application/json", reference("Tenant")),
         Endpoint::Tier | Endpoint::Transition => ("application/json", reference("Transition")),
+        Endpoint::Branches => ("application/json", reference("Branches")),
         Endpoint::Events => ("text/event-stream", json!({ "type": "string" })),
-        Endpoint::OpenApi => ("application/json", json!({ "type": "object" })),
+        Endpoint::OpenApi | Endpoint::Branch => ("application/json", json!({ "type": "object" })),
     };
     let mut responses = serde_json::Map::new();
     responses.insert("200".into(), json!({ "description": "OK", "content": { content_type: { "schema": schema } } }));
@@ -158,7 +200,12 @@ fn item(route: &Route) -> Value {
             parameter("limit", "query", false, json!({ "type": "integer", "minimum": 1, "maximum": PAGE_MAX })),
             parameter("after", "query", false, json!({ "type": "string" })),
         ],
-        Endpoint::Tenant | Endpoint::Tier => vec![parameter("org", "path", true, json!({ "type": "string" }))],
+        Endpoint::Tenant | Endpoint::Tier | Endpoint::Branches => {
+            vec![parameter("org", "path", true, json!({ "type": "string" }))]
+        }
+        Endpoint::Branch => {
+            ["org", "name"].map(|name| parameter(name, "path", true, json!({ "type": "string" }))).into()
+        }
         Endpoint::Transition => vec![parameter("id", "path", true, json!({ "type": "string" }))],
         _ => Vec::new(),
     };
@@ -166,8 +213,10 @@ fn item(route: &Route) -> Value {
         Access::Anyone => json!([]),
         Access::Token => json!([{ "token": [] }]),
     };
-    let method = route.endpoint.method().as_str().to_ascii_lowercase();
-    json!({ method: { "summary": route.summary, "parameters": parameters, "security": security, "responses": responses } })
+    let operation =
+        json!({ "summary": route.summary, "parameters": parameters, "security": security, "responses": responses });
+    let methods = route.endpoint.methods().0.iter().map(|it| (it.as_str().to_ascii_lowercase(), operation.clone()));
+    Value::Object(methods.collect())
 }
 
 fn reference(schema: &str) -> Value {
@@ -201,6 +250,9 @@ fn schemas() -> Value {
             "state": { "type": "string", "enum": ["preparing", "committed", "aborting", "done", "aborted"] },
             "participants": list(object(json!({ "database": text, "state": text, "calls": number, "note": text }))),
             "over": list(object(json!({ "database": text, "what": text, "used": number, "max": number }))),
+        })),
+        "Branches": object(json!({
+            "branches": list(object(json!({ "name": text, "database": text }))), "max": number,
         })),
         "TenantPage": object(json!({ "tenants": list(reference("Tenant")), "next": text })),
     })

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::{
-    State, Token, metrics,
+    State, Token, branches, metrics,
     route::{self, Access, Endpoint},
     tally::Tally,
     tenants::{View, Wanted},
@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     net::{AcceptLimits, Address, Conn, Drain, ListenConfig, Listener, listen},
-    quota::clock,
+    quota::{Slot, clock},
     refusal::Refusal,
     tenant::OrgId,
 };
@@ -169,15 +169,12 @@ impl Server {
                 .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"dynabase admin\""));
             return answer;
         }
-        let Some((route, segment)) = found else {
+        let Some((route, [segment, name])) = found else {
             return fault(StatusCode::NOT_FOUND, "not_found", "no such path; /openapi.json lists them");
         };
-        let method = route.endpoint.method();
-        if parts.method != method && (parts.method != Method::HEAD || method != Method::GET) {
-            let (allow, message) = match method {
-                Method::PUT => ("PUT", "this path is written with PUT"),
-                _ => ("GET, HEAD", "this path is read with GET"),
-            };
+        let (methods, allow, message) = route.endpoint.methods();
+        let method = if parts.method == Method::HEAD { Method::GET } else { parts.method };
+        if !methods.contains(&method) {
             let mut answer = fault(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
             answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
             return answer;
@@ -198,6 +195,14 @@ impl Server {
                 Err(message) => fault(StatusCode::BAD_REQUEST, "bad_query", message),
             },
             Endpoint::Tenant => self.tenant(segment).await,
+            Endpoint::Branches => match self.slot(segment).await {
+                Ok(slot) => branches::all(&self.state, &slot, &method, &body).await,
+                Err(answer) => *answer,
+            },
+            Endpoint::Branch => match self.slot(segment).await {
+                Ok(slot) => branches::remove(&self.state, &slot, name).await,
+                Err(answer) => *answer,
+            },
             Endpoint::Tier => transitions::begin(&self.state, segment, &body).await,
             Endpoint::Transition => transitions::show(&self.state, segment).await,
             Endpoint::Events => transitions::events(&self.state),
@@ -222,18 +227,26 @@ impl Server {
     }
 
     async fn tenant(&self, org: &str) -> Answer {
+        match self.slot(org).await {
+            Ok(slot) => json_of(StatusCode::OK, &json!(View::of(&slot))),
+            Err(answer) => *answer,
+        }
+    }
+
+    async fn slot(&self, org: &str) -> Result<Arc<Slot>, Box<Answer>> {
         let Some(org) = OrgId::parse(org) else {
-            return fault(StatusCode::BAD_REQUEST, "bad_org", "not an organisation id");
+            return Err(Box::new(fault(StatusCode::BAD_REQUEST, "bad_org", "not an organisation id")));
         };
-        match tokio::time::timeout(CATALOG_WITHIN, self.state.table.slot(&org)).await {
-            Ok(Ok(slot)) => json_of(StatusCode::OK, &json!(View::of(&slot))),
+        let (status, code, message) = match tokio::time::timeout(CATALOG_WITHIN, self.state.table.slot(&org)).await {
+            Ok(Ok(slot)) => return Ok(slot),
             Ok(Err(Refusal::UnknownOrg)) => {
-                fault(StatusCode::NOT_FOUND, "unknown_org", "the catalog knows no such organisation")
+                (StatusCode::NOT_FOUND, "unknown_org", "the catalog knows no such organisation")
             }
             Ok(Err(_)) | Err(_) => {
-                fault(StatusCode::SERVICE_UNAVAILABLE, "catalog_down", "the catalog can't be asked right now")
+                (StatusCode::SERVICE_UNAVAILABLE, "catalog_down", "the catalog can't be asked right now")
             }
-        }
+        };
+        Err(Box::new(fault(status, code, message)))
     }
 }
 

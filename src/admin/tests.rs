@@ -259,6 +259,8 @@ fn the_description_lists_exactly_what_answers() {
         "/v1/tenants",
         "/v1/tenants/{org}",
         "/v1/tenants/{org}/tier",
+        "/v1/tenants/{org}/branches",
+        "/v1/tenants/{org}/branches/{name}",
         "/v1/transitions/{id}",
         "/v1/events",
         "/openapi.json",
@@ -266,17 +268,19 @@ fn the_description_lists_exactly_what_answers() {
     assert_eq!(paths, want.map(str::to_owned).into());
     for path in paths {
         let methods = json["paths"][&path].as_object().unwrap();
-        let (method, described) = methods.iter().next().unwrap();
-        assert_eq!(methods.len(), 1, "{path}");
-        let (method, asked) = (method.to_uppercase(), path.replace("{org}", "acme").replace("{id}", "acme.2.a"));
-        let reply = running.ask(&method, &asked, &format!("Authorization: Bearer {TOKEN}\r\n"));
-        // Without a coordinator transitions are not there yet, which a running process has before it listens.
-        let responses = &described["responses"];
-        let ready = reply.status != 503 || !reply.body.contains("not_ready");
-        assert!(!ready || responses[reply.status.to_string()].is_object(), "{path} answers {}", reply.status);
-        let open = described["security"].as_array().unwrap().is_empty();
-        let stranger = running.ask(&method, &asked, "").status;
-        assert_eq!(stranger != 401, open, "{path}");
+        assert_eq!(methods.len(), if path.ends_with("/branches") { 2 } else { 1 }, "{path}");
+        let asked = path.replace("{org}", "acme").replace("{id}", "acme.2.a").replace("{name}", "dev");
+        for (method, described) in methods {
+            let method = method.to_uppercase();
+            let reply = running.ask(&method, &asked, &format!("Authorization: Bearer {TOKEN}\r\n"));
+            // Without a coordinator transitions are not there yet, which a running process has before it listens.
+            let responses = &described["responses"];
+            let ready = reply.status != 503 || !reply.body.contains("not_ready");
+            assert!(!ready || responses[reply.status.to_string()].is_object(), "{path} answers {}", reply.status);
+            let open = described["security"].as_array().unwrap().is_empty();
+            let stranger = running.ask(&method, &asked, "").status;
+            assert_eq!(stranger != 401, open, "{path}");
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use crate::{
     catalog::{Catalog, Fault},
     config::Config,
     identity,
-    upstream::{postgres, redis},
+    upstream::{neon::Homes, postgres, redis},
     wire::resp,
 };
 
@@ -118,6 +118,7 @@ async fn examine(config: &Config, findings: &mut Findings) {
     keys(config, findings).await;
     catalog(config, findings).await;
     postgres(config, findings).await;
+    neon(config, findings).await;
     redis(config, findings).await;
     mongodb(config, findings).await;
 }
@@ -285,6 +286,29 @@ async fn postgres(config: &Config, findings: &mut Findings) {
         );
     }
     findings.good(PART, format_args!("PostgreSQL {} at {}", about.version, admin.target().address()));
+}
+
+async fn neon(config: &Config, findings: &mut Findings) {
+    const PART: &str = "neon";
+    /// No tenant's role and no project is called so; looking for it changes nothing.
+    const NOBODY: &str = "dynabase_doctor";
+    let homes = match config.names().and_then(|names| config.upstream.neon.homes(names)) {
+        Ok(Some(homes)) => homes,
+        Ok(None) => return findings.good(PART, "not configured: no Neon front"),
+        Err(error) => return findings.fault(PART, error, "edit [upstream.neon]"),
+    };
+    match homes {
+        Homes::Server(provisioner) => match within(provisioner.ceiling(NOBODY)).await {
+            Ok(_) => findings.good(PART, "homes are databases of a PostgreSQL server"),
+            Err(error) => {
+                findings.fault(PART, error, "look at upstream.neon.url: host, port, role and password; at tls")
+            }
+        },
+        Homes::Projects(projects) => match within(projects.api().find_project(NOBODY)).await {
+            Ok(_) => findings.good(PART, "homes are projects at Neon, whose API takes the key"),
+            Err(error) => findings.fault(PART, error, "look at upstream.neon.api_key, api_url and org_id"),
+        },
+    }
 }
 
 async fn redis(config: &Config, findings: &mut Findings) {

@@ -8,8 +8,8 @@ use crate::{
     catalog::{Catalog, Expect, Fault, Record},
     config::Config,
     identity::service_key,
-    tenant::{DEFAULT_NAME, OrgId, Protocol, Status, Tenant, Tier},
-    upstream::postgres::Provisioner,
+    tenant::{DEFAULT_NAME, NeonRoute, OrgId, Status, Tenant, Tier},
+    upstream::{neon::HomeError, postgres::Provisioner},
 };
 
 #[derive(Debug, Subcommand)]
@@ -91,8 +91,9 @@ pub fn run(command: Command) -> Result<(), Failure> {
             Command::Show { which, json } => show(&which, json).await,
             Command::Provision { which } => {
                 let config = which.place.load()?;
-                let record = fetch(&place::catalog(&config).await?, &which.org).await?;
-                provision(&config, &record.tenant).await
+                let catalog = place::catalog(&config).await?;
+                let record = fetch(&catalog, &which.org).await?;
+                again(&config, &catalog, record).await
             }
             Command::Suspend { which } => set_status(&which, Status::Suspended).await,
             Command::Resume { which } => set_status(&which, Status::Active).await,
@@ -116,17 +117,8 @@ pub async fn create(config: &Config, catalog: &Catalog, org: &OrgId, tier: Tier)
         Ok(_) => return Err(exists()),
         Err(fault) => return Err(key::unknown(org, &fault)),
     }
-    let tenant = Tenant {
-        org: org.clone(),
-        tier,
-        status: Status::Active,
-        epoch: 1,
-        generation: 1,
-        databases: Vec::new(),
-        users: Vec::new(),
-        routes: Default::default(),
-    };
-    provision(config, &tenant).await?;
+    let mut tenant = Tenant::new(org.clone(), tier);
+    tenant.routes.neon = provision(config, &tenant).await?;
     match catalog.put(Record::new(tenant), Expect::Absent).await {
         Ok(()) => {
             eprintln!("{org}: created on {tier}");
@@ -137,8 +129,17 @@ pub async fn create(config: &Config, catalog: &Catalog, org: &OrgId, tier: Tier)
     }
 }
 
-/// Makes the tenant's place on every database there is.
-async fn provision(config: &Config, tenant: &Tenant) -> Result<(), Failure> {
+/// Repeats what `create` does; what has moved meanwhile is recorded.
+async fn again(config: &Config, catalog: &Catalog, record: Record) -> Result<(), Failure> {
+    let route = provision(config, &record.tenant).await?;
+    if route == record.tenant.routes.neon {
+        return Ok(());
+    }
+    change(catalog, record, |tenant| tenant.routes.neon = route).await
+}
+
+/// Makes the tenant's place on every database there is; gives where its Neon home is.
+async fn provision(config: &Config, tenant: &Tenant) -> Result<NeonRoute, Failure> {
     let names = config.names().map_err(Failure::usage)?;
     let tiers = place::tiers(config, &place::catalog(config).await?).await?;
     eprintln!("{}: postgres: role, databases, privileges …", tenant.org);
@@ -152,12 +153,12 @@ async fn provision(config: &Config, tenant: &Tenant) -> Result<(), Failure> {
     };
     eprintln!("{}: postgres: {made}", tenant.org);
     report.warnings.iter().for_each(|warning| eprintln!("{}: postgres: warning: {warning}", tenant.org));
-    if let Some(neon) = config.upstream.neon.provisioner().map_err(Failure::usage)? {
-        let limits = tiers.limits(tenant.tier).sql(Protocol::Neon);
-        let report = neon.ensure(tenant, &names, limits).await.map_err(|error| {
-            Failure::failed(format_args!("neon: {error}\nMend that and run the command again: it goes on."))
-        })?;
-        eprintln!("{}: neon: role and {} new database(s)", tenant.org, report.created_databases.len());
+    let mut route = tenant.routes.neon.clone();
+    if let Some(neon) = config.upstream.neon.homes(names.clone()).map_err(Failure::usage)? {
+        let (there, report) = neon.ensure(tenant, &names, tiers.limits(tenant.tier)).await.map_err(neon_failure)?;
+        route = there;
+        let host = route.project.as_ref().map_or_else(String::new, |project| format!(" at {}", project.host));
+        eprintln!("{}: neon: role and {} new database(s){host}", tenant.org, report.created_databases.len());
     }
     if let Some(redis) = config.redis().map_err(Failure::usage)? {
         redis.provision(&tenant.org, tenant.generation).await.map_err(redis_failure)?;
@@ -167,7 +168,11 @@ async fn provision(config: &Config, tenant: &Tenant) -> Result<(), Failure> {
         mongodb.provision(&tenant.org, tenant.generation).await.map_err(mongodb_failure)?;
         eprintln!("{}: mongodb: user and rights are there", tenant.org);
     }
-    Ok(())
+    Ok(route)
+}
+
+fn neon_failure(error: HomeError) -> Failure {
+    Failure::failed(format_args!("neon: {error}\nMend that and run the command again: it goes on."))
 }
 
 fn mongodb_failure(error: crate::upstream::mongo::Error) -> Failure {
@@ -286,9 +291,13 @@ async fn set_status(which: &Which, status: Status) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn put_status(catalog: &Catalog, mut record: Record, status: Status) -> Result<(), Failure> {
+async fn put_status(catalog: &Catalog, record: Record, status: Status) -> Result<(), Failure> {
+    change(catalog, record, |tenant| tenant.status = status).await
+}
+
+async fn change(catalog: &Catalog, mut record: Record, change: impl FnOnce(&mut Tenant)) -> Result<(), Failure> {
     let present = record.tenant.epoch;
-    record.tenant.status = status;
+    change(&mut record.tenant);
     // A new epoch: whoever still holds the record of before can't write it back.
     record.tenant.epoch += 1;
     catalog.put(record, Expect::Epoch(present)).await.map_err(|fault| match fault {
@@ -311,11 +320,9 @@ async fn delete(which: &Which) -> Result<(), Failure> {
     provisioner(&config)?.drop(&tenant, &names).await.map_err(|error| {
         Failure::failed(format_args!("postgres: {error}\nMend that and run the command again: it goes on."))
     })?;
-    if let Some(neon) = config.upstream.neon.provisioner().map_err(Failure::usage)? {
-        eprintln!("{}: neon: dropping databases and role …", which.org);
-        neon.drop(&tenant, &names).await.map_err(|error| {
-            Failure::failed(format_args!("neon: {error}\nMend that and run the command again: it goes on."))
-        })?;
+    if let Some(neon) = config.upstream.neon.homes(names.clone()).map_err(Failure::usage)? {
+        eprintln!("{}: neon: removing its home …", which.org);
+        neon.remove(&tenant, &names).await.map_err(neon_failure)?;
     }
     if let Some(redis) = config.redis().map_err(Failure::usage)? {
         eprintln!("{}: redis: removing keys and user …", which.org);

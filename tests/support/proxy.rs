@@ -263,13 +263,23 @@ impl Proxy {
         answer.split_once("\r\n\r\n").expect("head and body").1.to_owned()
     }
 
+    /// A tenant that a command has made.
+    pub fn known(&self, org: &str) -> Org<'_> {
+        Org { proxy: self, org: OrgId::parse(org).expect("an id") }
+    }
+
     /// What the admin port answers to a request with a body: its status, and the body as JSON.
     pub fn admin_put(&self, path: &str, body: &str) -> (u16, Value) {
+        self.admin_send("PUT", path, body)
+    }
+
+    /// The same with any method.
+    pub fn admin_send(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
         let mut socket = TcpStream::connect(("127.0.0.1", self.admin)).expect("the admin port");
         socket.set_read_timeout(Some(super::PATIENCE)).expect("set");
         write!(
             socket,
-            "PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN_TOKEN}\r\nConnection: close\r\n\
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN_TOKEN}\r\nConnection: close\r\n\
              Content-Length: {}\r\n\r\n{body}",
             body.len()
         )

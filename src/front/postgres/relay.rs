@@ -653,9 +653,8 @@ impl Relay {
         if self.cancelling.is_some() || self.conversation.ledger().is_settled() || link.key.is_empty() {
             return;
         }
-        let upstream = Arc::clone(self.upstream());
-        let key = link.key.clone();
-        self.cancelling = Some(tokio::spawn(async move { upstream.cancel(&key).await }));
+        let (home, key) = (Arc::clone(&self.home), link.key.clone());
+        self.cancelling = Some(tokio::spawn(async move { home.endpoint.cancel(&key).await }));
     }
 
     /// The deadline has passed: of a statement, of a pause inside a transaction, or of the grace of a stop.
@@ -699,7 +698,7 @@ impl Relay {
         if let Some(link) = &self.link
             && let Some(pid) = link.pid()
         {
-            self.upstream().terminate(pid, &self.home.place.role).await;
+            self.upstream().terminate(pid, &self.home).await;
         }
         Err(self.end(&Refusal::OverLimit(refusal)).await)
     }
@@ -766,7 +765,7 @@ impl Relay {
             drop(lease);
         } else {
             let (upstream, home) = (Arc::clone(self.upstream()), Arc::clone(&self.home));
-            tokio::spawn(async move { link::abandon(&upstream, lease, &home.place.role).await });
+            tokio::spawn(async move { link::abandon(&upstream, lease, &home).await });
         }
     }
 }
