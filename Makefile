@@ -76,6 +76,12 @@ bench-redis:
 	$(CARGO) build --release --bin dynabase
 	python3 benches/redis.py
 
+# make bench-http   SQL over HTTP and Convex, beside direct, HAProxy and pgbench
+.PHONY: bench-http
+bench-http:
+	$(CARGO) build --release --bin dynabase
+	python3 benches/http.py
+
 # make chaos   a thousand tier transitions killed at random, and the larger walks of the model; some 20 minutes
 .PHONY: chaos
 chaos: tools
