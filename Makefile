@@ -5,6 +5,7 @@
 
 CARGO ?= cargo
 FUZZ_SECONDS ?= 600
+CHAOS_RUNS ?= 1000
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 
 help:
@@ -40,10 +41,10 @@ test:
 
 unit:
 ifneq ($(NEXTEST),)
-	$(CARGO) nextest run
+	$(CARGO) nextest run --no-fail-fast
 	$(CARGO) test --doc
 else
-	$(CARGO) test
+	$(CARGO) test --no-fail-fast
 endif
 
 # make drivers  the real drivers before dynabase, on this machine's PostgreSQL and on 18
@@ -82,8 +83,9 @@ bench-http:
 	$(CARGO) build --release --bin dynabase
 	python3 benches/http.py
 
-# make chaos   a thousand tier transitions killed at random, and the larger walks of the model; some 20 minutes
+# make chaos   CHAOS_RUNS (1000) tier transitions killed at random, every step of a life killed once, and the larger walks of the model; some 20 minutes
 .PHONY: chaos
 chaos: tools
 	$(CARGO) test --lib transition::state -- --ignored --nocapture
-	DYNABASE_CHAOS_RUNS=1000 $(CARGO) test --test integration transition::random_kills -- --nocapture
+	DYNABASE_CHAOS_RUNS=$(CHAOS_RUNS) $(CARGO) test --test integration transition::random_kills -- --nocapture
+	DYNABASE_CHAOS_RUNS=$(CHAOS_RUNS) $(CARGO) test --test integration life::killed -- --nocapture

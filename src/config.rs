@@ -27,7 +27,7 @@ use crate::{
         namespace::{NameStyle, Password, RootSecret},
         unit,
     },
-    upstream,
+    transition, upstream,
 };
 
 /// Everything that can be configured.
@@ -46,6 +46,8 @@ pub struct Config {
     pub identity: Option<identity::Config>,
     /// Where tenants are recorded. Required.
     pub catalog: Option<catalog::Config>,
+    /// How deleted tenants are purged.
+    pub tenants: transition::Purging,
     /// How tenants' names and passwords on upstreams are derived.
     pub names: NamesConfig,
     /// The databases behind.
@@ -354,6 +356,7 @@ impl Config {
             None => need(false, "identity.issuer", "is required: whose tokens are trusted".into()),
             Some(identity) => tell(&mut need, identity.check()),
         }
+        need(self.tenants.interval >= second, "tenants.interval", "must be at least 1s".into());
         let root = self.names.root_secret.as_ref();
         let bytes = root.map_or(0, |secret| secret.expose().len());
         need(

@@ -31,7 +31,8 @@ pub fn start(folder: &Path, offset: u16) -> (Dev, Value) {
         .arg("--ready-file")
         .arg(&ready)
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        // Why it ended, if it does.
+        .stderr(Stdio::inherit())
         .spawn()
         .expect("it starts");
     let mut dev = Dev(child);
@@ -61,9 +62,15 @@ async fn ask(url: &str, question: &str) -> String {
         .unwrap_or_default()
 }
 
-/// A free run of ports for the listeners, far from the defaults.
+/// A free run of ports for the listeners, off the defaults. All below 32 768, where the kernel takes the ports of
+/// outgoing connections from: the other tests' would get in the way between two starts.
 pub fn offset() -> u16 {
-    20_000 + u16::try_from(std::process::id() % 20_000).expect("below 20 000")
+    const DEFAULTS: [u16; 5] = [6432, 6380, 27_018, 8080, 9900];
+    let first = u16::try_from(std::process::id() % 5_000).expect("below 5 000");
+    (0..5_000)
+        .map(|n| 500 + (first + n) % 5_000)
+        .find(|offset| DEFAULTS.iter().all(|port| std::net::TcpListener::bind(("127.0.0.1", port + offset)).is_ok()))
+        .expect("five free ports")
 }
 
 #[tokio::test]

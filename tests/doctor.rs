@@ -27,6 +27,8 @@ struct Setup {
     redis: Option<String>,
     identity: String,
     tiers: &'static str,
+    /// More of the file.
+    more: String,
 }
 
 impl Setup {
@@ -39,6 +41,7 @@ impl Setup {
             redis: None,
             identity: "hs256_secret = \"0123456789abcdef0123456789abcdef\"".into(),
             tiers: include_str!("../config/tiers.toml"),
+            more: String::new(),
         }
     }
 
@@ -50,12 +53,13 @@ impl Setup {
         let text = format!(
             "[identity]\nissuer = \"https://doctor.invalid\"\n{}\n[catalog]\n{}\n\
              [names]\nroot_secret = \"0123456789abcdef0123456789abcdef\"\n[upstream.postgres]\nurl = \"{}\"\n{}{}\
-             [admin]\ntoken = \"operators-of-the-tests\"\n",
+             [admin]\ntoken = \"operators-of-the-tests\"\n{}",
             self.identity,
             self.catalog,
             self.postgres,
             url("mongodb", &self.mongodb),
             url("redis", &self.redis),
+            self.more,
         );
         let path = folder.path().join("dynabase.toml");
         std::fs::write(&path, text).expect("written");
@@ -108,6 +112,36 @@ fn a_fault_of_redis_and_mongodb_is_named() {
     Setup { redis: Some(format!("redis://127.0.0.1:{nobody}")), ..Setup::good() }.has_fault("redis", "unreachable");
     let away = format!("mongodb://127.0.0.1:{nobody}/?directConnection=true");
     Setup { mongodb: Some(away), ..Setup::good() }.has_fault("mongodb", "");
+}
+
+#[test]
+fn a_fault_of_neon_and_convex_is_named_and_what_is_good_called_so() {
+    let url = |part: &str, url: &str| format!("[upstream.{part}]\nurl = \"{url}\"\n");
+    let nobody = free_port();
+    let neon = url("neon", &format!("postgres://postgres:x@127.0.0.1:{nobody}/postgres"));
+    Setup { more: neon, ..Setup::good() }.has_fault("neon", "refused");
+    let issuer = "public_url = \"http://127.0.0.1:8080\"\n";
+    let away = url("convex", &format!("http://127.0.0.1:{nobody}")) + issuer;
+    Setup { more: away, ..Setup::good() }.has_fault("convex", "");
+    // Anything that answers, and says whether it is one.
+    let served = |status: &'static str| {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("bound").port();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("asked");
+            let mut head = [0; 4096];
+            let n = std::io::Read::read(&mut stream, &mut head).expect("a request");
+            assert!(head[..n].starts_with(b"GET /version "));
+            let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok");
+            std::io::Write::write_all(&mut stream, answer.as_bytes()).expect("answered");
+        });
+        url("convex", &format!("http://127.0.0.1:{port}")) + issuer
+    };
+    Setup { more: served("404 Not Found"), ..Setup::good() }.has_fault("convex", "404");
+    let more = url("neon", &postgres::shared().url) + &served("200 OK");
+    let (code, findings) = Setup { more, ..Setup::good() }.run();
+    let good = |part: &str| findings.iter().any(|(of, state, _)| of == part && state == "good");
+    assert!(code == 0 && ["neon", "convex"].into_iter().all(good), "{findings:?}");
 }
 
 #[test]

@@ -34,10 +34,9 @@ const HIDDEN: [(&str, &str); 2] = [("session", "catalog"), ("front", "catalog")]
 const LINES_MAX: usize = 500;
 
 /// Longer files and why they are not split.
-const LONG: [(&str, &str); 10] = [
+const LONG: [(&str, &str); 9] = [
     ("front/mongo/commands.rs", "one table"),
     ("front/mongo/rewrite/message.rs", "one field table and its one rule each: what is not in it is refused"),
-    ("front/postgres/relay.rs", "one connection's life: what is borrowed and given back has to be seen together"),
     ("front/redis/client.rs", "one client's waiting: what it reads, writes and is told has to be seen together"),
     ("front/redis/commands.rs", "one table"),
     ("front/redis/request.rs", "one burst under one lock: every way a command leaves keeps the same account"),

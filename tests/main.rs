@@ -1,11 +1,13 @@
 //! One binary for all integration tests: linking is the slow part.
 
+mod catalog;
 mod confinement;
 mod convex;
 mod dev;
 mod doctor;
 mod floors;
 mod http_tls;
+mod life;
 mod mongo;
 mod neon;
 mod neon_api;

@@ -56,7 +56,7 @@ impl World {
 
     fn create(&self, org: &str, tier: &str) -> Org<'_> {
         self.run(&["tenant", "create", org, "--tier", tier]);
-        self.proxy.known(org)
+        self.proxy.org(org)
     }
 
     fn sql(&self, org: &Org<'_>, database: &str, query: &str) -> Value {
@@ -190,7 +190,9 @@ fn a_tenant_lives_in_a_project_of_its_own_from_creation_to_deletion() {
     assert_eq!(world.sql(&acme, "app@dev", "select 1"), "3D000");
 
     world.double.misbehave("DELETE", Misdeed::LoseReply);
-    world.run(&["tenant", "delete", "acme", "--yes"]);
+    world.run(&["tenant", "rotate", "acme"]);
+    assert_eq!(world.sql(&acme, "app", "select * from t"), json!([{"i": 1}]), "with the next credentials");
+    world.run(&["tenant", "delete", "acme", "--now", "--yes"]);
     assert_eq!(world.double.counts().0, 1);
     assert_eq!(world.sql(&globex, "app", "select 1 as one"), json!([{"one": 1}]));
 }

@@ -21,14 +21,14 @@ const ENFORCED_WITHIN: Duration = Duration::from_secs(1);
 const CHAOS_RUNS: u64 = 6;
 
 /// A Redis server of one test's own.
-struct Redis {
+pub struct Redis {
     child: Child,
-    port: u16,
+    pub port: u16,
     folder: tempfile::TempDir,
 }
 
 impl Redis {
-    fn start() -> Self {
+    pub fn start() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let port = free_port();
         Self { child: Self::spawn(port, folder.path()), port, folder }
@@ -116,7 +116,7 @@ fn a_live_session_gets_the_new_limits_without_reconnecting() {
 }
 
 /// A MongoDB-wire server of one test's own; the calling thread keeps it.
-fn mongodb(folder: &tempfile::TempDir) -> dynabase::cli::dev::mongo::Server {
+pub fn mongodb(folder: &tempfile::TempDir) -> dynabase::cli::dev::mongo::Server {
     use dynabase::cli::dev::mongo;
     let program = mongo::find().expect("a MongoDB-wire server is installed: sh .ci/tools");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -124,7 +124,7 @@ fn mongodb(folder: &tempfile::TempDir) -> dynabase::cli::dev::mongo::Server {
 }
 
 /// The state of each database in `tier verify`, and its exit code.
-fn states(proxy: &Proxy, org: &str) -> (Option<i32>, Vec<String>) {
+pub fn states(proxy: &Proxy, org: &str) -> (Option<i32>, Vec<String>) {
     let (code, out, err) = proxy.command(&["tier", "verify", org, "--json"], &[]);
     let verdict: Value = serde_json::from_str(&out).unwrap_or_else(|_| panic!("{out}{err}"));
     let word = |it: &Value| it["state"].as_str().expect("a word").to_owned();
@@ -167,7 +167,7 @@ fn all_five_databases_go_together_and_are_read_back() {
         let (code, seen) = states(&proxy, "acme");
         assert_eq!((code, seen[4].as_str()), (Some(1), "no"));
         assert!(seen[..4].iter().all(|state| state == "yes"), "{seen:?}");
-        done(&["tenant", "delete", "acme", "--yes"]);
+        done(&["tenant", "delete", "acme", "--now", "--yes"]);
     }
 }
 

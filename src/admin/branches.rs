@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hyper::{Method, StatusCode};
+use hyper::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -22,19 +22,22 @@ struct Wanted {
     name: String,
 }
 
-/// `/v1/tenants/{org}/branches`.
-pub(super) async fn all(state: &State, slot: &Arc<Slot>, method: &Method, body: &[u8]) -> Answer {
+/// `GET /v1/tenants/{org}/branches`.
+pub(super) async fn list(state: &State, slot: &Arc<Slot>) -> Answer {
     let Some(branches) = state.branches.get() else { return none_here() };
-    if method != Method::POST {
-        let max = slot.policy().limits.neon.branches;
-        return match branches.list(slot.org()).await {
-            Ok(list) => {
-                let list: Vec<Value> = list.iter().map(Branches::described).collect();
-                json_of(StatusCode::OK, &json!({"branches": list, "max": max}))
-            }
-            Err(error) => failed(&error),
-        };
+    let max = slot.policy().limits.neon.branches;
+    match branches.list(slot.org()).await {
+        Ok(list) => {
+            let list: Vec<Value> = list.iter().map(Branches::described).collect();
+            json_of(StatusCode::OK, &json!({"branches": list, "max": max}))
+        }
+        Err(error) => failed(&error),
     }
+}
+
+/// `POST /v1/tenants/{org}/branches`.
+pub(super) async fn make(state: &State, slot: &Arc<Slot>, body: &[u8]) -> Answer {
+    let Some(branches) = state.branches.get() else { return none_here() };
     let Ok(Wanted { name }) = serde_json::from_slice(body) else {
         return fault(StatusCode::BAD_REQUEST, "bad_body", "send {\"name\": \"…\"}");
     };

@@ -13,9 +13,18 @@ pub(super) enum Endpoint {
     Metrics,
     Tenants,
     Tenant,
+    Create,
+    Delete,
+    Holdings,
+    Suspend,
+    Resume,
+    Restore,
+    Purge,
+    Rotate,
     Tier,
     Branches,
-    Branch,
+    MakeBranch,
+    RemoveBranch,
     Transition,
     Events,
     OpenApi,
@@ -28,7 +37,7 @@ pub(super) enum Access {
     Token,
 }
 
-/// One row. Where a path is read, HEAD goes where GET does.
+/// One row. HEAD goes where GET does.
 pub(super) struct Route {
     pub(super) endpoint: Endpoint,
     pub(super) access: Access,
@@ -49,7 +58,16 @@ const fn route(
     Route { endpoint, access, path, summary, statuses }
 }
 
-pub(super) const ROUTES: [Route; 11] = [
+/// Of every step of a tenant's life.
+const LIFE: [(&str, &str); 5] = [
+    ("202", "Begun; its id leads to /v1/transitions/{id}."),
+    ("400", "Not an organisation id, or a body that does not belong here."),
+    ("404", "The catalog knows no such organisation."),
+    ("409", "Not now: another transition is open, or the tenant is not where this begins."),
+    ("503", "The catalog can't be asked; nothing was changed."),
+];
+
+pub(super) const ROUTES: [Route; 20] = [
     route(Endpoint::Live, Access::Anyone, "/livez", "Whether the process runs.", &[]),
     route(
         Endpoint::Ready,
@@ -78,6 +96,38 @@ pub(super) const ROUTES: [Route; 11] = [
         ],
     ),
     route(
+        Endpoint::Create,
+        Access::Token,
+        "/v1/tenants/{org}",
+        "Makes a tenant of {\"tier\": \"FREE\"}: its place on every database, then it is served.",
+        &LIFE,
+    ),
+    route(
+        Endpoint::Delete,
+        Access::Token,
+        "/v1/tenants/{org}",
+        "Deletes a tenant: refused from now on, its data purged after the grace, which {\"grace\": SECONDS} may name.",
+        &LIFE,
+    ),
+    route(
+        Endpoint::Holdings,
+        Access::Token,
+        "/v1/tenants/{org}/holdings",
+        "What every database holds of a tenant: what a purge would take away.",
+        &[("404", "The catalog knows no such organisation."), ("503", "The catalog can't be asked.")],
+    ),
+    route(Endpoint::Suspend, Access::Token, "/v1/tenants/{org}/suspend", "Refuses a tenant; its data stays.", &LIFE),
+    route(Endpoint::Resume, Access::Token, "/v1/tenants/{org}/resume", "Serves a suspended tenant again.", &LIFE),
+    route(Endpoint::Restore, Access::Token, "/v1/tenants/{org}/restore", "Takes a deletion back.", &LIFE),
+    route(Endpoint::Purge, Access::Token, "/v1/tenants/{org}/purge", "Purges a deleted tenant now.", &LIFE),
+    route(
+        Endpoint::Rotate,
+        Access::Token,
+        "/v1/tenants/{org}/rotate",
+        "Gives a tenant the next generation of its derived credentials.",
+        &LIFE,
+    ),
+    route(
         Endpoint::Tier,
         Access::Token,
         "/v1/tenants/{org}/tier",
@@ -94,25 +144,37 @@ pub(super) const ROUTES: [Route; 11] = [
         Endpoint::Branches,
         Access::Token,
         "/v1/tenants/{org}/branches",
-        "Branches of a tenant's Neon home. POST {\"name\": \"…\"} makes one: a copy of its databases as they are now, \
-         reached as database app@NAME with the tenant's own token.",
+        "Branches of a tenant's Neon home.",
         &[
-            ("201", "POST: made."),
+            ("400", "Not an organisation id."),
+            ("404", "The catalog knows no such organisation, or there are no Neon homes here."),
+            ("503", "The catalog can't be asked."),
+        ],
+    ),
+    route(
+        Endpoint::MakeBranch,
+        Access::Token,
+        "/v1/tenants/{org}/branches",
+        "Makes the branch {\"name\": \"…\"}: a copy of the home's databases as they are now, reached as database app@NAME \
+         with the tenant's own token.",
+        &[
+            ("201", "Made."),
             ("400", "Not an organisation id, or not a name: 1 to 40 of a-z, 0-9, - and _, a letter or digit first."),
             ("404", "The catalog knows no such organisation, or there are no Neon homes here."),
-            ("409", "POST: there is one with this name."),
-            ("422", "POST: the tenant's tier has no more."),
-            ("423", "POST: the database is in use; try again when its sessions are idle."),
+            ("409", "There is one with this name."),
+            ("422", "The tenant's tier has no more."),
+            ("423", "The database is in use; try again when its sessions are idle."),
             ("502", "Neon, or the server of the homes, could not do it."),
             ("503", "The catalog can't be asked."),
         ],
     ),
     route(
-        Endpoint::Branch,
+        Endpoint::RemoveBranch,
         Access::Token,
         "/v1/tenants/{org}/branches/{name}",
         "Removes a branch with all that is in it; its sessions end.",
         &[
+            ("400", "Not an organisation id."),
             ("404", "No such organisation or branch."),
             ("502", "Neon, or the server of the homes, could not do it; the branch's name leads nowhere any more."),
             ("503", "The catalog can't be asked."),
@@ -130,40 +192,66 @@ pub(super) const ROUTES: [Route; 11] = [
 ];
 
 impl Endpoint {
-    /// The methods, with the words for who comes with another; HEAD goes where GET does.
-    pub(super) fn methods(self) -> (&'static [Method], &'static str, &'static str) {
+    /// Its method; HEAD beside GET.
+    pub(super) fn method(self) -> Method {
         match self {
-            Endpoint::Tier => (&[Method::PUT], "PUT", "this path is written with PUT"),
-            Endpoint::Branches => {
-                (&[Method::GET, Method::POST], "GET, HEAD, POST", "this path is read with GET and takes POST")
-            }
-            Endpoint::Branch => (&[Method::DELETE], "DELETE", "this path takes DELETE"),
-            _ => (&[Method::GET], "GET, HEAD", "this path is read with GET"),
+            Endpoint::Tier | Endpoint::Create => Method::PUT,
+            Endpoint::Delete | Endpoint::RemoveBranch => Method::DELETE,
+            Endpoint::Suspend
+            | Endpoint::Resume
+            | Endpoint::Restore
+            | Endpoint::Purge
+            | Endpoint::Rotate
+            | Endpoint::MakeBranch => Method::POST,
+            Endpoint::Live
+            | Endpoint::Ready
+            | Endpoint::Metrics
+            | Endpoint::Tenants
+            | Endpoint::Tenant
+            | Endpoint::Holdings
+            | Endpoint::Branches
+            | Endpoint::Transition
+            | Endpoint::Events
+            | Endpoint::OpenApi => Method::GET,
         }
     }
 }
 
-/// The route of `path`, and the segments that stand for `{org}` or `{id}` and for `{name}`.
-pub(super) fn find(path: &str) -> Option<(&'static Route, [&str; 2])> {
-    ROUTES.iter().find_map(|route| {
-        let (mut found, mut at) = ([""; 2], 0);
-        let mut ours = path.split('/');
-        for part in route.path.split('/') {
-            let segment = ours.next()?;
-            if part.starts_with('{') {
-                *found.get_mut(at).filter(|_| !segment.is_empty())? = segment;
-                at += 1;
-            } else if part != segment {
-                return None;
-            }
+/// The routes of `path`, one for each method, and the segments that stand for `{org}` or `{id}` and for `{name}`.
+/// Empty: no such path.
+pub(super) fn find(path: &str) -> (Vec<&'static Route>, [&str; 2]) {
+    let mut found = (Vec::new(), [""; 2]);
+    for route in &ROUTES {
+        if let Some(segments) = fits(route.path, path) {
+            found.0.push(route);
+            found.1 = segments;
         }
-        ours.next().is_none().then_some((route, found))
-    })
+    }
+    found
+}
+
+fn fits<'p>(pattern: &str, path: &'p str) -> Option<[&'p str; 2]> {
+    let (mut segments, mut at) = ([""; 2], 0);
+    let mut ours = path.split('/');
+    for part in pattern.split('/') {
+        let segment = ours.next()?;
+        if part.starts_with('{') {
+            *segments.get_mut(at).filter(|_| !segment.is_empty())? = segment;
+            at += 1;
+        } else if part != segment {
+            return None;
+        }
+    }
+    ours.next().is_none().then_some(segments)
 }
 
 /// OpenAPI 3.1.
 pub(super) fn openapi() -> Value {
-    let paths: serde_json::Map<String, Value> = ROUTES.iter().map(|route| (route.path.into(), item(route))).collect();
+    let mut paths = serde_json::Map::new();
+    for route in &ROUTES {
+        let methods = paths.entry(route.path).or_insert_with(|| json!({}));
+        methods[route.endpoint.method().as_str().to_ascii_lowercase()] = item(route);
+    }
     json!({
         "openapi": "3.1.0",
         "info": { "title": "dynabase admin", "version": env!("CARGO_PKG_VERSION"), "license": { "name": "Apache-2.0", "identifier": "Apache-2.0" } },
@@ -181,10 +269,21 @@ fn item(route: &Route) -> Value {
         Endpoint::Ready => ("application/json", reference("Readiness")),
         Endpoint::Tenants => ("application/json", reference("TenantPage")),
         Endpoint::Tenant => ("application/json", reference("Tenant")),
-        Endpoint::Tier | Endpoint::Transition => ("application/json", reference("Transition")),
+        Endpoint::Holdings => ("application/json", reference("Holdings")),
         Endpoint::Branches => ("application/json", reference("Branches")),
+        Endpoint::Tier
+        | Endpoint::Transition
+        | Endpoint::Create
+        | Endpoint::Delete
+        | Endpoint::Suspend
+        | Endpoint::Resume
+        | Endpoint::Restore
+        | Endpoint::Purge
+        | Endpoint::Rotate => ("application/json", reference("Transition")),
         Endpoint::Events => ("text/event-stream", json!({ "type": "string" })),
-        Endpoint::OpenApi | Endpoint::Branch => ("application/json", json!({ "type": "object" })),
+        Endpoint::OpenApi | Endpoint::MakeBranch | Endpoint::RemoveBranch => {
+            ("application/json", json!({ "type": "object" }))
+        }
     };
     let mut responses = serde_json::Map::new();
     responses.insert("200".into(), json!({ "description": "OK", "content": { content_type: { "schema": schema } } }));
@@ -200,23 +299,18 @@ fn item(route: &Route) -> Value {
             parameter("limit", "query", false, json!({ "type": "integer", "minimum": 1, "maximum": PAGE_MAX })),
             parameter("after", "query", false, json!({ "type": "string" })),
         ],
-        Endpoint::Tenant | Endpoint::Tier | Endpoint::Branches => {
-            vec![parameter("org", "path", true, json!({ "type": "string" }))]
-        }
-        Endpoint::Branch => {
+        Endpoint::Transition => vec![parameter("id", "path", true, json!({ "type": "string" }))],
+        Endpoint::RemoveBranch => {
             ["org", "name"].map(|name| parameter(name, "path", true, json!({ "type": "string" }))).into()
         }
-        Endpoint::Transition => vec![parameter("id", "path", true, json!({ "type": "string" }))],
+        _ if route.path.contains("{org}") => vec![parameter("org", "path", true, json!({ "type": "string" }))],
         _ => Vec::new(),
     };
     let security = match route.access {
         Access::Anyone => json!([]),
         Access::Token => json!([{ "token": [] }]),
     };
-    let operation =
-        json!({ "summary": route.summary, "parameters": parameters, "security": security, "responses": responses });
-    let methods = route.endpoint.methods().0.iter().map(|it| (it.as_str().to_ascii_lowercase(), operation.clone()));
-    Value::Object(methods.collect())
+    json!({ "summary": route.summary, "parameters": parameters, "security": security, "responses": responses })
 }
 
 fn reference(schema: &str) -> Value {
@@ -246,10 +340,17 @@ fn schemas() -> Value {
             }))),
         })),
         "Transition": object(json!({
-            "id": text, "org_id": text, "from": text, "to": text, "epoch": number, "reason": text,
+            "id": text, "deed": text, "org_id": text, "from": text, "to": text, "epoch": number, "reason": text,
             "state": { "type": "string", "enum": ["preparing", "committed", "aborting", "done", "aborted"] },
             "participants": list(object(json!({ "database": text, "state": text, "calls": number, "note": text }))),
             "over": list(object(json!({ "database": text, "what": text, "used": number, "max": number }))),
+        })),
+        "Holdings": object(json!({
+            "org_id": text, "status": text, "purge_after": text,
+            "databases": list(object(json!({
+                "database": text, "why": text,
+                "holdings": list(object(json!({ "what": text, "count": number, "bytes": number }))),
+            }))),
         })),
         "Branches": object(json!({
             "branches": list(object(json!({ "name": text, "database": text }))), "max": number,

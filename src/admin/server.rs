@@ -22,7 +22,7 @@ use tokio::time::Instant;
 
 use super::{
     State, Token, branches, metrics,
-    route::{self, Access, Endpoint},
+    route::{self, Access, Endpoint, Route},
     tally::Tally,
     tenants::{View, Wanted},
     transitions,
@@ -158,8 +158,8 @@ impl Server {
 
     async fn answer(&self, request: Request<Incoming>) -> Answer {
         let (parts, body) = request.into_parts();
-        let found = route::find(parts.uri.path());
-        let open = found.is_some_and(|(route, _)| route.access == Access::Anyone);
+        let (routes, [segment, name]) = route::find(parts.uri.path());
+        let open = routes.first().is_some_and(|route| route.access == Access::Anyone);
         // Before anything else, so that a stranger does not even learn which paths there are.
         if !open && !self.authorized(parts.headers.get(header::AUTHORIZATION)) {
             let mut answer =
@@ -169,16 +169,13 @@ impl Server {
                 .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"dynabase admin\""));
             return answer;
         }
-        let Some((route, [segment, name])) = found else {
+        if routes.is_empty() {
             return fault(StatusCode::NOT_FOUND, "not_found", "no such path; /openapi.json lists them");
-        };
-        let (methods, allow, message) = route.endpoint.methods();
-        let method = if parts.method == Method::HEAD { Method::GET } else { parts.method };
-        if !methods.contains(&method) {
-            let mut answer = fault(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
-            answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
-            return answer;
         }
+        let wanted = if parts.method == Method::HEAD { Method::GET } else { parts.method.clone() };
+        let Some(route) = routes.iter().find(|route| route.endpoint.method() == wanted) else {
+            return not_allowed(&routes);
+        };
         let body = match read_body(body).await {
             Ok(body) => body,
             Err(answer) => return *answer,
@@ -195,12 +192,20 @@ impl Server {
                 Err(message) => fault(StatusCode::BAD_REQUEST, "bad_query", message),
             },
             Endpoint::Tenant => self.tenant(segment).await,
-            Endpoint::Branches => match self.slot(segment).await {
-                Ok(slot) => branches::all(&self.state, &slot, &method, &body).await,
-                Err(answer) => *answer,
-            },
-            Endpoint::Branch => match self.slot(segment).await {
-                Ok(slot) => branches::remove(&self.state, &slot, name).await,
+            Endpoint::Holdings => transitions::holdings(&self.state, segment).await,
+            Endpoint::Create
+            | Endpoint::Delete
+            | Endpoint::Suspend
+            | Endpoint::Resume
+            | Endpoint::Restore
+            | Endpoint::Purge
+            | Endpoint::Rotate => transitions::live(&self.state, route.endpoint, segment, &body).await,
+            Endpoint::Branches | Endpoint::MakeBranch | Endpoint::RemoveBranch => match self.slot(segment).await {
+                Ok(slot) => match route.endpoint {
+                    Endpoint::MakeBranch => branches::make(&self.state, &slot, &body).await,
+                    Endpoint::RemoveBranch => branches::remove(&self.state, &slot, name).await,
+                    _ => branches::list(&self.state, &slot).await,
+                },
                 Err(answer) => *answer,
             },
             Endpoint::Tier => transitions::begin(&self.state, segment, &body).await,
@@ -248,6 +253,22 @@ impl Server {
         };
         Err(Box::new(fault(status, code, message)))
     }
+}
+
+/// The path is there, the method is not.
+fn not_allowed(routes: &[&Route]) -> Answer {
+    let methods: Vec<String> = routes.iter().map(|route| route.endpoint.method().to_string()).collect();
+    let message = match methods.as_slice() {
+        [one] if one == "GET" => "this path is read with GET".to_owned(),
+        [one] => format!("this path is written with {one}"),
+        several => format!("this path takes {}", several.join(", ")),
+    };
+    let allow = methods.join(", ").replace("GET", "GET, HEAD");
+    let mut answer = fault(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", &message);
+    if let Ok(allow) = HeaderValue::from_str(&allow) {
+        answer.headers_mut().insert(header::ALLOW, allow);
+    }
+    answer
 }
 
 /// Reads the body to its end, within cap and deadline.

@@ -1,4 +1,4 @@
-//! Tier transitions over HTTP: begin one, look at one, hear of every change.
+//! Tier transitions and the steps of tenants' lives over HTTP: begin one, look at one, hear of every change.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -15,12 +15,13 @@ use tokio::sync::broadcast::{Receiver, error::RecvError};
 
 use super::{
     State,
+    route::Endpoint,
     server::{Answer, fault, json_of},
 };
 use crate::{
     catalog::{Entry, Fault},
     tenant::{OrgId, Tier},
-    transition::{Refused, Request, described, participant::Trouble},
+    transition::{Act, Errand, Refused, Request, described, holdings_json, participant::Trouble},
 };
 
 /// A comment line for who listens, so that both ends see that the other one is there.
@@ -39,6 +40,58 @@ fn away() -> Answer {
     fault(StatusCode::SERVICE_UNAVAILABLE, "not_ready", "the process is starting")
 }
 
+/// The body of a request for a new tenant, and of one for a deletion.
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Made {
+    tier: Option<Tier>,
+    /// Seconds.
+    grace: Option<u64>,
+}
+
+/// Begins a step of a tenant's life: `PUT` and `DELETE /v1/tenants/{org}`, `POST /v1/tenants/{org}/…`.
+pub(super) async fn live(state: &State, endpoint: Endpoint, org: &str, body: &[u8]) -> Answer {
+    let Some(coordinator) = state.transitions.get() else { return away() };
+    let Some(org) = OrgId::parse(org) else {
+        return fault(StatusCode::BAD_REQUEST, "bad_org", "not an organisation id");
+    };
+    let said = if body.is_empty() { Ok(Made::default()) } else { serde_json::from_slice(body) };
+    let act = match (endpoint, said) {
+        (Endpoint::Create, Ok(Made { tier: Some(tier), grace: None })) => Act::Create(tier),
+        (Endpoint::Delete, Ok(Made { tier: None, grace })) => {
+            Act::Delete(grace.map_or_else(|| coordinator.grace(), Duration::from_secs))
+        }
+        (Endpoint::Suspend, Ok(Made { tier: None, grace: None })) => Act::Suspend,
+        (Endpoint::Resume, Ok(Made { tier: None, grace: None })) => Act::Resume,
+        (Endpoint::Restore, Ok(Made { tier: None, grace: None })) => Act::Restore,
+        (Endpoint::Purge, Ok(Made { tier: None, grace: None })) => Act::Purge,
+        (Endpoint::Rotate, Ok(Made { tier: None, grace: None })) => Act::Rotate,
+        _ => {
+            let message = "to make one send {\"tier\": \"FREE|STARTER|PRO|ENTERPRISE\"}, to delete one perhaps \
+                           {\"grace\": SECONDS}, else nothing";
+            return fault(StatusCode::BAD_REQUEST, "bad_body", message);
+        }
+    };
+    match coordinator.submit_errand(Errand { org: org.clone(), act, by: "admin" }).await {
+        Ok(entry) => accepted(&entry),
+        Err(Refused::Same) => json_of(StatusCode::OK, &json!({ "org_id": org, "state": "done", "id": null })),
+        Err(refused) => refusal(&refused),
+    }
+}
+
+/// `GET /v1/tenants/{org}/holdings`: what a purge would take away.
+pub(super) async fn holdings(state: &State, org: &str) -> Answer {
+    let Some(coordinator) = state.transitions.get() else { return away() };
+    let Some(org) = OrgId::parse(org) else {
+        return fault(StatusCode::BAD_REQUEST, "bad_org", "not an organisation id");
+    };
+    match coordinator.holdings(&org).await {
+        Ok((record, held)) => json_of(StatusCode::OK, &holdings_json(&record, &held)),
+        Err(Fault::Unknown) => refusal(&Refused::Unknown),
+        Err(fault) => refusal(&Refused::Catalog(fault)),
+    }
+}
+
 /// `PUT /v1/tenants/{org}/tier`.
 pub(super) async fn begin(state: &State, org: &str, body: &[u8]) -> Answer {
     let Some(coordinator) = state.transitions.get() else { return away() };
@@ -51,15 +104,7 @@ pub(super) async fn begin(state: &State, org: &str, body: &[u8]) -> Answer {
         return fault(StatusCode::BAD_REQUEST, "bad_body", message);
     };
     match coordinator.submit(Request { org: org.clone(), to: tier, force, by: "admin" }).await {
-        Ok(entry) => {
-            let mut said = described(&entry);
-            said["transition_id"] = said["id"].clone();
-            let mut answer = json_of(StatusCode::ACCEPTED, &said);
-            if let Ok(place) = HeaderValue::from_str(&format!("/v1/transitions/{}", entry.id)) {
-                answer.headers_mut().insert(header::LOCATION, place);
-            }
-            answer
-        }
+        Ok(entry) => accepted(&entry),
         Err(Refused::Same) => {
             json_of(StatusCode::OK, &json!({ "org_id": org, "to": tier, "state": "done", "id": null }))
         }
@@ -67,11 +112,25 @@ pub(super) async fn begin(state: &State, org: &str, body: &[u8]) -> Answer {
     }
 }
 
+/// It has begun; where to look.
+fn accepted(entry: &Entry) -> Answer {
+    let mut said = described(entry);
+    said["transition_id"] = said["id"].clone();
+    let mut answer = json_of(StatusCode::ACCEPTED, &said);
+    if let Ok(place) = HeaderValue::from_str(&format!("/v1/transitions/{}", entry.id)) {
+        answer.headers_mut().insert(header::LOCATION, place);
+    }
+    answer
+}
+
 fn refusal(refused: &Refused) -> Answer {
     let (status, code) = match refused {
         Refused::Unknown => (StatusCode::NOT_FOUND, "unknown_org"),
         Refused::Same => (StatusCode::OK, "same"),
         Refused::Deleting => (StatusCode::CONFLICT, "deleting"),
+        Refused::Exists | Refused::OtherTier { .. } => (StatusCode::CONFLICT, "exists"),
+        Refused::Unmade => (StatusCode::CONFLICT, "unmade"),
+        Refused::NotDeleted => (StatusCode::CONFLICT, "not_deleted"),
         Refused::Busy { .. } => (StatusCode::CONFLICT, "busy"),
         Refused::Over(_) => (StatusCode::CONFLICT, "over_limits"),
         Refused::Outdated => (StatusCode::CONFLICT, "outdated"),

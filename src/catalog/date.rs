@@ -23,7 +23,7 @@ pub(crate) fn format(at: SystemTime) -> String {
 }
 
 /// Parses what [`format()`] writes; a fraction of a second is allowed and dropped. Years 1970 to 9999.
-pub(super) fn parse(text: &str) -> Option<SystemTime> {
+pub(crate) fn parse(text: &str) -> Option<SystemTime> {
     let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
     let time = match time.split_once('.') {
         Some((time, fraction)) if !fraction.is_empty() && fraction.bytes().all(|b| b.is_ascii_digit()) => time,

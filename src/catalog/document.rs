@@ -6,7 +6,10 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, error::Category};
 
-use super::{date, ledger::STAMP};
+use super::{
+    date,
+    ledger::{DELETION, Deletion, STAMP},
+};
 use crate::tenant::{
     OrgId, Routes, Status, Tenant, Tier,
     directory::{KeyHash, ServiceKey},
@@ -84,6 +87,11 @@ impl Record {
         Self { tenant, created_at: date::format(SystemTime::now()), more: Map::new() }
     }
 
+    /// What it says of its deletion; `None` where it says nothing, or nothing that can be read.
+    pub fn deletion(&self) -> Option<Deletion> {
+        serde_json::from_value(self.more.get(DELETION)?.clone()).ok()
+    }
+
     /// Parses the document of `org`.
     ///
     /// # Errors
@@ -131,6 +139,7 @@ impl Record {
     pub(super) fn over(mut self, present: Record) -> Self {
         // Only the ledger says where a transition stands: this writer may have read before it began.
         self.more.remove(STAMP);
+        self.more.remove(DELETION);
         for (name, value) in present.more {
             self.more.entry(name).or_insert(value);
         }

@@ -1,4 +1,5 @@
-//! The ledger of tier transitions: what is being done to a tenant, by whom, and how it ended.
+//! The ledger: what is being done to a tenant (another tier, or a step of its life: [`Deed`]), by whom, and how it
+//! ended. All of it is called a transition here: one at a time for a tenant, all in the same phases.
 //!
 //! **The tenant's own document decides.** Its field `transition` ([`Stamp`]) holds the transition's id, the fence of the
 //! coordinator that may go on with it, and its phase. Every step that counts is one conditional write of that one
@@ -22,16 +23,22 @@ use tokio::sync::mpsc;
 use super::{Catalog, Fault};
 use crate::tenant::{OrgId, Protocol, Routes, Tier};
 
+mod deed;
 pub mod failpoint;
 mod file;
 mod mongo;
 mod owner;
 
+use deed::Change;
+pub use deed::{Deed, Deletion};
 use owner::is_dead;
 pub use owner::this_process;
 
 /// The field of an organisation's document.
 pub(super) const STAMP: &str = "transition";
+
+/// The field with [`Deletion`].
+pub(super) const DELETION: &str = "deletion";
 
 /// Longest word about a failure that is kept, in bytes; databases may say more.
 const NOTE_MAX_BYTES: usize = 500;
@@ -166,6 +173,9 @@ pub struct Entry {
     /// `<org>.<epoch>.<random>`.
     #[serde(rename = "_id")]
     pub id: String,
+    /// What it does.
+    #[serde(default, skip_serializing_if = "Deed::is_tier")]
+    pub deed: Deed,
     /// Whose.
     pub org: OrgId,
     /// The tier before.
@@ -174,6 +184,12 @@ pub struct Entry {
     pub to: Tier,
     /// The record's epoch before; the commit raises it by one.
     pub from_epoch: u64,
+    /// Of a deletion: from when on the data goes, and what the tenant was; of a restoration: what it will be again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deletion: Option<Deletion>,
+    /// The generation of its credentials before.
+    #[serde(default)]
+    pub from_generation: u32,
     /// Whether a tenant that is over the new limits is moved nevertheless.
     #[serde(default)]
     pub force: bool,

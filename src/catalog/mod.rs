@@ -20,7 +20,7 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 pub use document::{KeyRecord, Record};
 pub use file::FileCatalog;
-pub use ledger::{Decision, Entry, LedgerFault, Over, Part, Phase, Stamp, Step, now_ms};
+pub use ledger::{Decision, Deed, Deletion, Entry, LedgerFault, Over, Part, Phase, Stamp, Step, now_ms};
 pub use mongo::{About, DATABASE, Made, MongoCatalog};
 use serde::{Deserialize, Deserializer};
 use tokio::sync::mpsc;
@@ -194,6 +194,14 @@ impl Catalog {
         match self {
             Catalog::File(files) => files.list(),
             Catalog::Mongo(mongo) => mongo.list(),
+        }
+    }
+
+    /// Streams the documents of organisations that are being deleted, in no order; as [`Self::list`].
+    pub fn deleting(&self) -> mpsc::Receiver<Result<Record, Fault>> {
+        match self {
+            Catalog::File(files) => files.list(),
+            Catalog::Mongo(mongo) => mongo.list_with(bson::doc! { "status": "deleting" }),
         }
     }
 

@@ -173,7 +173,11 @@ impl MongoCatalog {
     }
 
     pub(super) fn list(&self) -> mpsc::Receiver<Result<Record, Fault>> {
-        self.stream(ORGS, doc! {}, |raw| match document::org_of(raw) {
+        self.list_with(doc! {})
+    }
+
+    pub(super) fn list_with(&self, filter: Document) -> mpsc::Receiver<Result<Record, Fault>> {
+        self.stream(ORGS, filter, |raw| match document::org_of(raw) {
             Some(org) => document::org(raw, &org),
             None => Found::Damaged("its _id is no organisation's".into(), 0, document::stamp(raw)),
         })

@@ -6,6 +6,7 @@
 mod convex;
 mod folder;
 pub mod mongo;
+pub mod port;
 pub mod postgres;
 mod ready;
 mod redis;
@@ -359,7 +360,8 @@ async fn to_neon(catalog: &Catalog, org: &OrgId) -> Result<(), Failure> {
 /// A demo tenant with what its developer needs; made if it is not there.
 async fn demo(config: &Config, catalog: &Catalog, folder: &Folder, org: &str, tier: Tier) -> Result<Demo, Failure> {
     let org = OrgId::parse(org).ok_or_else(|| Failure::failed("a demo tenant's name"))?;
-    if catalog.get(&org).await.is_err() {
+    // A start that was cut off may have left one that is not wholly made.
+    if !catalog.get(&org).await.is_ok_and(|record| record.tenant.epoch > 0) {
         tenant::create(config, catalog, &org, tier).await?;
         if tier == Tier::Free {
             to_neon(catalog, &org).await?;

@@ -6,6 +6,8 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use bson::{Document, doc};
 use clap::Args;
+use http_body_util::{BodyExt, Empty};
+use hyper::http;
 use mongodb::{
     Client,
     options::{ClientOptions, Tls},
@@ -17,7 +19,7 @@ use crate::{
     catalog::{Catalog, Fault},
     config::Config,
     identity,
-    upstream::{neon::Homes, postgres, redis},
+    upstream::{convex::Origin, neon::Homes, postgres, redis},
     wire::resp,
 };
 
@@ -117,10 +119,11 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
 async fn examine(config: &Config, findings: &mut Findings) {
     keys(config, findings).await;
     catalog(config, findings).await;
-    postgres(config, findings).await;
+    postgres("postgres", &config.upstream.postgres, findings).await;
     neon(config, findings).await;
     redis(config, findings).await;
     mongodb(config, findings).await;
+    convex(config, findings).await;
 }
 
 fn show(findings: &Findings, as_json: bool) {
@@ -239,31 +242,32 @@ async fn catalog(config: &Config, findings: &mut Findings) {
     findings.good(PART, format_args!("{kind}, {good} organisation(s), {} damaged{more}", damaged.len()));
 }
 
-async fn postgres(config: &Config, findings: &mut Findings) {
-    const PART: &str = "postgres";
-    let admin = match config.upstream.postgres.admin() {
+/// The server of the main databases, or that of the Neon homes.
+async fn postgres(part: &'static str, config: &postgres::Config, findings: &mut Findings) {
+    let admin = match config.admin() {
         Ok(admin) => admin,
-        Err(error) => return findings.fault(PART, format_args!("upstream.postgres.url {error}"), "edit it"),
+        Err(error) => return findings.fault(part, format_args!("upstream.{part}.url {error}"), "edit it"),
     };
     let about = match within(admin.about()).await {
         Ok(about) => about,
         Err(error) => {
-            return findings.fault(
-                PART,
-                error,
-                "look at upstream.postgres.url: host, port, role and password; at pg_hba.conf; at tls",
-            );
+            let look = format!("look at upstream.{part}.url: host, port, role and password; at pg_hba.conf; at tls");
+            return findings.fault(part, error, look);
         }
     };
     if about.version < postgres::VERSION_MIN {
         findings.fault(
-            PART,
+            part,
             format_args!("PostgreSQL {}: tenants need {} or newer", about.version, postgres::VERSION_MIN),
             "upgrade the server",
         );
     }
     if about.is_standby {
-        findings.fault(PART, "it is a standby and takes no writes", "name the primary in upstream.postgres.url");
+        findings.fault(
+            part,
+            "it is a standby and takes no writes",
+            format_args!("name the primary in upstream.{part}.url"),
+        );
     }
     for (may, right, word) in [
         (about.may_create_databases, "make databases", "CREATEDB"),
@@ -271,40 +275,32 @@ async fn postgres(config: &Config, findings: &mut Findings) {
     ] {
         if !may && !about.is_superuser {
             findings.fault(
-                PART,
+                part,
                 format_args!("{} may not {right}: no tenant can be made", admin.user()),
                 format_args!("as a superuser: ALTER ROLE \"{}\" {word}", admin.user()),
             );
         }
     }
-    let wanted = config.upstream.postgres.max_connections;
+    let wanted = config.max_connections;
     if wanted > about.max_connections {
         findings.warning(
-            PART,
-            format_args!("upstream.postgres.max_connections is {wanted}, the server takes {}", about.max_connections),
+            part,
+            format_args!("upstream.{part}.max_connections is {wanted}, the server takes {}", about.max_connections),
             "raise max_connections on the server, or lower ours",
         );
     }
-    findings.good(PART, format_args!("PostgreSQL {} at {}", about.version, admin.target().address()));
+    findings.good(part, format_args!("PostgreSQL {} at {}", about.version, admin.target().address()));
 }
 
 async fn neon(config: &Config, findings: &mut Findings) {
     const PART: &str = "neon";
-    /// No tenant's role and no project is called so; looking for it changes nothing.
+    /// No tenant's project is called so; looking for it changes nothing.
     const NOBODY: &str = "dynabase_doctor";
-    let homes = match config.names().and_then(|names| config.upstream.neon.homes(names)) {
-        Ok(Some(homes)) => homes,
-        Ok(None) => return findings.good(PART, "not configured: no Neon front"),
-        Err(error) => return findings.fault(PART, error, "edit [upstream.neon]"),
-    };
-    match homes {
-        Homes::Server(provisioner) => match within(provisioner.ceiling(NOBODY)).await {
-            Ok(_) => findings.good(PART, "homes are databases of a PostgreSQL server"),
-            Err(error) => {
-                findings.fault(PART, error, "look at upstream.neon.url: host, port, role and password; at tls")
-            }
-        },
-        Homes::Projects(projects) => match within(projects.api().find_project(NOBODY)).await {
+    match config.names().and_then(|names| config.upstream.neon.homes(names)) {
+        Ok(None) => findings.good(PART, "not configured: no Neon homes"),
+        Err(error) => findings.fault(PART, error, "edit [upstream.neon]"),
+        Ok(Some(Homes::Server(_))) => postgres(PART, &config.upstream.neon.server(), findings).await,
+        Ok(Some(Homes::Projects(projects))) => match within(projects.api().find_project(NOBODY)).await {
             Ok(_) => findings.good(PART, "homes are projects at Neon, whose API takes the key"),
             Err(error) => findings.fault(PART, error, "look at upstream.neon.api_key, api_url and org_id"),
         },
@@ -416,4 +412,28 @@ async fn mongodb(config: &Config, findings: &mut Findings) {
         );
     }
     findings.good(PART, format_args!("release {}", build.get_str("version").unwrap_or("unknown")));
+}
+
+async fn convex(config: &Config, findings: &mut Findings) {
+    const PART: &str = "convex";
+    let upstream = match config.convex() {
+        Ok(Some(upstream)) => upstream,
+        Ok(None) => return findings.good(PART, "not configured: no Convex"),
+        Err(error) => return findings.fault(PART, error, "edit [upstream.convex]"),
+    };
+    let Some(url) = config.upstream.convex.url.as_deref().filter(|url| !url.contains("{org}")) else {
+        return findings.good(PART, "a deployment for each organisation: none was tried");
+    };
+    let look = "look at upstream.convex.url: the deployment's address, https, ca_file";
+    let asked = within(async {
+        let uri = Origin::parse(url)?.uri(http::uri::PathAndQuery::from_static("/version"));
+        let body = Empty::new().map_err(|never| match never {}).boxed_unsync();
+        let request = hyper::Request::get(uri).body(body).map_err(|error| error.to_string())?;
+        upstream.request(request).await.map_err(|error| error.to_string())
+    });
+    match asked.await {
+        Ok(answer) if answer.status().is_success() => findings.good(PART, format_args!("a deployment at {url}")),
+        Ok(answer) => findings.fault(PART, format_args!("{url}/version says {}", answer.status()), look),
+        Err(error) => findings.fault(PART, error, look),
+    }
 }

@@ -1,20 +1,24 @@
 //! `dynabase tenant`: records in the catalog, places on the databases.
 
+mod life;
+
+use std::time::Duration;
+
 use clap::{Args, Subcommand};
+pub use life::create;
 use serde_json::{Value, json};
 
 use super::{Failure, key, place, print, table};
 use crate::{
-    catalog::{Catalog, Expect, Fault, Record},
-    config::Config,
+    catalog::{Catalog, Record},
     identity::service_key,
-    tenant::{DEFAULT_NAME, NeonRoute, OrgId, Status, Tenant, Tier},
-    upstream::{neon::HomeError, postgres::Provisioner},
+    tenant::{DEFAULT_NAME, OrgId, Status, Tier},
+    transition::Act,
 };
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Make a tenant: its role and databases, then its record
+    /// Make a tenant: its place on every database, then it is served. Interrupted, the same command goes on
     #[command(after_help = "Example: dynabase tenant create acme --tier STARTER --dev dynabase-dev")]
     Create {
         #[command(flatten)]
@@ -59,14 +63,55 @@ pub enum Command {
         #[command(flatten)]
         which: Which,
     },
-    /// Delete a tenant with all its data
-    #[command(after_help = "Example: dynabase tenant delete acme --yes --dev dynabase-dev")]
+    /// Delete a tenant: refused at once, its data purged after a grace in which `restore` takes it back
+    #[command(
+        after_help = "Examples:\n  dynabase tenant delete acme --dry-run --dev dynabase-dev\n  dynabase tenant delete acme --grace 30d --dev dynabase-dev\n  dynabase tenant delete acme --now --yes --dev dynabase-dev"
+    )]
     Delete {
         #[command(flatten)]
         which: Which,
+        /// Only list what would go, database by database
+        #[arg(long)]
+        dry_run: bool,
+        /// As JSON, with --dry-run
+        #[arg(long, requires = "dry_run")]
+        json: bool,
+        /// How long its data is kept; default the configuration's `tenants.grace`
+        #[arg(long, value_parser = place::duration, conflicts_with = "now")]
+        grace: Option<Duration>,
+        /// Without a grace: all its data goes now. Needs --yes
+        #[arg(long)]
+        now: bool,
         /// Yes, all its data
         #[arg(long)]
         yes: bool,
+    },
+    /// Take a deletion back, within its grace
+    #[command(after_help = "Example: dynabase tenant restore acme --dev dynabase-dev")]
+    Restore {
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Purge a deleted tenant now: the data of all its databases, its keys and its record
+    #[command(after_help = "Example: dynabase tenant purge acme --yes --dev dynabase-dev")]
+    Purge {
+        #[command(flatten)]
+        which: Which,
+        /// Only list what would go, database by database
+        #[arg(long)]
+        dry_run: bool,
+        /// As JSON, with --dry-run
+        #[arg(long, requires = "dry_run")]
+        json: bool,
+        /// Yes, all its data
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Give a tenant new credentials on every database; open sessions go on, and it notices nothing
+    #[command(after_help = "Example: dynabase tenant rotate acme --dev dynabase-dev")]
+    Rotate {
+        #[command(flatten)]
+        which: Which,
     },
 }
 
@@ -89,102 +134,21 @@ pub fn run(command: Command) -> Result<(), Failure> {
             }
             Command::List { json, place } => list(&place::catalog(&place.load()?).await?, json).await,
             Command::Show { which, json } => show(&which, json).await,
-            Command::Provision { which } => {
-                let config = which.place.load()?;
-                let catalog = place::catalog(&config).await?;
-                let record = fetch(&catalog, &which.org).await?;
-                again(&config, &catalog, record).await
+            Command::Provision { which } => life::provision(&which).await,
+            Command::Suspend { which } => life::act(&which, Act::Suspend).await,
+            Command::Resume { which } => life::act(&which, Act::Resume).await,
+            Command::Delete { which, dry_run: true, json, .. } | Command::Purge { which, dry_run: true, json, .. } => {
+                life::holdings(&which, json).await
             }
-            Command::Suspend { which } => set_status(&which, Status::Suspended).await,
-            Command::Resume { which } => set_status(&which, Status::Active).await,
-            Command::Delete { which, yes: true } => delete(&which).await,
-            Command::Delete { which, yes: false } => {
+            Command::Delete { which, now: true, yes: false, .. } | Command::Purge { which, yes: false, .. } => {
                 Err(Failure::usage(format_args!("this deletes all data of {}: add --yes", which.org)))
             }
+            Command::Delete { which, now, grace, .. } => life::delete(&which, grace, now).await,
+            Command::Restore { which } => life::act(&which, Act::Restore).await,
+            Command::Purge { which, .. } => life::act(&which, Act::Purge).await,
+            Command::Rotate { which } => life::act(&which, Act::Rotate).await,
         }
     })
-}
-
-/// Makes a tenant. The record comes last: with it the tenant is served. Stopped half-way, the same command goes on.
-pub async fn create(config: &Config, catalog: &Catalog, org: &OrgId, tier: Tier) -> Result<(), Failure> {
-    let exists = || {
-        Failure::failed(format_args!(
-            "tenant {org} exists: `dynabase tenant show {org}`; `dynabase tenant provision {org}` repeats the databases' part"
-        ))
-    };
-    match catalog.get(org).await {
-        Err(Fault::Unknown) => {}
-        Ok(_) => return Err(exists()),
-        Err(fault) => return Err(key::unknown(org, &fault)),
-    }
-    let mut tenant = Tenant::new(org.clone(), tier);
-    tenant.routes.neon = provision(config, &tenant).await?;
-    match catalog.put(Record::new(tenant), Expect::Absent).await {
-        Ok(()) => {
-            eprintln!("{org}: created on {tier}");
-            Ok(())
-        }
-        Err(Fault::Exists) => Err(exists()),
-        Err(fault) => Err(Failure::failed(fault)),
-    }
-}
-
-/// Repeats what `create` does; what has moved meanwhile is recorded.
-async fn again(config: &Config, catalog: &Catalog, record: Record) -> Result<(), Failure> {
-    let route = provision(config, &record.tenant).await?;
-    if route == record.tenant.routes.neon {
-        return Ok(());
-    }
-    change(catalog, record, |tenant| tenant.routes.neon = route).await
-}
-
-/// Makes the tenant's place on every database there is; gives where its Neon home is.
-async fn provision(config: &Config, tenant: &Tenant) -> Result<NeonRoute, Failure> {
-    let names = config.names().map_err(Failure::usage)?;
-    let tiers = place::tiers(config, &place::catalog(config).await?).await?;
-    eprintln!("{}: postgres: role, databases, privileges …", tenant.org);
-    let report =
-        provisioner(config)?.ensure(tenant, &names, &tiers.limits(tenant.tier).postgres).await.map_err(|error| {
-            Failure::failed(format_args!("postgres: {error}\nMend that and run the command again: it goes on."))
-        })?;
-    let made = match report.created_databases.len() {
-        0 => "all was there".into(),
-        count => format!("{count} database(s) made"),
-    };
-    eprintln!("{}: postgres: {made}", tenant.org);
-    report.warnings.iter().for_each(|warning| eprintln!("{}: postgres: warning: {warning}", tenant.org));
-    let mut route = tenant.routes.neon.clone();
-    if let Some(neon) = config.upstream.neon.homes(names.clone()).map_err(Failure::usage)? {
-        let (there, report) = neon.ensure(tenant, &names, tiers.limits(tenant.tier)).await.map_err(neon_failure)?;
-        route = there;
-        let host = route.project.as_ref().map_or_else(String::new, |project| format!(" at {}", project.host));
-        eprintln!("{}: neon: role and {} new database(s){host}", tenant.org, report.created_databases.len());
-    }
-    if let Some(redis) = config.redis().map_err(Failure::usage)? {
-        redis.provision(&tenant.org, tenant.generation).await.map_err(redis_failure)?;
-        eprintln!("{}: redis: user and database are there", tenant.org);
-    }
-    if let Some(mongodb) = config.mongodb().map_err(Failure::usage)? {
-        mongodb.provision(&tenant.org, tenant.generation).await.map_err(mongodb_failure)?;
-        eprintln!("{}: mongodb: user and rights are there", tenant.org);
-    }
-    Ok(route)
-}
-
-fn neon_failure(error: HomeError) -> Failure {
-    Failure::failed(format_args!("neon: {error}\nMend that and run the command again: it goes on."))
-}
-
-fn mongodb_failure(error: crate::upstream::mongo::Error) -> Failure {
-    Failure::failed(format_args!("mongodb: {error}\nMend that and run the command again: it goes on."))
-}
-
-fn redis_failure(error: crate::upstream::redis::DialError) -> Failure {
-    Failure::failed(format_args!("redis: {error}\nMend that and run the command again: it goes on."))
-}
-
-fn provisioner(config: &Config) -> Result<Provisioner, Failure> {
-    config.upstream.postgres.admin().map(Provisioner::new).map_err(Failure::usage)
 }
 
 async fn list(catalog: &Catalog, as_json: bool) -> Result<(), Failure> {
@@ -255,6 +219,7 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
         ["status".into(), word(tenant.status).into()],
         ["epoch".into(), tenant.epoch.to_string()],
         ["created".into(), record.created_at.clone()],
+        ["credentials".into(), format!("generation {}", tenant.generation)],
         [
             "users".into(),
             std::iter::once(DEFAULT_NAME.to_owned()).chain(tenant.users.clone()).collect::<Vec<_>>().join(", "),
@@ -262,6 +227,7 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
         ["service keys".into(), if keys.is_empty() { "none".into() } else { keys.join(", ") }],
         ["postgres role".into(), names.base(&which.org)],
     ];
+    rows.extend(record.deletion().map(|deletion| ["data goes".into(), format!("after {}", deletion.purge_after)]));
     rows.extend(places.into_iter().map(|(logical, physical)| [format!("postgres {logical}"), physical]));
     if let Some((_, deployment)) = &convex {
         let how = if deployment.org_argument.is_some() { "shared" } else { "its own" };
@@ -271,75 +237,6 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
     if let Some((upstream, deployment)) = &convex {
         print(format_args!("\nconvex/auth.config.ts of that deployment:\n\n{}", upstream.auth_config(deployment)));
     }
-    Ok(())
-}
-
-async fn set_status(which: &Which, status: Status) -> Result<(), Failure> {
-    let catalog = place::catalog(&which.place.load()?).await?;
-    let record = fetch(&catalog, &which.org).await?;
-    match (record.tenant.status, status) {
-        (Status::Deleting, Status::Active) => {
-            return Err(Failure::failed(format_args!(
-                "{} is being deleted; `dynabase tenant delete {} --yes` finishes that",
-                which.org, which.org
-            )));
-        }
-        (present, wanted) if present == wanted => {}
-        _ => put_status(&catalog, record, status).await?,
-    }
-    eprintln!("{}: {}", which.org, word(status));
-    Ok(())
-}
-
-async fn put_status(catalog: &Catalog, record: Record, status: Status) -> Result<(), Failure> {
-    change(catalog, record, |tenant| tenant.status = status).await
-}
-
-async fn change(catalog: &Catalog, mut record: Record, change: impl FnOnce(&mut Tenant)) -> Result<(), Failure> {
-    let present = record.tenant.epoch;
-    change(&mut record.tenant);
-    // A new epoch: whoever still holds the record of before can't write it back.
-    record.tenant.epoch += 1;
-    catalog.put(record, Expect::Epoch(present)).await.map_err(|fault| match fault {
-        Fault::Stale { .. } => Failure::failed("somebody changed the tenant meanwhile: look again, run it again"),
-        other => Failure::failed(other),
-    })
-}
-
-/// Refused first, then its data, its keys, and the record last: stopped half-way, the same command goes on.
-async fn delete(which: &Which) -> Result<(), Failure> {
-    let config = which.place.load()?;
-    let catalog = place::catalog(&config).await?;
-    let record = fetch(&catalog, &which.org).await?;
-    let tenant = record.tenant.clone();
-    if tenant.status != Status::Deleting {
-        put_status(&catalog, record, Status::Deleting).await?;
-    }
-    eprintln!("{}: postgres: dropping databases and role …", which.org);
-    let names = config.names().map_err(Failure::usage)?;
-    provisioner(&config)?.drop(&tenant, &names).await.map_err(|error| {
-        Failure::failed(format_args!("postgres: {error}\nMend that and run the command again: it goes on."))
-    })?;
-    if let Some(neon) = config.upstream.neon.homes(names.clone()).map_err(Failure::usage)? {
-        eprintln!("{}: neon: removing its home …", which.org);
-        neon.remove(&tenant, &names).await.map_err(neon_failure)?;
-    }
-    if let Some(redis) = config.redis().map_err(Failure::usage)? {
-        eprintln!("{}: redis: removing keys and user …", which.org);
-        redis.remove(&which.org, true).await.map_err(redis_failure)?;
-    }
-    if let Some(mongodb) = config.mongodb().map_err(Failure::usage)? {
-        eprintln!("{}: mongodb: removing databases, documents and user …", which.org);
-        mongodb.remove(&which.org, true).await.map_err(mongodb_failure)?;
-    }
-    for record in key::of(&catalog, &which.org).await? {
-        match catalog.revoke_key(&record.key.hash).await {
-            Ok(()) | Err(Fault::Unknown) => {}
-            Err(fault) => return Err(Failure::failed(fault)),
-        }
-    }
-    catalog.delete(&which.org).await.map_err(Failure::failed)?;
-    eprintln!("{}: deleted", which.org);
     Ok(())
 }
 
@@ -358,6 +255,7 @@ fn described(record: &Record) -> Value {
         "databases": tenant.databases,
         "users": tenant.users,
         "created_at": record.created_at,
+        "purge_after": record.deletion().map(|deletion| deletion.purge_after),
     })
 }
 

@@ -8,7 +8,7 @@ use tokio::sync::broadcast;
 
 use super::{Failure, place, print, table};
 use crate::{
-    catalog::{Entry, Fault, LedgerFault, Phase},
+    catalog::{Deed, Entry, Fault, LedgerFault, Phase},
     tenant::{OrgId, Tier},
     transition::{Coordinator, Refused, Request, Verified, described, participant::Trouble, word},
 };
@@ -167,7 +167,7 @@ async fn follow(
     }
 }
 
-fn line(entry: &Entry, part: &crate::catalog::Part) -> String {
+pub(super) fn line(entry: &Entry, part: &crate::catalog::Part) -> String {
     let note = if part.note.is_empty() { String::new() } else { format!(" ({})", part.note) };
     format!("{}: {}: {}{note}", entry.org, part.database, word(part.step, entry.phase))
 }
@@ -196,6 +196,10 @@ async fn outcome(
         }
     };
     match entry.phase {
+        Phase::Done if entry.deed != Deed::Tier => {
+            eprintln!("{}: {} done", which.org, entry.deed.word());
+            Ok(())
+        }
         Phase::Done => {
             eprintln!("{}: done: {} in every database", which.org, entry.to);
             Ok(())
@@ -235,7 +239,10 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
         None => rows.push(["transition".into(), "none".into()]),
         Some(entry) => {
             rows.push(["transition".into(), entry.id.clone()]);
-            rows.push(["to".into(), entry.to.to_string()]);
+            rows.push(match entry.deed {
+                Deed::Tier => ["to".into(), entry.to.to_string()],
+                deed => ["what".into(), deed.word().to_owned()],
+            });
             rows.push(["state".into(), entry.phase.word().into()]);
             rows.extend(entry.reason.iter().map(|reason| ["reason".into(), reason.clone()]));
             rows.extend(entry.participants.iter().map(|part| {
@@ -268,16 +275,20 @@ async fn history(which: &Which, as_json: bool) -> Result<(), Failure> {
         .iter()
         .map(|entry| {
             let began = std::time::SystemTime::UNIX_EPOCH + Duration::from_millis(entry.began_ms);
+            let what = match entry.deed {
+                Deed::Tier => format!("{} → {}", entry.from, entry.to),
+                deed => deed.word().to_owned(),
+            };
             [
                 crate::catalog::date::format(began),
-                format!("{} → {}", entry.from, entry.to),
+                what,
                 entry.phase.word().to_owned(),
                 entry.id.clone(),
                 entry.reason.clone().unwrap_or_default(),
             ]
         })
         .collect();
-    print(table(["BEGAN", "FROM → TO", "STATE", "ID", "REASON"], &rows));
+    print(table(["BEGAN", "WHAT", "STATE", "ID", "REASON"], &rows));
     Ok(())
 }
 
@@ -388,7 +399,7 @@ async fn opened(coordinator: &Coordinator, org: &OrgId) -> Result<Entry, Failure
 }
 
 /// Waits for the end of a transition that another process works on.
-async fn closed(coordinator: &Coordinator, entry: &Entry, patience: Duration) -> Result<Entry, Failure> {
+pub(super) async fn closed(coordinator: &Coordinator, entry: &Entry, patience: Duration) -> Result<Entry, Failure> {
     let deadline = tokio::time::Instant::now() + patience;
     loop {
         let now = coordinator.catalog().transition(&entry.id).await.map_err(Failure::failed)?;

@@ -34,9 +34,11 @@ impl Config {
             Some(Homes::Server(provisioner)) => {
                 participants.with(Arc::new(participant::Postgres::of_neon_homes(*provisioner, self.names()?)))
             }
-            Some(Homes::Projects(projects)) => participants.with(Arc::new(participant::Neon::new(projects))),
+            Some(Homes::Projects(projects)) => {
+                participants.with(Arc::new(participant::Neon::new(projects, catalog.clone())))
+            }
         };
-        Ok(Coordinator::new(catalog, tiers, participants))
+        Ok(Coordinator::new(catalog, tiers, participants).purging(self.tenants.clone()))
     }
 
     /// The way to MongoDB, if it is configured.

@@ -195,7 +195,8 @@ impl MongoNamespace {
         MONGO_DATABASE_MAX_BYTES - self.prefix.len()
     }
 
-    fn accepts(&self, logical: &str) -> bool {
+    /// Whether there is a physical name for a logical database.
+    pub fn accepts(&self, logical: &str) -> bool {
         (1..=self.longest()).contains(&logical.len()) && !logical.bytes().any(|b| MONGO_FORBIDDEN.contains(&b))
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! A transition's work is a task of its own, never part of a client's or an operator's request: who asked may go.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -11,13 +11,15 @@ use serde_json::{Value, json};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::{
+    Refused,
+    life::{Errand, Purging},
     participant::{Look, Participant, Participants, ReadBack, Trouble},
     state::{SEATS, State},
     work::Work,
 };
 use crate::{
     catalog::{
-        Catalog, Decision, Entry, Fault, LedgerFault, Over, Part, Phase, Step,
+        Catalog, Decision, Deed, Entry, Fault, LedgerFault, Over, Part, Phase, Step,
         ledger::{failpoint::reach, lease, this_process},
         now_ms,
     },
@@ -28,7 +30,7 @@ use crate::{
 const PREPARE_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 1_500 } else { 60_000 });
 
 /// Longest look at one participant before anything begins.
-const LOOK_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 20_000 });
+pub(super) const LOOK_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 20_000 });
 
 /// How long a transition is left to its coordinator after the last sign of it.
 pub(super) const LEASE: Duration = Duration::from_secs(15);
@@ -50,66 +52,6 @@ pub struct Request {
     pub force: bool,
     /// Who asks: `cli`, `admin`.
     pub by: &'static str,
-}
-
-/// Why a transition did not begin. Nothing was changed.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Refused {
-    /// There is no such tenant.
-    Unknown,
-    /// It has this tier.
-    Same,
-    /// It is being deleted.
-    Deleting,
-    /// Another transition of it is open.
-    Busy {
-        /// Which.
-        id: String,
-    },
-    /// It has more than the new tier allows.
-    Over(Vec<Over>),
-    /// A database can't take part.
-    Participant {
-        /// Which.
-        database: Protocol,
-        /// Why.
-        why: Trouble,
-    },
-    /// Its record was changed meanwhile.
-    Outdated,
-    /// The catalog can't be used.
-    Catalog(Fault),
-}
-
-impl fmt::Display for Refused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Refused::Unknown => f.write_str("there is no such tenant"),
-            Refused::Same => f.write_str("the tenant has this tier"),
-            Refused::Deleting => f.write_str("the tenant is being deleted"),
-            Refused::Busy { id } => write!(f, "transition {id} of this tenant is not over yet"),
-            Refused::Over(over) => {
-                f.write_str("the tenant has more than the new tier allows:")?;
-                over.iter().try_for_each(|it| write!(f, " {} {}: {} of {};", it.database, it.what, it.used, it.max))
-            }
-            Refused::Participant { database, why } => write!(f, "{}: {why}", database.label()),
-            Refused::Outdated => f.write_str("the tenant's record was changed meanwhile: look again, ask again"),
-            Refused::Catalog(fault) => fault.fmt(f),
-        }
-    }
-}
-
-impl std::error::Error for Refused {}
-
-impl From<LedgerFault> for Refused {
-    fn from(fault: LedgerFault) -> Self {
-        match fault {
-            LedgerFault::Busy { id } => Refused::Busy { id },
-            LedgerFault::Overtaken | LedgerFault::Outdated => Refused::Outdated,
-            LedgerFault::Catalog(Fault::Unknown) => Refused::Unknown,
-            LedgerFault::Catalog(fault) => Refused::Catalog(fault),
-        }
-    }
 }
 
 /// One database's answer to "are you where the decided tier is?".
@@ -137,6 +79,7 @@ struct Inner {
     tiers: ArcSwap<Tiers>,
     participants: Participants,
     owner: String,
+    purging: ArcSwap<Purging>,
     news: broadcast::Sender<Arc<Entry>>,
     asks: mpsc::Sender<Asked>,
     /// Taken by the one [`Coordinator::run`] of this process.
@@ -146,8 +89,15 @@ struct Inner {
 /// Requests that wait to be begun; one takes as long as the slowest database's look.
 const ASKS: usize = 64;
 
+/// What the running coordinator is asked for.
+#[derive(Clone, Debug)]
+pub(super) enum Ask {
+    Tier(Request),
+    Life(Errand),
+}
+
 /// A request for the running coordinator, and who waits for its beginning.
-pub(super) type Asked = (Request, oneshot::Sender<Result<Entry, Refused>>);
+pub(super) type Asked = (Ask, oneshot::Sender<Result<Entry, Refused>>);
 
 impl Coordinator {
     /// Over these databases.
@@ -159,6 +109,7 @@ impl Coordinator {
             tiers: ArcSwap::from_pointee(tiers),
             participants,
             owner: this_process(),
+            purging: ArcSwap::from_pointee(Purging::default()),
             news,
             asks,
             asked: Mutex::new(Some(asked)),
@@ -186,6 +137,18 @@ impl Coordinator {
     /// # Errors
     /// Why it did not begin; [`Fault::Unavailable`] when nobody runs the coordinator.
     pub async fn submit(&self, request: Request) -> Result<Entry, Refused> {
+        self.ask(Ask::Tier(request)).await
+    }
+
+    /// As [`Self::submit`], for a step of a tenant's life.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    pub async fn submit_errand(&self, errand: Errand) -> Result<Entry, Refused> {
+        self.ask(Ask::Life(errand)).await
+    }
+
+    async fn ask(&self, request: Ask) -> Result<Entry, Refused> {
         let away = || Refused::Catalog(Fault::Unavailable("the process is starting or stopping".to_owned()));
         let (answer, begun) = oneshot::channel();
         self.0.asks.try_send((request, answer)).map_err(|_| away())?;
@@ -204,6 +167,36 @@ impl Coordinator {
     /// Whether this process works on it.
     pub(super) fn is_mine(&self, entry: &Entry) -> bool {
         entry.owner == self.0.owner
+    }
+
+    /// This process.
+    pub(super) fn owner(&self) -> &str {
+        &self.0.owner
+    }
+
+    /// Which databases take part in a deed.
+    pub(super) fn present_for(&self, deed: Deed) -> [bool; SEATS] {
+        match deed.asks_databases() {
+            true => self.0.participants.present(),
+            false => [false; SEATS],
+        }
+    }
+
+    /// How often tenants are looked for whose grace is over.
+    pub(super) fn purge_every(&self) -> Duration {
+        self.0.purging.load().interval
+    }
+
+    /// How long a deleted tenant's data is kept unless something else is said.
+    pub fn grace(&self) -> Duration {
+        self.0.purging.load().grace
+    }
+
+    /// Says how deleted tenants are purged.
+    #[must_use]
+    pub fn purging(self, purging: Purging) -> Self {
+        self.0.purging.store(Arc::new(purging));
+        self
     }
 
     /// Tells who listens.
@@ -226,6 +219,9 @@ impl Coordinator {
         let tenant = record.tenant;
         if tenant.status == Status::Deleting {
             return Err(Refused::Deleting);
+        }
+        if tenant.epoch == 0 {
+            return Err(Refused::Unmade);
         }
         match self.0.catalog.open_transition(&request.org).await {
             Ok(open) => return Err(Refused::Busy { id: open.id }),
@@ -254,10 +250,13 @@ impl Coordinator {
             .collect();
         let entry = Entry {
             id: new_id(&tenant),
+            deed: Deed::Tier,
             org: tenant.org.clone(),
             from: tenant.tier,
             to: request.to,
             from_epoch: tenant.epoch,
+            deletion: None,
+            from_generation: tenant.generation,
             force: request.force,
             phase: Phase::Preparing,
             participants,
@@ -310,7 +309,7 @@ impl Coordinator {
     /// # Cancel safety
     /// Dropped, it stays where it is until somebody takes it up ([`Self::take_up`]).
     pub async fn drive(&self, entry: Entry) -> Result<Entry, LedgerFault> {
-        let state = State::new(self.0.participants.present());
+        let state = State::new(self.present_for(entry.deed));
         self.work(entry, state).await
     }
 
@@ -389,7 +388,7 @@ fn pins(tenant: &Tenant, from: &Limits, to: &Limits) -> Routes {
 }
 
 /// `<org>.<epoch after>.<random>`.
-fn new_id(tenant: &Tenant) -> String {
+pub(super) fn new_id(tenant: &Tenant) -> String {
     let mut bytes = [0; ID_BYTES];
     // Without random bytes there is no TLS and no token either; ids would only be less unlike each other.
     let _ = aws_lc_rs::rand::fill(&mut bytes);
@@ -406,6 +405,7 @@ pub fn described(entry: &Entry) -> Value {
         .collect();
     json!({
         "id": entry.id,
+        "deed": entry.deed.word(),
         "org_id": entry.org,
         "from": entry.from,
         "to": entry.to,

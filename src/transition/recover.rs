@@ -8,7 +8,11 @@ use std::{
 
 use tokio::task::JoinSet;
 
-use super::Coordinator;
+use super::{
+    Coordinator, Refused,
+    coordinator::Ask,
+    life::{Act, Errand},
+};
 use crate::{
     catalog::{Entry, Fault, LedgerFault, now_ms},
     tenant::OrgId,
@@ -48,6 +52,9 @@ impl Coordinator {
         let mut work: JoinSet<(OrgId, Result<Entry, LedgerFault>)> = JoinSet::new();
         let mut mine: HashSet<OrgId> = HashSet::new();
         let mut seen: HashMap<String, Entry> = HashMap::new();
+        let mut purging: JoinSet<()> = JoinSet::new();
+        let mut purge = tokio::time::interval(self.purge_every());
+        purge.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut ticker = tokio::time::interval(LOOK_EVERY);
         ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -60,10 +67,22 @@ impl Coordinator {
                     continue;
                 }
                 Some(_) = begun.join_next() => continue,
+                _ = purge.tick() => {
+                    let coordinator = self.clone();
+                    // One at a time: a purge is not urgent, and the databases have other things to do.
+                    if purging.is_empty() {
+                        purging.spawn(async move { coordinator.purge_overdue().await });
+                    }
+                    continue;
+                }
+                Some(_) = purging.join_next() => continue,
                 Some((request, answer)) = asked.recv() => {
                     let coordinator = self.clone();
                     begun.spawn(async move {
-                        let entry = coordinator.begin(&request).await;
+                        let entry = match &request {
+                            Ask::Tier(request) => coordinator.begin(request).await,
+                            Ask::Life(errand) => coordinator.begin_errand(errand).await,
+                        };
                         // Whoever asked may be gone: what has begun goes on.
                         let _ = answer.send(entry.clone());
                         if let Ok(entry) = entry {
@@ -101,6 +120,22 @@ impl Coordinator {
                     let done = coordinator.take_up_if_left(&org).await;
                     (org, done)
                 });
+            }
+        }
+    }
+
+    /// Purges the tenants whose grace is over.
+    async fn purge_overdue(&self) {
+        for org in self.overdue().await {
+            let errand = Errand { org: org.clone(), act: Act::Purge, by: "grace" };
+            let done = match self.begin_errand(&errand).await {
+                Ok(entry) => self.drive(entry).await.map(drop).map_err(Refused::from),
+                Err(refused) => Err(refused),
+            };
+            match done {
+                // Another process is at it, or was.
+                Ok(()) | Err(Refused::Busy { .. } | Refused::Unknown | Refused::NotDeleted) => {}
+                Err(refused) => tracing::warn!(%org, %refused, "a deleted tenant could not be purged yet"),
             }
         }
     }

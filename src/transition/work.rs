@@ -10,12 +10,12 @@ use tokio::{
 use super::{
     Coordinator,
     coordinator::LEASE,
-    participant::{Order, Reply, Trouble},
+    participant::{Order, Progress, Reply, Stage, Trouble},
     state::{Action, Event, SEATS, State},
 };
 use crate::{
     catalog::{
-        Decision, Entry, Fault, LedgerFault, Phase, Step,
+        Decision, Deed, Entry, Fault, LedgerFault, Phase, Step,
         ledger::{failpoint::reach, lease},
         now_ms,
     },
@@ -24,6 +24,10 @@ use crate::{
 
 /// Longest wait for one call of a participant; Neon's operations take tens of seconds.
 const CALL_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 45_000 });
+
+/// The same where it makes or takes away a tenant's place: `CREATE DATABASE` waits for a checkpoint, and a purge goes on
+/// where it stopped.
+const LIFE_CALL_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 120_000 });
 
 /// How often a sign of life is given; also how soon it is seen that a transition was called off.
 const RENEW_EVERY: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 2_000 });
@@ -38,6 +42,19 @@ enum Call {
     Prepare,
     Finish,
     Restore,
+}
+
+/// What a call is for in a step of a tenant's life; `None`: nothing is to be done, or it is none.
+fn stage(deed: Deed, call: Call) -> Option<Stage> {
+    match (deed, call) {
+        (Deed::Create, Call::Prepare) => Some(Stage::Make),
+        (Deed::Rotate, Call::Prepare) => Some(Stage::TakeNext),
+        (Deed::Rotate, Call::Finish) => Some(Stage::DropPrevious),
+        (Deed::Rotate, Call::Restore) => Some(Stage::DropNext),
+        (Deed::Purge, Call::Finish) => Some(Stage::Purge),
+        (Deed::Create | Deed::Purge, _) => None,
+        (Deed::Tier | Deed::Suspend | Deed::Resume | Deed::Delete | Deed::Restore, _) => None,
+    }
 }
 
 /// What came back: of a call, or of the pause after one.
@@ -65,6 +82,7 @@ pub(super) struct Work {
     /// When preparing is given up; `None` once it was.
     deadline: Option<Instant>,
     terms: Option<Terms>,
+    progress: [Progress; SEATS],
 }
 
 impl Work {
@@ -82,6 +100,7 @@ impl Work {
             writes_failed: 0,
             deadline: Some(Instant::now() + left),
             terms: None,
+            progress: Default::default(),
         }
     }
 
@@ -92,7 +111,15 @@ impl Work {
     pub(super) async fn run(&mut self) -> Result<(), LedgerFault> {
         let record = self.coordinator.catalog().get(&self.entry.org).await?;
         // As it was when the transition began; what else changes of it meanwhile is nobody's business here.
-        let tenant = Tenant { tier: self.entry.from, epoch: self.entry.from_epoch, ..record.tenant };
+        let tenant = Tenant {
+            tier: self.entry.from,
+            epoch: self.entry.from_epoch,
+            generation: match self.entry.deed {
+                Deed::Rotate => self.entry.from_generation,
+                _ => record.tenant.generation,
+            },
+            ..record.tenant
+        };
         let (from, to) = (self.coordinator.limits(self.entry.from), self.coordinator.limits(self.entry.to));
         self.terms = Some(Terms { tenant, from, to });
         let mut renew = tokio::time::interval_at(Instant::now() + RENEW_EVERY, RENEW_EVERY);
@@ -122,6 +149,7 @@ impl Work {
                     self.give_up("not every database had answered in time");
                 }
                 _ = renew.tick() => {
+                    self.note_progress();
                     if self.save().await? && self.deadline.is_some() {
                         self.deadline = None;
                         self.give_up("called off");
@@ -207,19 +235,43 @@ impl Work {
             force: self.entry.force,
             prior: part.prior.clone(),
             fence: self.entry.fence,
+            progress: self.progress[seat].clone(),
+        };
+        let deed = self.entry.deed;
+        let within = match deed {
+            Deed::Tier => CALL_WITHIN,
+            _ => LIFE_CALL_WITHIN,
         };
         self.calls.spawn(async move {
             reach("before a call");
-            let asked: Reply<'_, ()> = match call {
-                Call::Prepare => participant.prepare(&order),
-                Call::Finish => participant.finish(&order),
-                Call::Restore => participant.restore(&order),
+            let asked: Reply<'_, ()> = match stage(deed, call) {
+                Some(stage) => participant.live(stage, &order),
+                None => match (deed, call) {
+                    (Deed::Tier, Call::Prepare) => participant.prepare(&order),
+                    (Deed::Tier, Call::Finish) => participant.finish(&order),
+                    (Deed::Tier, Call::Restore) => participant.restore(&order),
+                    _ => Box::pin(std::future::ready(Ok(()))),
+                },
             };
-            let late = || Err(Trouble::Unknown(format!("no answer in {CALL_WITHIN:?}")));
-            let answer = tokio::time::timeout(CALL_WITHIN, asked).await.unwrap_or_else(|_| late());
+            let late = || Err(Trouble::Unknown(format!("no answer in {within:?}")));
+            let answer = tokio::time::timeout(within, asked).await.unwrap_or_else(|_| late());
             reach("after a call");
             Came::Answer(seat, call, answer)
         });
+    }
+
+    /// Keeps what the participants say of how far they are, and tells it.
+    fn note_progress(&mut self) {
+        let mut said = false;
+        for (part, progress) in self.entry.participants.iter_mut().zip(&self.progress) {
+            if let Some(word) = progress.take() {
+                part.set_note(&word);
+                said = true;
+            }
+        }
+        if said {
+            self.coordinator.tell(&self.entry);
+        }
     }
 
     fn came(&mut self, came: Came) -> Result<(), LedgerFault> {
@@ -235,6 +287,9 @@ impl Work {
             Ok(()) => {
                 self.failures[seat] = 0;
                 part.note.clear();
+                if let Some(word) = self.progress[seat].take() {
+                    part.set_note(&word);
+                }
                 if call == Call::Prepare { Event::Prepared(seat) } else { Event::Settled(seat) }
             }
             Err(Trouble::Overtaken) => return Err(LedgerFault::Overtaken),
@@ -280,6 +335,14 @@ impl Work {
     }
 
     async fn close(&mut self) -> Result<(), LedgerFault> {
+        if self.entry.deed == Deed::Purge
+            && self.entry.phase == Phase::Committed
+            && let Err(fault) = self.coordinator.revoke_keys(&self.entry.org).await
+        {
+            self.write_failed(fault.into()).await?;
+            self.events.push_back(Event::Unclosed);
+            return Ok(());
+        }
         reach("before the end");
         let closed = self.coordinator.catalog().close(self.entry.clone()).await;
         reach("after the end");

@@ -81,7 +81,7 @@ pub fn keys_reloaded(outcome: Outcome) {
 }
 
 /// Every series counted through the facade anywhere in this crate, with its help text.
-const DESCRIPTIONS: [(&str, &str); 16] = [
+const DESCRIPTIONS: [(&str, &str); 17] = [
     ("dynabase_refusals_total", "Refusals told to clients."),
     ("dynabase_token_faults_total", "Credentials refused, by what was wrong with them."),
     ("dynabase_connections_ended_total", "Connections that ended, by the side that ended them."),
@@ -100,6 +100,7 @@ const DESCRIPTIONS: [(&str, &str); 16] = [
     ("dynabase_http_responses_total", "HTTP responses, by the front that answered and the class of their status."),
     ("dynabase_convex_sockets_ended_total", "Convex sockets that ended, by the reason."),
     ("dynabase_tier_transitions_total", "Tier transitions that came to an end, by how."),
+    ("dynabase_mongodb_large_refused_total", "Large MongoDB messages for which there was no room in time."),
     ("dynabase_tls_errors_total", "Failed TLS handshakes with clients."),
 ];
 

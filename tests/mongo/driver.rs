@@ -1,6 +1,9 @@
 //! The Rust driver before the proxy, as tenants of both isolations.
 
+use std::{sync::Arc, time::Duration};
+
 use bson::{Document, doc};
+use dynabase::net::ServerTls;
 use futures_util::TryStreamExt;
 use mongodb::{Client, IndexModel, options::IndexOptions};
 
@@ -48,4 +51,34 @@ async fn the_rust_driver_works_in_both_isolations() {
     let house = House::before(mongo::shared().port).await;
     as_tenant(&house.url("globex")).await;
     as_tenant(&house.url("initech")).await;
+}
+
+/// A certificate of its own for `localhost` in `folder`.
+fn certificate(folder: &std::path::Path, name: &str) -> dynabase::net::tls::TlsConfig {
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+    let (cert_file, key_file) = (folder.join(format!("{name}.crt")), folder.join(format!("{name}.key")));
+    std::fs::write(&cert_file, made.cert.pem()).expect("written");
+    std::fs::write(&key_file, made.signing_key.serialize_pem()).expect("written");
+    dynabase::net::tls::TlsConfig { cert_file, key_file, client_ca_file: None, client_auth: Default::default() }
+}
+
+#[tokio::test]
+async fn the_rust_driver_works_over_tls_and_trusts_no_stranger() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (own, stranger) = (certificate(folder.path(), "own"), certificate(folder.path(), "stranger"));
+    let tls = Arc::new(ServerTls::load(&own, &[]).expect("good files"));
+    let house = House::with_tls(mongo::shared().port, tls).await;
+    let url = |org: &str, ca: &std::path::Path| {
+        let url = house.url(org).replace("127.0.0.1", "localhost");
+        format!("{url}&tls=true&tlsCAFile={}", ca.display())
+    };
+    as_tenant(&url("acme", &own.cert_file)).await;
+    as_tenant(&url("umbrella", &own.cert_file)).await;
+    for wrong in [url("acme", &stranger.cert_file), house.url("acme").replace("127.0.0.1", "localhost")] {
+        let mut options = mongodb::options::ClientOptions::parse(&wrong).await.expect("a URL");
+        options.server_selection_timeout = Some(Duration::from_secs(1));
+        let client = Client::with_options(options).expect("options");
+        let things = client.default_database().expect("it names one").collection::<Document>("rust");
+        assert!(things.find_one(doc! {}).await.is_err(), "{wrong}");
+    }
 }

@@ -3,6 +3,7 @@
 
 mod driver;
 mod hostile;
+mod large;
 mod limits;
 mod login;
-mod support;
+pub(crate) mod support;

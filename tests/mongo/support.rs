@@ -13,7 +13,7 @@ use bson::{Document, RawDocumentBuf, doc};
 use dynabase::{
     front::mongo::{Config, Server},
     identity::{self, Secret, Verifier, mint},
-    net::{ClientTls, Conn, Drain, Peer, Raw, Stream, TlsMode},
+    net::{ClientTls, Conn, Drain, Peer, Raw, ServerTls, Stream, TlsMode},
     quota::Table,
     session::Gate,
     tenant::{
@@ -60,6 +60,16 @@ impl House {
     }
 
     pub async fn with_tiers(port: u16, tiers: &str) -> Self {
+        Self::start(port, tiers, None).await
+    }
+
+    /// A front that speaks TLS alone; its clients come over a network.
+    pub async fn with_tls(port: u16, tls: Arc<ServerTls>) -> Self {
+        Self::start(port, include_str!("../../config/tiers.toml"), Some(tls)).await
+    }
+
+    async fn start(port: u16, tiers: &str, tls: Option<Arc<ServerTls>>) -> Self {
+        let local = tls.is_none();
         let tenants: HashMap<String, Arc<Tenant>> =
             [("acme", Tier::Free), ("globex", Tier::Starter), ("initech", Tier::Pro), ("umbrella", Tier::Enterprise)]
                 .into_iter()
@@ -95,7 +105,7 @@ impl House {
         let names = Names::new(RootSecret::new(&[7; 32]).expect("32 bytes"), NameStyle::Plain);
         let config = Config { login_timeout: PATIENCE, issuer: "https://test.supabase.co/auth/v1".into() };
         let drain = Drain::new();
-        let server = Server::new(gate, Upstream::new(target, names), None, config, drain.clone()).expect("a front");
+        let server = Server::new(gate, Upstream::new(target, names), tls, config, drain.clone()).expect("a front");
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("bound").port();
         tokio::spawn(async move {
@@ -105,7 +115,7 @@ impl House {
                 let conn = Conn {
                     id: IDS.fetch_add(1, Ordering::Relaxed),
                     peer: Peer::Ip(peer),
-                    local: true,
+                    local,
                     stream: Stream::Plain(Raw::Tcp(tcp)),
                     unauthenticated: None,
                 };

@@ -40,9 +40,7 @@ pub struct Redis {
     options: Vec<String>,
 }
 
-pub fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port()
-}
+pub use super::super::support::free_port;
 
 impl Redis {
     /// Starts a server; `password` is asked of `default` if it is not empty.

@@ -69,6 +69,12 @@ impl Cable {
         super::until("the cable is cut", || TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).is_err());
     }
 
+    /// Mends it, and leads it to another port.
+    pub fn mend_to(&mut self, port: u16) {
+        self.target = (Ipv4Addr::LOCALHOST, port).into();
+        self.mend();
+    }
+
     /// Mends it.
     pub fn mend(&self) {
         let listener =

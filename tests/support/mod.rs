@@ -48,6 +48,5 @@ pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
 
 /// A port that was free a moment ago.
 pub fn free_port() -> u16 {
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-    socket.local_addr().expect("it is bound").port()
+    dynabase::cli::dev::port::free().expect("a free port")
 }

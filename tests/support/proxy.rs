@@ -44,6 +44,8 @@ pub struct Limits {
     pub idle_in_transaction: &'static str,
     pub queue_timeout: &'static str,
     pub rate: &'static str,
+    /// Of MongoDB.
+    pub isolation: &'static str,
 }
 
 impl Default for Limits {
@@ -57,6 +59,7 @@ impl Default for Limits {
             idle_in_transaction: "60s",
             queue_timeout: "10s",
             rate: "{ per_second = 100000, burst = 100000, over = \"refuse\", max_delay = \"1s\" }",
+            isolation: "filter",
         }
     }
 }
@@ -71,6 +74,8 @@ pub struct Setup {
     pub upstream: String,
     /// The upstream's URL, where it is not the server's own.
     pub url: Option<String>,
+    /// Lines of `[catalog]`; a folder, by default.
+    pub catalog: String,
     /// Whole sections.
     pub sections: String,
     /// Files to put beside the configuration.
@@ -86,6 +91,7 @@ impl Default for Setup {
             listen: String::new(),
             upstream: String::new(),
             url: None,
+            catalog: "path = \"catalog\"".into(),
             sections: String::new(),
             files: Vec::new(),
         }
@@ -104,7 +110,7 @@ impl Setup {
         let mut text = String::new();
         for (name, limits) in ["FREE", "STARTER", "PRO", "ENTERPRISE"].iter().zip(&self.tiers) {
             let Limits { expiry, connections, client_sockets, storage, .. } = limits;
-            let Limits { statement_timeout, idle_in_transaction, queue_timeout, rate, .. } = limits;
+            let Limits { statement_timeout, idle_in_transaction, queue_timeout, rate, isolation, .. } = limits;
             write!(
                 text,
                 "[{name}]\nexpiry = \"{expiry}\"\n[{name}.postgres]\nconnections = {connections}\n\
@@ -113,7 +119,7 @@ impl Setup {
                  queue_timeout = \"{queue_timeout}\"\npool_mode = \"transaction\"\nhome = \"main\"\nrate = {rate}\n\
                  [{name}.redis]\nmemory = \"50MB\"\nkeys = 1000\nmax_ttl = \"1h\"\nclient_sockets = 50\n\
                  connections = 25\nrate = {rate}\n\
-                 [{name}.mongodb]\nisolation = \"filter\"\nconnections = 25\nclient_sockets = 50\ntimeout = \"30s\"\n\
+                 [{name}.mongodb]\nisolation = \"{isolation}\"\nconnections = 25\nclient_sockets = 50\ntimeout = \"30s\"\n\
                  queue_timeout = \"5s\"\ncursors = 100\nrate = {rate}\n\
                  [{name}.convex]\nclient_sockets = 50\nsubscriptions = 100\nsubscriptions_per_socket = 50\n\
                  in_flight_writes = 8\npayload = \"1MiB\"\nupload = \"10MiB\"\nrate = {rate}\n\
@@ -150,13 +156,13 @@ impl Proxy {
         let folder = tempfile::tempdir().expect("a folder");
         let admin = free_port();
         let url = setup.url.as_ref().unwrap_or(&server.url);
-        let Setup { top, listen, upstream, sections, .. } = setup;
+        let Setup { top, listen, upstream, catalog, sections, .. } = setup;
         // A root secret of its own: two proxies before one server don't share roles and databases.
         let root = folder.path().display().to_string().repeat(3);
         let text = format!(
             "{top}\n[listen]\npostgres = \"127.0.0.1:0\"\nunadmitted_per_network = 0\n{listen}\n\
              [identity]\nissuer = \"{ISSUER}\"\nhs256_secret = \"{root}\"\nleeway = \"0s\"\n\
-             [catalog]\npath = \"catalog\"\n[names]\nroot_secret = \"{root}\"\n\
+             [catalog]\n{catalog}\n[names]\nroot_secret = \"{root}\"\n\
              [upstream.postgres]\nurl = \"{url}\"\n{upstream}\n\
              [admin]\nlisten = \"127.0.0.1:{admin}\"\ntoken = \"{ADMIN_TOKEN}\"\n\
              [log]\nfilter = \"info\"\n{sections}\n"
@@ -174,12 +180,21 @@ impl Proxy {
         let mut proxy = Self { child, port: 0, admin, config, log, server: server.clone(), folder };
         proxy.port = eventually("dynabase listens", || {
             assert!(proxy.child.try_wait().expect("a child").is_none(), "it ended: {}", proxy.log());
-            let log = proxy.log();
-            let (_, rest) = log.split_once("listening for PostgreSQL clients")?;
-            let (_, port) = rest.lines().next()?.rsplit_once(':')?;
-            port.trim().parse().ok()
+            proxy.logged_port("PostgreSQL")
         });
         proxy
+    }
+
+    fn logged_port(&self, clients: &str) -> Option<u16> {
+        let log = self.log();
+        let (_, rest) = log.split_once(&format!("listening for {clients} clients"))?;
+        let (_, port) = rest.lines().next()?.rsplit_once(':')?;
+        port.trim().parse().ok()
+    }
+
+    /// The port for clients of another database: `Redis`, `MongoDB`, `HTTP`.
+    pub fn port_for(&self, clients: &str) -> u16 {
+        eventually("it listens", || self.logged_port(clients))
     }
 
     /// The usual one, which tests share. Every test has tenants of its own.
@@ -263,17 +278,12 @@ impl Proxy {
         answer.split_once("\r\n\r\n").expect("head and body").1.to_owned()
     }
 
-    /// A tenant that a command has made.
-    pub fn known(&self, org: &str) -> Org<'_> {
-        Org { proxy: self, org: OrgId::parse(org).expect("an id") }
-    }
-
-    /// What the admin port answers to a request with a body: its status, and the body as JSON.
+    /// What the admin port answers to a PUT.
     pub fn admin_put(&self, path: &str, body: &str) -> (u16, Value) {
         self.admin_send("PUT", path, body)
     }
 
-    /// The same with any method.
+    /// What the admin port answers to any method: its status, and the body as JSON.
     pub fn admin_send(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
         let mut socket = TcpStream::connect(("127.0.0.1", self.admin)).expect("the admin port");
         socket.set_read_timeout(Some(super::PATIENCE)).expect("set");
@@ -289,6 +299,20 @@ impl Proxy {
         let (head, body) = answer.split_once("\r\n\r\n").expect("head and body");
         let status = head.split(' ').nth(1).and_then(|it| it.parse().ok()).expect("a status");
         (status, serde_json::from_str(body).expect("JSON"))
+    }
+
+    /// The port of a front, by the word of its log: `Redis`, `MongoDB`, `HTTP`.
+    pub fn port_of(&self, front: &str) -> u16 {
+        eventually("the front listens", || {
+            let log = self.log();
+            let (_, rest) = log.split_once(&format!("listening for {front} clients"))?;
+            rest.lines().next()?.rsplit_once(':')?.1.trim().parse().ok()
+        })
+    }
+
+    /// A tenant that is there already.
+    pub fn org(&self, org: &str) -> Org<'_> {
+        Org { proxy: self, org: OrgId::parse(org).expect("an id") }
     }
 
     /// Runs a command of ours about this installation: exit code, standard output, standard error.

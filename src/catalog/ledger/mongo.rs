@@ -18,7 +18,7 @@ use super::{
         Fault, MongoCatalog,
         mongo::{ORGS, UPDATED_AT, within},
     },
-    Decision, Entry, LedgerFault, Phase, STAMP, Stamp, failpoint, is_dead, lease, now_ms,
+    Change, DELETION, Decision, Deed, Entry, LedgerFault, Phase, STAMP, Stamp, failpoint, is_dead, lease, now_ms,
 };
 use crate::tenant::OrgId;
 
@@ -92,8 +92,16 @@ impl MongoCatalog {
 
     /// Changes a tenant's document if it fits `filter`; says whether it did.
     async fn restamp(&self, filter: Document, set: Document) -> Result<bool, Fault> {
+        self.restamp_without(filter, set, Document::new()).await
+    }
+
+    /// The same, and takes fields away.
+    async fn restamp_without(&self, filter: Document, set: Document, unset: Document) -> Result<bool, Fault> {
         failpoint::reach("before a record");
-        let update = doc! {"$set": set, "$currentDate": {UPDATED_AT: true}};
+        let mut update = doc! {"$set": set, "$currentDate": {UPDATED_AT: true}};
+        if !unset.is_empty() {
+            update.insert("$unset", unset);
+        }
         let done = within(self.documents(ORGS).update_one(filter, update)).await?;
         failpoint::reach("after a record");
         Ok(done.matched_count == 1)
@@ -187,7 +195,8 @@ impl MongoCatalog {
         }
         let stamp = match self.stamp_of(org).await {
             Err(Fault::Unknown) => {
-                self.put_away(entry, Phase::Aborted, "the tenant was deleted").await?;
+                let (phase, reason) = entry.without_its_tenant();
+                self.put_away(entry, phase, reason).await?;
                 return Err(Fault::Unknown.into());
             }
             other => other?,
@@ -236,6 +245,7 @@ impl MongoCatalog {
     pub(super) async fn decide(&self, entry: Entry, decision: Decision) -> Result<Decision, LedgerFault> {
         let open = Stamp { id: entry.id.clone(), fence: entry.fence, phase: Phase::Preparing };
         let mut filter = bearing(&entry.org, &open);
+        let mut unset = Document::new();
         let set = match decision {
             Decision::Abort => doc! {"transition.phase": Phase::Aborting.word()},
             Decision::Commit => {
@@ -247,10 +257,23 @@ impl MongoCatalog {
                 };
                 let pins = bson::serialize_to_document(&entry.pins).map_err(|it| Fault::Damaged(it.to_string()))?;
                 set.extend(pins.into_iter().map(|(name, value)| (format!("routes.{name}"), value)));
+                let damaged = |error: bson::error::Error| Fault::Damaged(error.to_string());
+                let Change { status, generation, deletion } = entry.change();
+                if let Some(status) = status {
+                    set.insert("status", bson::serialize_to_bson(&status).map_err(damaged)?);
+                }
+                if let Some(generation) = generation {
+                    set.insert("generation", long(generation.into()));
+                }
+                match deletion {
+                    None => {}
+                    Some(None) => drop(unset.insert(DELETION, "")),
+                    Some(deletion) => drop(set.insert(DELETION, bson::serialize_to_bson(&deletion).map_err(damaged)?)),
+                }
                 set
             }
         };
-        if self.restamp(filter, set).await? {
+        if self.restamp_without(filter, set, unset).await? {
             return Ok(decision);
         }
         match self.stamp_of(&entry.org).await? {
@@ -269,7 +292,17 @@ impl MongoCatalog {
         };
         let closed = stamp.phase.closed();
         let filter = bearing(&entry.org, &stamp);
-        if !self.restamp(filter, doc! {"transition.phase": closed.word()}).await? {
+        let closes = match (entry.deed, closed) {
+            // The last of the tenant; who comes too late for this sees that the tenant is gone.
+            (Deed::Purge, Phase::Done) => {
+                failpoint::reach("before a record");
+                let gone = within(self.documents(ORGS).delete_one(filter)).await?.deleted_count == 1;
+                failpoint::reach("after a record");
+                gone
+            }
+            _ => self.restamp(filter, doc! {"transition.phase": closed.word()}).await?,
+        };
+        if !closes {
             return Err(LedgerFault::Overtaken);
         }
         Ok(self.put_away(entry, closed, "").await?)

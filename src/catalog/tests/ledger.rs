@@ -5,10 +5,13 @@ use super::*;
 fn entry(id: &str, from: Tier, to: Tier, epoch: u64) -> Entry {
     Entry {
         id: format!("acme.{}.{id}", epoch + 1),
+        deed: Deed::Tier,
         org: org("acme"),
         from,
         to,
         from_epoch: epoch,
+        deletion: None,
+        from_generation: 1,
         force: false,
         phase: Phase::Preparing,
         participants: Protocol::ALL

@@ -15,7 +15,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use super::folder::write_private;
+use super::{folder::write_private, port};
 use crate::{
     config::program_folders,
     tenant::{ConvexRoute, OrgId, Sharing, Tenant, Tier, namespace::Password},
@@ -103,7 +103,7 @@ impl Plan {
         }
         let mut held = Vec::new();
         let mut port = || -> Result<u16, String> {
-            let socket = TcpListener::bind(("127.0.0.1", 0)).map_err(io)?;
+            let socket = TcpListener::bind(("127.0.0.1", port::free()?)).map_err(io)?;
             let port = socket.local_addr().map_err(io)?.port();
             held.push(socket);
             Ok(port)

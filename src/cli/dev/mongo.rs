@@ -6,7 +6,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     os::unix::{fs::OpenOptionsExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -20,7 +20,7 @@ use mongodb::{
 };
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::folder::write_private;
+use super::{folder::write_private, port};
 use crate::{config::program_folders, tenant::namespace::Password};
 
 /// The server's program.
@@ -188,8 +188,7 @@ async fn launch(program: &Path, folder: &Path, password: Option<Password>) -> Re
     let log = folder.join("mongodb.log");
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let port = TcpListener::bind(loopback(0)).and_then(|socket| socket.local_addr());
-        let port = port.map_err(|error| format!("no free port: {error}"))?.port();
+        let port = port::free()?;
         let child = spawn(program, folder, &log, port, password.is_some())?;
         let mut server = Server { child, port, password: password.clone() };
         loop {

@@ -6,7 +6,6 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{Seek, Write},
-    net::TcpListener,
     os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
@@ -16,6 +15,7 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
+use super::port;
 use crate::{config::program_folders, tenant::namespace::Password, upstream::postgres};
 
 /// Longest start: recovery after a crash replays what was written since the last checkpoint.
@@ -143,7 +143,7 @@ impl Server {
         if !data.join("PG_VERSION").exists() {
             launch.initdb(folder, &password)?;
         }
-        let port = free_port()?;
+        let port = port::free()?;
         let child = launch.server(port)?;
         let mut server = Self { child, data: data.clone(), port, password };
         match server.wait_until_ready().await {
@@ -388,9 +388,4 @@ fn end_leftover(data: &Path) -> Result<(), String> {
         std::thread::sleep(LOOK);
     }
     Ok(())
-}
-
-fn free_port() -> Result<u16, String> {
-    let socket = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
-    socket.map(|address| address.port()).map_err(|error| format!("no free port: {error}"))
 }

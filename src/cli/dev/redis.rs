@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -10,7 +9,7 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::folder::write_private;
+use super::{folder::write_private, port};
 use crate::{
     config::program_folders,
     tenant::{Names, namespace::Password},
@@ -60,7 +59,7 @@ impl Server {
         let io = |error: std::io::Error| format!("{}: {error}", folder.display());
         fs::create_dir_all(folder).map_err(io)?;
         let folder = folder.canonicalize().map_err(io)?;
-        let port = TcpListener::bind(("127.0.0.1", 0)).and_then(|socket| socket.local_addr()).map_err(io)?.port();
+        let port = port::free()?;
         let config = folder.join("redis.conf");
         let text = format!(
             "bind 127.0.0.1\nport {port}\ndatabases {DATABASES}\nrequirepass {}\ndir {:?}\nappendonly yes\nsave \"\"\n\

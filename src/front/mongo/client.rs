@@ -23,7 +23,8 @@ use tokio::time::Sleep;
 use super::{
     Server,
     commands::{self, Emulate, Found, Treat},
-    inbox::{Gone, Inbox},
+    inbox::{Arrived, Gone, Inbox},
+    large::{self, RECEIVED_WITHIN, Room},
     login,
     refuse::{self, After, Answer, Repeat},
     rewrite::{self, Request, Scope, Verdict},
@@ -38,7 +39,7 @@ use crate::{
     wire::mongo::{
         self, CHECKSUM_PRESENT, HEADER_BYTES, Header, MESSAGE_MAX_BYTES, Message, OP_COMPRESSED, OP_MSG, OP_QUERY,
         Query,
-        bson::{self, Document},
+        bson::Document,
         compress::{self, Compressor},
     },
 };
@@ -58,6 +59,9 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(120);
 /// Smallest reply that is compressed: below, it grows.
 const COMPRESSED_MIN_BYTES: usize = 256;
 
+/// What a body usually grows by when it is rewritten.
+const GROWTH_BYTES: usize = 256;
+
 /// How an answer goes back.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked {
@@ -65,6 +69,13 @@ pub struct Asked {
     pub id: i32,
     form: Form,
     compressor: Option<Compressor>,
+}
+
+impl Asked {
+    /// As a message that is not compressed.
+    pub fn message(id: i32) -> Self {
+        Self { id, form: Form::Message, compressor: None }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,7 +107,9 @@ pub struct Client {
 
 /// What ends the wait for a message.
 enum Event {
-    Message(Header, Vec<u8>),
+    Message(Header, Vec<u8>, Option<Room>),
+    /// A message that takes so many bytes has begun.
+    Large(usize),
     Malformed,
     End,
 }
@@ -135,27 +148,35 @@ impl Client {
         let drain = self.server.drain.clone();
         let mut started = std::pin::pin!(drain.started());
         let mut silence = std::pin::pin!(tokio::time::sleep(self.server.config.login_timeout));
+        let mut received = std::pin::pin!(tokio::time::sleep(RECEIVED_WITHIN));
         loop {
             if let Some(session) = &self.session {
                 session.live().set_idle(true);
             }
-            let stranger = self.session.is_none();
+            let (stranger, lent) = (self.session.is_none(), self.inbox.is_lent());
             let event = tokio::select! {
                 biased;
                 event = poll_fn(|cx| self.poll(cx)) => event,
                 () = &mut started => Event::End,
                 () = &mut silence, if stranger => Event::End,
+                () = &mut received, if lent => Event::End,
             };
             match event {
                 Event::End => break,
                 // How long the next message is can't be known.
                 Event::Malformed => {
-                    let asked = Asked { id: 0, form: Form::Message, compressor: None };
+                    let asked = Asked::message(0);
                     let answer = refuse::render(&Refusal::Malformed { what: "not a MongoDB message" }, Repeat::Plain);
                     let _ = self.answer(asked, &answer).await;
                     break;
                 }
-                Event::Message(header, bytes) => {
+                Event::Large(bytes) => {
+                    if large::make_room(self, bytes).await == After::Close {
+                        break;
+                    }
+                    received.as_mut().reset(tokio::time::Instant::now() + RECEIVED_WITHIN);
+                }
+                Event::Message(header, bytes, _room) => {
                     if let Some(session) = &self.session {
                         session.live().set_idle(false);
                     }
@@ -174,7 +195,10 @@ impl Client {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
         let max = if self.session.is_some() { MESSAGE_MAX_BYTES } else { STRANGER_MESSAGE_MAX_BYTES };
         match self.inbox.poll_message(cx, max) {
-            Poll::Ready(Ok((header, bytes))) => return Poll::Ready(Event::Message(header, bytes)),
+            Poll::Ready(Ok(Arrived::Message(header, bytes, room))) => {
+                return Poll::Ready(Event::Message(header, bytes, room));
+            }
+            Poll::Ready(Ok(Arrived::Large(bytes))) => return Poll::Ready(Event::Large(bytes)),
             Poll::Ready(Err(Gone::Left)) => return Poll::Ready(Event::End),
             Poll::Ready(Err(Gone::Malformed(fault))) => {
                 tracing::debug!(conn = self.id, peer = %self.peer, %fault, "not MongoDB's protocol");
@@ -200,7 +224,7 @@ impl Client {
         if let Some(session) = &self.session {
             session.meter().bytes_in.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         }
-        let mut asked = Asked { id: header.request_id, form: Form::Message, compressor: None };
+        let mut asked = Asked::message(header.request_id);
         match header.opcode {
             OP_MSG => {
                 let Some((head, payload)) = bytes.split_first_chunk() else { return After::Close };
@@ -351,7 +375,8 @@ impl Client {
             max_time_ms: i32::try_from(max_time.as_millis()).unwrap_or(i32::MAX),
         };
         let request = Request { body: message.body.bytes(), sections: message.sections() };
-        let mut sent = Vec::new();
+        let bytes: usize = request.sections.iter().map(|(_, bytes)| bytes.len()).sum();
+        let mut sent = Vec::with_capacity(request.body.len() + bytes + bytes / 8 + GROWTH_BYTES);
         mongo::begin(&mut sent, 0, 0, OP_MSG);
         match rewrite::rewrite(&scope, &request, &mut sent) {
             Verdict::Refuse(fault) => {
@@ -471,9 +496,4 @@ impl Client {
         self.session = None;
         self.expired = None;
     }
-}
-
-/// The first element's text, for logs and answers.
-pub(super) fn text<'a>(body: Document<'a>, key: &str) -> Option<&'a str> {
-    body.get(key).ok().flatten().and_then(|it: bson::Element<'a>| it.str())
 }

@@ -226,6 +226,10 @@ pub struct Row {
     pub reply: ReplyRule,
     /// Its own fields, beside [`GENERIC`].
     pub fields: &'static [Field],
+    /// Bits of the fields without which the server would do something else than asked, or something to everybody.
+    pub required: u64,
+    /// Bits of the fields that `filter` isolation writes where the client left them out.
+    pub wanted: u64,
 }
 
 const fn field(name: &'static str, rule: Rule) -> Field {
@@ -263,7 +267,43 @@ const fn data(name: &'static str, value: Value, reply: ReplyRule, fields: &'stat
         timed: true,
         reply,
         fields,
+        required: bits(fields, Which::Required),
+        wanted: bits(fields, Which::Wanted),
     }
+}
+
+enum Which {
+    Required,
+    Wanted,
+}
+
+/// A bit for each such field, by its place.
+const fn bits(fields: &[Field], which: Which) -> u64 {
+    let (mut bits, mut at) = (0, 0);
+    while at < fields.len() {
+        let meant = match which {
+            Which::Required => matches!(
+                fields[at].rule,
+                Rule::Documents
+                    | Rule::Updates
+                    | Rule::Deletes
+                    | Rule::Operations
+                    | Rule::Namespaces
+                    | Rule::Pipeline
+                    | Rule::Path
+                    | Rule::Cursors
+                    | Rule::CursorCollection
+                    | Rule::Target
+                    | Rule::Indexes
+            ),
+            Which::Wanted => matches!(fields[at].rule, Rule::Filter | Rule::Projection | Rule::Verbosity),
+        };
+        if meant {
+            bits |= 1 << at;
+        }
+        at += 1;
+    }
+    bits
 }
 
 /// A row that is answered here, whatever its fields.
@@ -279,6 +319,8 @@ const fn local(name: &'static str, emulate: Emulate) -> Row {
         timed: false,
         reply: ReplyRule::Plain,
         fields: &[],
+        required: 0,
+        wanted: 0,
     }
 }
 
@@ -889,5 +931,51 @@ pub fn find(name: &[u8]) -> Found {
 }
 
 fn row(name: &[u8]) -> Option<&'static Row> {
-    ROWS.iter().find(|row| row.name.as_bytes() == name || row.alias.is_some_and(|alias| alias.as_bytes() == name))
+    let mut at = place(name);
+    // Ends at an empty place: there are more places than names.
+    loop {
+        let row = ROWS.get(usize::from(INDEX[at]))?;
+        if row.name.as_bytes() == name || row.alias.is_some_and(|alias| alias.as_bytes() == name) {
+            return Some(row);
+        }
+        at = (at + 1) % PLACES;
+    }
+}
+
+/// Places in [`INDEX`].
+const PLACES: usize = 256;
+
+/// Rows by their names and aliases, made by the compiler; what is beyond all rows is an empty place. Walking sixty
+/// names cost more than rewriting some commands.
+static INDEX: [u8; PLACES] = {
+    assert!(ROWS.len() * 2 < PLACES);
+    let (mut index, mut at) = ([u8::MAX; PLACES], 0);
+    while at < ROWS.len() {
+        let names = [Some(ROWS[at].name), ROWS[at].alias];
+        let mut which = 0;
+        while which < names.len() {
+            if let Some(name) = names[which] {
+                let mut to = place(name.as_bytes());
+                while index[to] != u8::MAX {
+                    to = (to + 1) % PLACES;
+                }
+                #[allow(clippy::cast_possible_truncation, reason = "fewer rows than places, as asserted")]
+                let row = at as u8;
+                index[to] = row;
+            }
+            which += 1;
+        }
+        at += 1;
+    }
+    index
+};
+
+/// Where a name is looked for first.
+const fn place(name: &[u8]) -> usize {
+    let (mut hash, mut at) = (name.len(), 0);
+    while at < name.len() && at < 32 {
+        hash = hash.wrapping_mul(31).wrapping_add(name[at] as usize);
+        at += 1;
+    }
+    (hash ^ hash >> 8) % PLACES
 }

@@ -16,8 +16,10 @@ use std::{
 use ::bson::{Document as Tree, doc};
 
 use super::{
+    Server,
     client::{Asked, Client},
     commands::{Home, ReplyRule},
+    large::{LARGE_BYTES, Room},
     mask::Mask,
     refuse::{self, After, Answer, Repeat},
     reply::{Mapping, Seen},
@@ -52,7 +54,7 @@ struct Held {
 
 /// How it ended.
 enum Outcome {
-    Replied(Lease),
+    Replied(Lease, Option<Room>),
     Failed(Error),
     Late,
     Gone,
@@ -94,18 +96,18 @@ pub async fn run(
     let server = Arc::clone(&client.server);
     let mut reply = Vec::new();
     let outcome = {
-        let work = exchange(&server.upstream, tenancy, way, forward, sent, &mut reply);
+        let work = exchange(&server, tenancy, way, forward, sent, &mut reply);
         tokio::select! {
             biased;
-            done = work => done.map_or_else(Outcome::Failed, Outcome::Replied),
+            done = work => done.map_or_else(Outcome::Failed, |(lease, room)| Outcome::Replied(lease, room)),
             () = client.inbox.gone() => Outcome::Gone,
             () = tokio::time::sleep(limits.timeout + GRACE) => Outcome::Late,
         }
     };
     let answer = match outcome {
-        Outcome::Replied(lease) => {
+        Outcome::Replied(lease, _room) => {
             lease.release();
-            return replied(client, asked, tenancy, way, forward, held, sent, &reply).await;
+            return replied(client, asked, tenancy, way, forward, held, sent, reply).await;
         }
         Outcome::Gone => {
             abort_later(client, held.transaction.take());
@@ -199,15 +201,16 @@ async fn hold(
     }))
 }
 
-/// Sends the request and reads the reply; gives the connection, which is whole again.
+/// Sends the request and reads the reply; gives the connection, which is whole again, and what a large reply was lent.
 async fn exchange(
-    upstream: &Upstream,
+    server: &Server,
     tenancy: &Tenancy,
     way: &Way,
     forward: &Forward<'_>,
     sent: &mut [u8],
     reply: &mut Vec<u8>,
-) -> Result<Lease, Error> {
+) -> Result<(Lease, Option<Room>), Error> {
+    let upstream = &server.upstream;
     if let Some(prepare) = &forward.prepare {
         prepared(upstream, tenancy, way, forward.database, prepare).await?;
     }
@@ -216,8 +219,14 @@ async fn exchange(
     }
     let database = (forward.row.home == Home::Data || forward.database != "admin").then_some(forward.database);
     let mut lease = way.lease(upstream, database).await?;
-    lease.connection.exchange(sent, reply).await?;
-    Ok(lease)
+    let length = lease.connection.ask(sent, reply).await?;
+    let mut room = None;
+    if length > LARGE_BYTES {
+        // Twice: as it came, and as it goes.
+        room = server.rooms.reply(&tenancy.rooms, 2 * length).await;
+    }
+    lease.connection.rest(length, reply).await?;
+    Ok((lease, room))
 }
 
 /// Logical databases beyond the request's own that a bulk write names: the tenant's user needs its rights on them.
@@ -301,7 +310,7 @@ async fn replied(
     forward: &Forward<'_>,
     mut held: Held,
     sent: &[u8],
-    reply: &[u8],
+    reply: Vec<u8>,
 ) -> After {
     let Some(session) = &client.session else { return After::Close };
     let mapping = Mapping {
@@ -315,7 +324,7 @@ async fn replied(
     };
     let mut out = Vec::with_capacity(reply.len() + 64);
     Client::begin(asked, &mut out);
-    let mapped = connection::body(reply).and_then(|body| mapping.put(body, &mut out));
+    let mapped = connection::body(&reply).and_then(|body| mapping.put(body, &mut out));
     let seen = match mapped {
         Ok(seen) => seen,
         Err(fault) => {
@@ -339,6 +348,8 @@ async fn replied(
         }
     }
     drop(held);
+    // A slow client keeps one copy, not two.
+    drop(reply);
     if !Client::waits(asked) {
         return After::Stay;
     }

@@ -11,9 +11,13 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
+use super::large::{self, Room};
 use crate::{
     net::Stream,
-    wire::{self, mongo::Header},
+    wire::{
+        self,
+        mongo::{Header, MORE_TO_COME, OP_COMPRESSED},
+    },
 };
 
 /// Bytes read at once.
@@ -22,6 +26,9 @@ const READ_BYTES: usize = 64 << 10;
 /// Bytes that are taken from a client while a request of its runs; drivers send nothing then, beyond writes that want
 /// no answer.
 const AHEAD_MAX_BYTES: usize = 1 << 20;
+
+/// Where an OP_MSG's flags end.
+const FLAGS_END: usize = 20;
 
 thread_local! {
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
@@ -42,32 +49,112 @@ impl From<io::Error> for Gone {
     }
 }
 
+/// What has come.
+#[derive(Debug)]
+pub enum Arrived {
+    /// A whole message, and the room that it was lent.
+    Message(Header, Vec<u8>, Option<Room>),
+    /// The head of a large message, which takes so many bytes: nothing more is read before [`Inbox::lend`] or
+    /// [`Inbox::skip`].
+    Large(usize),
+}
+
+/// Whether a message that was thrown away can be answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Skipped {
+    /// Its sender waits for an answer to this number.
+    Asked(i32),
+    /// It wanted none.
+    Silent,
+    /// Whether it wanted one stood inside what was compressed.
+    Unknown,
+}
+
 /// A client's stream and its unfinished message.
 #[derive(Debug)]
 pub struct Inbox {
     stream: Stream,
     bytes: Vec<u8>,
+    /// What the unfinished message was lent, for a large one.
+    room: Option<Room>,
 }
 
 impl Inbox {
     /// Nothing was read yet.
     pub fn new(stream: Stream) -> Self {
-        Self { stream, bytes: Vec::new() }
+        Self { stream, bytes: Vec::new(), room: None }
     }
 
-    /// Gives the next whole message of at most `max` bytes.
-    pub fn poll_message(&mut self, cx: &mut Context<'_>, max: usize) -> Poll<Result<(Header, Vec<u8>), Gone>> {
+    /// Gives the next whole message of at most `max` bytes, or asks for room for it.
+    pub fn poll_message(&mut self, cx: &mut Context<'_>, max: usize) -> Poll<Result<Arrived, Gone>> {
         loop {
             match Header::read(&self.bytes, max) {
                 Err(fault) => return Poll::Ready(Err(Gone::Malformed(fault))),
-                Ok(Some(header)) if self.bytes.len() >= header.length => {
-                    let rest = self.bytes.split_off(header.length);
-                    return Poll::Ready(Ok((header, std::mem::replace(&mut self.bytes, rest))));
+                Ok(Some(header)) => {
+                    if self.room.is_none()
+                        && let Some(bytes) = large::needed(&header, &self.bytes, max)
+                    {
+                        return Poll::Ready(Ok(Arrived::Large(bytes)));
+                    }
+                    if self.bytes.len() >= header.length {
+                        let rest = self.bytes.split_off(header.length);
+                        let message = std::mem::replace(&mut self.bytes, rest);
+                        return Poll::Ready(Ok(Arrived::Message(header, message, self.room.take())));
+                    }
                 }
-                Ok(_) => {}
+                Ok(None) => {}
             }
             std::task::ready!(self.poll_read(cx))?;
         }
+    }
+
+    /// Lends the message that has begun its room.
+    pub fn lend(&mut self, room: Room) {
+        self.room = Some(room);
+        if let Ok(Some(header)) = Header::read(&self.bytes, usize::MAX) {
+            // At once: growing step by step, it would come to hold up to twice its length.
+            self.bytes.reserve_exact(header.length.saturating_sub(self.bytes.len()));
+        }
+    }
+
+    /// Whether a large message is coming in.
+    pub fn is_lent(&self) -> bool {
+        self.room.is_some()
+    }
+
+    /// Reads the message that has begun to its end and throws it away.
+    ///
+    /// # Errors
+    /// The client has gone.
+    ///
+    /// # Cancel safety
+    /// None: drop the connection.
+    pub async fn skip(&mut self) -> Result<Skipped, Gone> {
+        let Some(header) = Header::read(&self.bytes, usize::MAX).map_err(Gone::Malformed)? else {
+            return Err(Gone::Left);
+        };
+        // Its flags, which the head that made it large came with or come with the next bytes.
+        while self.bytes.len() < FLAGS_END.min(header.length) {
+            poll_fn(|cx| self.poll_read(cx)).await?;
+        }
+        let silent = self.bytes[..FLAGS_END.min(self.bytes.len())]
+            .last_chunk()
+            .is_some_and(|flags| u32::from_le_bytes(*flags) & MORE_TO_COME != 0);
+        let mut left = header.length;
+        loop {
+            let part = left.min(self.bytes.len());
+            self.bytes.drain(..part);
+            left -= part;
+            if left == 0 {
+                break;
+            }
+            poll_fn(|cx| self.poll_read(cx)).await?;
+        }
+        Ok(match header.opcode {
+            OP_COMPRESSED => Skipped::Unknown,
+            _ if silent => Skipped::Silent,
+            _ => Skipped::Asked(header.request_id),
+        })
     }
 
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Gone>> {

@@ -8,7 +8,7 @@ mod shared;
 use std::sync::Arc;
 
 use super::{
-    client::{Client, text},
+    client::Client,
     commands::{self, Emulate},
     refuse::{self, Answer, Repeat},
     rewrite::Local,
@@ -272,4 +272,9 @@ fn put_server_status(client: &Client, out: &mut Vec<u8>) {
 fn failed(error: &Error, isolation: Isolation) -> Answer {
     tracing::warn!(%error, ?isolation, "an errand for a client failed");
     refuse::render(&Refusal::UpstreamDown, Repeat::Plain)
+}
+
+/// The first element's text, for logs and answers.
+fn text<'a>(body: Document<'a>, key: &str) -> Option<&'a str> {
+    body.get(key).ok().flatten().and_then(|it: bson::Element<'a>| it.str())
 }

@@ -2,7 +2,7 @@
 //!
 //! [`Server::serve`] is one client from its first byte to its last: `client` holds the conversation, `login` the
 //! handshake, `commands` says what becomes of each command, `rewrite` makes a request of a tenant one that can't leave
-//! the tenant, `forward` sends it on within the tenant's limits, `reply` maps what comes back, `local` answers what the
+//! the tenant, `forward` sends it on within the tenant's limits, `large` bounds what is in memory, `reply` maps what comes back, `local` answers what the
 //! server must not be asked. `tenancy` is what all clients of a tenant share; `mask` hides the server's names of
 //! sessions and cursors.
 
@@ -10,6 +10,7 @@ mod client;
 pub mod commands;
 mod forward;
 mod inbox;
+mod large;
 mod local;
 mod login;
 pub mod mask;
@@ -51,6 +52,7 @@ pub struct Server {
     config: Config,
     drain: Drain,
     registry: tenancy::Registry,
+    rooms: large::Rooms,
     /// This process to drivers behind a load balancer.
     service_id: [u8; 12],
     /// When it began, in coarse milliseconds.
@@ -72,7 +74,8 @@ impl Server {
         let mut service_id = [0; 12];
         aws_lc_rs::rand::fill(&mut service_id).map_err(|_| "no randomness")?;
         let registry = tenancy::Registry::default();
-        Ok(Arc::new(Self { gate, upstream, tls, config, drain, registry, service_id, since_ms: clock::now_ms() }))
+        let (rooms, since_ms) = (large::Rooms::of_process(), clock::now_ms());
+        Ok(Arc::new(Self { gate, upstream, tls, config, drain, registry, rooms, service_id, since_ms }))
     }
 
     /// Serves one client until it leaves or is let go.

@@ -51,6 +51,9 @@ pub struct Answer {
     pub after: After,
 }
 
+/// When to try again with a large message: longer than it takes to pass most of them on.
+const NO_ROOM_BACKOFF: Duration = Duration::from_millis(500);
+
 const OVERLOADED: &[&str] = &["SystemOverloadedError", "RetryableError"];
 const RETRYABLE_WRITE: &[&str] = &["RetryableWriteError"];
 const TRANSIENT: &[&str] = &["TransientTransactionError"];
@@ -143,6 +146,13 @@ fn overloaded(message: String, backoff: Option<Duration>) -> Answer {
     answer.labels = OVERLOADED;
     answer.backoff = backoff;
     answer
+}
+
+/// The answer to a large message for which there was no room.
+pub fn no_room() -> Answer {
+    let text =
+        "too many large messages at a time: try again, or send smaller batches (256 KiB and less are never refused)";
+    overloaded(text.into(), Some(NO_ROOM_BACKOFF))
 }
 
 fn over_limit(over: &Over) -> Answer {

@@ -18,6 +18,7 @@ use hashbrown::{HashMap, HashSet};
 use parking_lot::Mutex;
 
 use super::{
+    large::Rooms,
     mask::Mask,
     turn::{Turn, Turns},
 };
@@ -117,6 +118,8 @@ pub struct Tenancy {
     pub turns: Arc<Turns>,
     /// Its permutations.
     pub mask: Mask,
+    /// Its room for large messages.
+    pub rooms: Rooms,
     slot: Arc<Slot>,
     way: ArcSwap<Way>,
     clients: AtomicU32,
@@ -133,6 +136,7 @@ impl Tenancy {
         Some(Self {
             turns: Turns::new(Arc::clone(slot)),
             mask,
+            rooms: Rooms::of_tenant(),
             slot: Arc::clone(slot),
             way: ArcSwap::from_pointee(Way::new(upstream, slot)),
             clients: AtomicU32::new(0),

@@ -5,41 +5,41 @@
 //! farewell) leaves it as an [`Event`] and is ordinary `async` code here. Dropping a relay at any await is safe: its
 //! lease is closed, its places are given back.
 
+mod end;
+mod limit;
 mod link;
+mod pending;
 
 use std::{
     cell::RefCell,
     io,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
-    task::{Context, Poll, ready},
-    time::{Duration, Instant},
+    sync::Arc,
+    task::{Context, Poll},
+    time::Instant,
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncWriteExt, ReadBuf},
     task::JoinHandle,
 };
 
+use self::{end::log_end, pending::Pending};
 use super::{
     Server, cancel,
     conversation::{Conversation, Fault, Heard, Want},
-    count_refusal, farewell,
+    farewell,
     handshake::Admitted,
     out::Out,
-    refuse,
 };
 use crate::{
     net::{Peer, Stream},
-    quota::{Stop, clock},
-    refusal::{Limit, Over, Refusal},
+    quota::Stop,
+    refusal::Over,
     session::Session,
     tenant::PoolMode,
     upstream::postgres::{Home, Lease, Pool, Taken, Upstream},
-    wire::postgres::{
-        backend::{Report, Severity},
-        head,
-    },
+    wire::postgres::head,
 };
 
 /// Bytes read at once. Large enough that a big result costs few system calls; one buffer per thread.
@@ -51,14 +51,6 @@ const HELD_KEPT: usize = 32;
 
 /// Answers owed at once; a client that wants more has to wait for some.
 const OWED_MAX: usize = 4096;
-
-/// How long a session that has to end may take to reach a safe point.
-const STOP_GRACE: Duration = Duration::from_secs(60);
-/// The same where the tenant is suspended or its key revoked.
-const CUT_GRACE: Duration = Duration::from_secs(1);
-
-/// How long a server may take to obey a cancel before its backend is terminated.
-const CANCEL_GRACE: Duration = Duration::from_secs(1);
 
 /// What [`Relay::armed`] is when the deadline has to be set anew.
 const UNARMED: u64 = u64::MAX;
@@ -149,62 +141,6 @@ struct Metered {
     errors: u64,
 }
 
-/// Bytes that a socket has not taken yet.
-#[derive(Debug, Default)]
-struct Pending {
-    bytes: Vec<u8>,
-    /// Of `bytes`, which are a few reads' worth at most.
-    at: u32,
-    /// The stream may hold bytes of its own.
-    flush: bool,
-}
-
-impl Pending {
-    fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
-    }
-
-    /// Writes until all is taken.
-    fn poll(&mut self, stream: &mut Stream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while let Some(rest @ [_, ..]) = self.bytes.get(self.at as usize..) {
-            match ready!(Pin::new(&mut *stream).poll_write(cx, rest))? {
-                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                n => self.at += u32::try_from(n).unwrap_or(u32::MAX),
-            }
-            self.flush = stream.is_buffered();
-        }
-        if !self.bytes.is_empty() {
-            *self = Self { flush: self.flush, ..Self::default() };
-        }
-        if self.flush {
-            ready!(Pin::new(stream).poll_flush(cx))?;
-            self.flush = false;
-        }
-        Poll::Ready(Ok(()))
-    }
-
-    /// Writes `out` now, as far as it goes.
-    fn write(&mut self, out: &mut Out, stream: &mut Stream, cx: &mut Context<'_>, input: &[u8]) -> io::Result<()> {
-        if out.is_empty() {
-            return Ok(());
-        }
-        if !self.is_empty() {
-            out.copy_to(input, &mut self.bytes);
-            return Ok(());
-        }
-        out.write(stream, cx, input, &mut self.bytes)?;
-        self.flush = stream.is_buffered();
-        if self.bytes.is_empty()
-            && self.flush
-            && let Poll::Ready(flushed) = Pin::new(stream).poll_flush(cx)
-        {
-            flushed?;
-            self.flush = false;
-        }
-        Ok(())
-    }
-}
-
 /// What the log is told of a session's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Told {
@@ -244,18 +180,6 @@ pub(super) async fn begin(
     None
 }
 
-/// The one line about a session, at its end. `sums`: bytes in, bytes out, transactions.
-fn log_end(id: u64, peer: Peer, session: &Session, reason: &'static str, sums: [u64; 3]) {
-    let [bytes_in, bytes_out, transactions] = sums;
-    let protocol = session.protocol().label();
-    metrics::counter!("dynabase_connections_ended_total", "protocol" => protocol, "reason" => reason).increment(1);
-    let milliseconds = clock::now_ms().saturating_sub(session.live().opened_ms);
-    tracing::info!(
-        conn = id, %peer, org = %session.slot().org(), subject = %session.identity().subject, protocol, reason, bytes_in,
-        bytes_out, transactions, seconds = Duration::from_millis(milliseconds).as_secs_f64(), "postgres session ended"
-    );
-}
-
 impl Relay {
     /// Runs to the end.
     pub(super) async fn run(mut self: Box<Self>) {
@@ -288,14 +212,6 @@ impl Relay {
     /// Where its connections lead.
     fn upstream(&self) -> &Arc<Upstream> {
         self.server.upstream(self.pool.protocol())
-    }
-
-    fn log(&self, reason: &'static str) {
-        if self.told == Told::Nothing {
-            return;
-        }
-        let sums = [self.bytes_in, self.bytes_out, self.transactions];
-        log_end(self.id, self.peer, &self.session, reason, sums);
     }
 
     /// The busy path. See the module's description.
@@ -481,20 +397,6 @@ impl Relay {
         self.transactions += 1;
     }
 
-    fn over_storage(&self) -> Option<Over> {
-        let slot = self.session.slot();
-        let used = slot.stored(self.pool.protocol());
-        let policy = slot.policy();
-        let max = policy.limits.sql(self.pool.protocol()).storage;
-        (used >= max).then(|| Over {
-            limit: Limit::Storage,
-            tier: policy.tenant.tier,
-            max,
-            in_use: used,
-            retry_after: None,
-        })
-    }
-
     fn say(&mut self, cx: &mut Context<'_>, down: &mut Out, input: &[u8]) -> Result<(), Event> {
         self.bytes_out += (self.held.len() + down.len()) as u64;
         if !self.held.is_empty() {
@@ -555,217 +457,6 @@ impl Relay {
             }
             self.session.live().set_idle(true);
             self.meter();
-        }
-    }
-
-    /// Adds what was used since the last time to the tenant's meter, and to its rate what was not asked for before.
-    fn meter(&mut self) {
-        let now = Metered {
-            bytes_in: self.bytes_in,
-            bytes_out: self.bytes_out,
-            completed: self.conversation.ledger().completed(),
-            errors: self.conversation.errors(),
-        };
-        let before = std::mem::replace(&mut self.metered, now);
-        let meter = self.session.meter();
-        let statements = now.completed - before.completed;
-        meter.transactions.fetch_add(1, Ordering::Relaxed);
-        meter.requests.fetch_add(statements, Ordering::Relaxed);
-        meter.bytes_in.fetch_add(now.bytes_in - before.bytes_in, Ordering::Relaxed);
-        meter.bytes_out.fetch_add(now.bytes_out - before.bytes_out, Ordering::Relaxed);
-        if now.errors > before.errors {
-            meter.errors.fetch_add(now.errors - before.errors, Ordering::Relaxed);
-        }
-        if statements > 1 {
-            self.session.charge(statements - 1);
-        }
-    }
-
-    /// What others want of this session, if anything.
-    fn signal(&mut self) -> Option<Event> {
-        if !self.session.live().signalled() && self.stopping.is_none() {
-            return None;
-        }
-        let live = Arc::clone(self.session.live());
-        if live.take_cancel() {
-            return Some(Event::Cancel);
-        }
-        if self.stopping.is_none()
-            && let Some(stop) = live.stopped()
-        {
-            let grace = if matches!(stop, Stop::Suspended | Stop::Revoked) { CUT_GRACE } else { STOP_GRACE };
-            let at = clock::now_ms() + u64::try_from(grace.as_millis()).unwrap_or(0);
-            self.stopping = Some(Box::new((stop, at)));
-            self.armed = UNARMED;
-        }
-        if let Some(stop) = self.stopping.as_ref().map(|it| it.0)
-            && self.conversation.is_at_safe_point()
-        {
-            return Some(Event::Stop(stop));
-        }
-        live.take_due().then_some(Event::Due)
-    }
-
-    /// Sets the deadline for what is happening now, if that has changed.
-    fn arm(&mut self) {
-        self.forget_timeout();
-        let ledger = self.conversation.ledger();
-        let busy = self.link.is_some() && !ledger.is_settled();
-        // A pipeline without its Sync or half a message holds the connection as an open transaction does.
-        let idle = self.link.is_none() || (ledger.is_idle() && self.tail.is_empty());
-        let state = ledger.completed() << 2 | u64::from(busy) << 1 | u64::from(idle);
-        if state == self.armed {
-            return;
-        }
-        self.armed = state;
-        let deadline = match self.timed_out.as_ref().map(|it| it.1) {
-            Some(at) => at,
-            None if busy || !idle => {
-                let policy = self.session.slot().policy();
-                let limits = policy.limits.sql(self.pool.protocol());
-                let limit = if busy { limits.statement_timeout } else { limits.idle_in_transaction_timeout };
-                // The clock may lag; nobody's statement is cut before its time.
-                let whole = limit + clock::RESOLUTION;
-                clock::now_ms() + u64::try_from(whole.as_millis()).unwrap_or(u64::MAX / 2)
-            }
-            None => u64::MAX,
-        };
-        self.session.live().set_deadline(deadline.min(self.stopping.as_ref().map_or(u64::MAX, |it| it.1)));
-    }
-
-    /// The statement that was cancelled for its time has ended: the next one has all of its own.
-    fn forget_timeout(&mut self) -> bool {
-        let Some(errors) = self.timed_out.as_ref().map(|it| it.0) else { return false };
-        let busy = self.link.is_some() && !self.conversation.ledger().is_settled();
-        let over = !busy || self.conversation.errors() != errors || !self.conversation.is_timed_out();
-        if over {
-            self.timed_out = None;
-            self.conversation.set_timed_out(None);
-            self.armed = UNARMED;
-        }
-        over
-    }
-
-    /// Asks the server to cancel what is running, if anything is. The connection stays leased until the server has
-    /// taken the request, so that it can't hit another client's statement.
-    fn cancel(&mut self) {
-        let Some(link) = &self.link else { return };
-        if self.cancelling.is_some() || self.conversation.ledger().is_settled() || link.key.is_empty() {
-            return;
-        }
-        let (home, key) = (Arc::clone(&self.home), link.key.clone());
-        self.cancelling = Some(tokio::spawn(async move { home.endpoint.cancel(&key).await }));
-    }
-
-    /// The deadline has passed: of a statement, of a pause inside a transaction, or of the grace of a stop.
-    async fn due(&mut self) -> Result<(), &'static str> {
-        if let Some((stop, at)) = self.stopping.as_deref().copied()
-            && clock::now_ms() >= at
-        {
-            self.cancel();
-            return Err(self.stop(stop).await);
-        }
-        if self.forget_timeout() {
-            return Ok(());
-        }
-        let policy = Arc::clone(&self.session.slot().policy());
-        let limits = policy.limits.sql(self.pool.protocol());
-        let over = |limit, max: Duration| Over {
-            limit,
-            tier: policy.tenant.tier,
-            max: u64::try_from(max.as_millis()).unwrap_or(u64::MAX),
-            in_use: u64::try_from(max.as_millis()).unwrap_or(u64::MAX),
-            retry_after: None,
-        };
-        if self.link.is_none() || (self.conversation.ledger().is_idle() && self.tail.is_empty()) {
-            return Ok(());
-        }
-        if self.conversation.ledger().is_settled() {
-            let refusal = Refusal::OverLimit(over(Limit::IdleInTransaction, limits.idle_in_transaction_timeout));
-            return Err(self.end(&refusal).await);
-        }
-        let refusal = over(Limit::StatementTimeout, limits.statement_timeout);
-        if self.timed_out.is_none() {
-            count_refusal(self.session.protocol(), &Refusal::OverLimit(refusal));
-            let at = clock::now_ms() + u64::try_from(CANCEL_GRACE.as_millis()).unwrap_or(0);
-            self.timed_out = Some(Box::new((self.conversation.errors(), at)));
-            self.armed = UNARMED;
-            self.conversation.set_timed_out(Some(refusal));
-            self.cancel();
-            return Ok(());
-        }
-        // The statement swallows cancels: its backend has to go.
-        if let Some(link) = &self.link
-            && let Some(pid) = link.pid()
-        {
-            self.upstream().terminate(pid, &self.home).await;
-        }
-        Err(self.end(&Refusal::OverLimit(refusal)).await)
-    }
-
-    async fn stop(&mut self, stop: Stop) -> &'static str {
-        self.end(&Session::farewell(stop)).await
-    }
-
-    /// Ends the session with a FATAL report, where the client is between two messages.
-    async fn end(&mut self, refusal: &Refusal) -> &'static str {
-        count_refusal(self.session.protocol(), refusal);
-        self.say_goodbye(&refuse::fatal(refusal)).await;
-        refusal.kind()
-    }
-
-    async fn say_goodbye(&mut self, report: &Report) {
-        if self.to_client.is_empty() && self.conversation.is_between_replies() {
-            let held = std::mem::take(&mut self.held);
-            farewell(&mut self.client, &held, report).await;
-        }
-    }
-
-    async fn server_gone(&mut self, told: bool) -> &'static str {
-        // What it sent before is with the client already; nothing is ever sent to it again.
-        if !told {
-            let mut report = refuse::plain(Severity::Fatal, "08006", "the connection to the database was lost");
-            report.hint = "The statement may or may not have run: reconnect and look before repeating it.".into();
-            self.say_goodbye(&report).await;
-        } else {
-            let flush = std::future::poll_fn(|cx| self.to_client.poll(&mut self.client, cx));
-            // Its own last words; a client that does not take them in time misses them.
-            let _ = tokio::time::timeout(super::LINGER, flush).await;
-            let _ = tokio::time::timeout(super::LINGER, self.client.shutdown()).await;
-        }
-        self.link = None;
-        "upstream_lost"
-    }
-
-    async fn fault(&mut self, fault: Fault) -> &'static str {
-        let (report, reason) = match fault {
-            Fault::Client(error) => (refuse::plain(Severity::Fatal, "08P01", error.what), "protocol"),
-            Fault::Server(error) => {
-                tracing::error!(org = %self.session.slot().org(), %error, "the upstream does not follow the protocol");
-                (refuse::fatal(&Refusal::UpstreamDown), "upstream_protocol")
-            }
-            Fault::Unasked => {
-                tracing::error!(org = %self.session.slot().org(), "the upstream answered what nobody asked");
-                (refuse::fatal(&Refusal::UpstreamDown), "upstream_protocol")
-            }
-        };
-        self.say_goodbye(&report).await;
-        reason
-    }
-
-    /// Leaves no trace: gives a clean connection back, cancels what still runs, closes everything else.
-    fn leave(&mut self) {
-        let Some(mut lease) = self.link.take() else { return };
-        let ledger = self.conversation.ledger();
-        if self.conversation.may_release() && self.cancelling.is_none() && self.to_server.is_empty() {
-            // A session-mode client may have left anything behind.
-            lease.remote.soiled |= self.mode == PoolMode::Session;
-            lease.release();
-        } else if ledger.is_settled() || lease.key.is_empty() {
-            drop(lease);
-        } else {
-            let (upstream, home) = (Arc::clone(self.upstream()), Arc::clone(&self.home));
-            tokio::spawn(async move { link::abandon(&upstream, lease, &home).await });
         }
     }
 }

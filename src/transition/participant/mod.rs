@@ -52,6 +52,51 @@ pub struct Order {
     pub prior: Value,
     /// The coordinator's fence.
     pub fence: u64,
+    /// Where it says how far it is.
+    pub progress: Progress,
+}
+
+/// How far a long call is, for people: the last word counts. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Progress(Arc<parking_lot::Mutex<String>>);
+
+impl Progress {
+    /// Says how far it is.
+    pub fn say(&self, word: impl Into<String>) {
+        *self.0.lock() = word.into();
+    }
+
+    /// What was said since it was asked last.
+    pub fn take(&self) -> Option<String> {
+        let word = std::mem::take(&mut *self.0.lock());
+        (!word.is_empty()).then_some(word)
+    }
+}
+
+/// A step of a tenant's life at one database. Each may be repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Make the tenant's place, or bring it up to date.
+    Make,
+    /// Let in who comes with the next generation of its credentials, beside the present one.
+    TakeNext,
+    /// Only the next generation from now on.
+    DropPrevious,
+    /// Only the present generation from now on.
+    DropNext,
+    /// Take away all that is the tenant's.
+    Purge,
+}
+
+/// Something that a database holds of a tenant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Holding {
+    /// What: `database app`, `keys`, …
+    pub what: String,
+    /// How many of them, where that is known.
+    pub count: Option<u64>,
+    /// Their bytes, where that is known.
+    pub bytes: Option<u64>,
 }
 
 impl Order {
@@ -123,6 +168,16 @@ pub trait Participant: Send + Sync {
 
     /// Brings it back to the settings before.
     fn restore<'a>(&'a self, order: &'a Order) -> Reply<'a, ()>;
+
+    /// Does its part in a step of the tenant's life. By default nothing of a tenant is kept there by this program.
+    fn live<'a>(&'a self, _stage: Stage, _order: &'a Order) -> Reply<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
+    /// Lists what it holds of the tenant: all that [`Stage::Purge`] would take away.
+    fn holdings<'a>(&'a self, _tenant: &'a Tenant) -> Reply<'a, Vec<Holding>> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
 
     /// Says what it holds for the tenant, beside what `limits` ask for.
     fn read_back<'a>(&'a self, tenant: &'a Tenant, limits: &'a Limits) -> Reply<'a, ReadBack>;

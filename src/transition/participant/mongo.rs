@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Trouble, value};
+use super::{Holding, Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Stage, Trouble, value};
 use crate::{
     tenant::{Limits, Protocol, Tenant},
     upstream::mongo::{Error, Standing, Upstream},
@@ -80,6 +80,33 @@ impl Participant for Mongo {
 
     fn restore<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
         Box::pin(async move { self.set(order, &prior(order), SETTLES).await })
+    }
+
+    fn live<'a>(&'a self, stage: Stage, order: &'a Order) -> Reply<'a, ()> {
+        Box::pin(async move {
+            let Tenant { org, generation, .. } = &order.tenant;
+            let done = match stage {
+                Stage::Make | Stage::DropNext => self.upstream.provision(org, *generation).await,
+                // A user has one password. Who comes with the next one before it is set sets it, as who comes with a
+                // present one that the server has forgotten does; open connections keep going.
+                Stage::TakeNext => self.upstream.ping().await,
+                Stage::DropPrevious => self.upstream.provision(org, generation + 1).await,
+                Stage::Purge => self.upstream.remove(org, true).await,
+            };
+            done.map_err(trouble)
+        })
+    }
+
+    fn holdings<'a>(&'a self, tenant: &'a Tenant) -> Reply<'a, Vec<Holding>> {
+        Box::pin(async move {
+            let held = self.upstream.holdings(&tenant.org).await.map_err(trouble)?;
+            let places = held.into_iter().map(|held| Holding {
+                what: format!("{} {}", if held.own { "database" } else { "shared collection" }, held.name),
+                count: Some(held.documents),
+                bytes: held.bytes,
+            });
+            Ok(places.collect())
+        })
     }
 
     fn read_back<'a>(&'a self, tenant: &'a Tenant, limits: &'a Limits) -> Reply<'a, ReadBack> {

@@ -8,9 +8,13 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Trouble, over, postgres::trouble, value};
+use super::{
+    Holding, Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Stage, Trouble, over, postgres::trouble,
+    value,
+};
 use crate::{
-    tenant::{Limits, Protocol, Tenant},
+    catalog::{Catalog, Expect, Fault},
+    tenant::{Limits, NeonRoute, OrgId, Protocol, Tenant},
     upstream::{
         neon::{
             ProjectError, Projects, Sizes,
@@ -20,8 +24,11 @@ use crate::{
     },
 };
 
-/// The projects of one account.
-pub struct Neon(Arc<Projects>);
+/// Tries to write a record that somebody else writes too.
+const ATTEMPTS: u32 = 5;
+
+/// The projects of one account; where they are stands in tenants' records.
+pub struct Neon(Arc<Projects>, Catalog);
 
 /// What one tenant's project is set to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -60,9 +67,36 @@ impl Set {
 }
 
 impl Neon {
-    /// Projects that the API behind `projects` manages.
-    pub fn new(projects: Arc<Projects>) -> Self {
-        Self(projects)
+    /// Projects that the API behind `projects` manages, of tenants recorded in `catalog`.
+    pub fn new(projects: Arc<Projects>, catalog: Catalog) -> Self {
+        Self(projects, catalog)
+    }
+
+    /// Writes into the tenant's record where its home is.
+    async fn record(&self, org: &OrgId, route: &NeonRoute) -> Result<(), Trouble> {
+        for _ in 0..ATTEMPTS {
+            let mut record = self.1.get(org).await.map_err(|fault| Trouble::Failed(fault.to_string()))?;
+            let (epoch, present) = (record.tenant.epoch, &mut record.tenant.routes.neon);
+            // Branches may have come and gone meanwhile: each keeps its own place.
+            let mut wanted = NeonRoute { project: route.project.clone(), branches: present.branches.clone() };
+            for branch in &mut wanted.branches {
+                if let Some(made) = route.branch(&branch.name).filter(|_| branch.place.is_none()) {
+                    branch.place.clone_from(&made.place);
+                }
+            }
+            if *present == wanted {
+                return Ok(());
+            }
+            *present = wanted;
+            // The epoch of one that is being made is the mark of that, and the decision's to raise.
+            record.tenant.epoch += u64::from(epoch > 0);
+            match self.1.put(record, Expect::Epoch(epoch)).await {
+                Ok(()) => return Ok(()),
+                Err(Fault::Stale { .. }) => {}
+                Err(fault) => return Err(Trouble::Failed(fault.to_string())),
+            }
+        }
+        Err(Trouble::Unknown("the tenant's record is being changed by others".into()))
     }
 
     async fn present(&self, tenant: &Tenant, wanted: &Set) -> Result<Set, Trouble> {
@@ -146,6 +180,44 @@ impl Participant for Neon {
 
     fn restore<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
         Box::pin(async move { self.set(&order.tenant, &prior(order)?, order.mark(SETTLES)).await })
+    }
+
+    fn live<'a>(&'a self, stage: Stage, order: &'a Order) -> Reply<'a, ()> {
+        Box::pin(async move {
+            let (tenant, projects) = (&order.tenant, &self.0);
+            match stage {
+                Stage::Make => {
+                    let (route, report) = projects.ensure(tenant, &order.to).await.map_err(said)?;
+                    self.record(&tenant.org, &route).await?;
+                    let host = route.project.map_or_else(String::new, |project| project.host);
+                    match report.warnings.is_empty() {
+                        true => order.progress.say(format!("at {host}")),
+                        false => order.progress.say(format!("at {host}; warning: {}", report.warnings.join("; "))),
+                    }
+                    Ok(())
+                }
+                // A role has one password: until the switch the proxy comes with either.
+                Stage::TakeNext => {
+                    let wanted = Ceiling::of(&order.to.sql(Protocol::Neon));
+                    projects.ceiling(tenant, &wanted).await.map(drop).map_err(said)
+                }
+                Stage::DropPrevious => projects.set_password(tenant, tenant.generation + 1).await.map_err(said),
+                Stage::DropNext => projects.set_password(tenant, tenant.generation).await.map_err(said),
+                Stage::Purge => projects.remove(tenant).await.map_err(said),
+            }
+        })
+    }
+
+    fn holdings<'a>(&'a self, tenant: &'a Tenant) -> Reply<'a, Vec<Holding>> {
+        Box::pin(async move {
+            let held = self.0.holdings(tenant).await.map_err(said)?;
+            let project = held.map(|(name, branches, bytes)| Holding {
+                what: format!("project {name}, branches"),
+                count: Some(branches as u64),
+                bytes: Some(bytes),
+            });
+            Ok(project.into_iter().collect())
+        })
     }
 
     fn read_back<'a>(&'a self, tenant: &'a Tenant, limits: &'a Limits) -> Reply<'a, ReadBack> {

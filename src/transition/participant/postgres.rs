@@ -2,7 +2,7 @@
 //! carries (connections, timeouts, temporary files). An upgrade raises them before the switch, a downgrade lowers them
 //! after it; the proxy's own limits are always inside.
 
-use super::{Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Trouble, over, value};
+use super::{Holding, Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Stage, Trouble, over, value};
 use crate::{
     tenant::{Branch, DEFAULT_NAME, Limits, Names, Protocol, Tenant},
     upstream::postgres::{AdminError, Ceiling, Mark, ProvisionError, Provisioner},
@@ -117,6 +117,41 @@ impl Participant for Postgres {
 
     fn restore<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
         Box::pin(async move { self.set(&order.tenant, &prior(order)?, order.mark(SETTLES)).await })
+    }
+
+    fn live<'a>(&'a self, stage: Stage, order: &'a Order) -> Reply<'a, ()> {
+        Box::pin(async move {
+            let (tenant, names) = (&order.tenant, &self.names);
+            let set = |generation| self.provisioner.set_password(tenant, names, generation);
+            match stage {
+                Stage::Make => {
+                    let limits = order.to.sql(self.home);
+                    let report = self.provisioner.ensure(tenant, names, limits).await.map_err(trouble)?;
+                    if !report.warnings.is_empty() {
+                        order.progress.say(format!("warning: {}", report.warnings.join("; ")));
+                    }
+                    Ok(())
+                }
+                // A role has one password: until the switch the proxy comes with either
+                // ([`crate::upstream::postgres::Home::others`]).
+                Stage::TakeNext => self.provisioner.ceiling(&self.role(tenant)).await.map(drop).map_err(trouble),
+                Stage::DropPrevious => set(tenant.generation + 1).await.map_err(trouble),
+                Stage::DropNext => set(tenant.generation).await.map_err(trouble),
+                Stage::Purge => self.provisioner.drop(tenant, names).await.map_err(trouble),
+            }
+        })
+    }
+
+    fn holdings<'a>(&'a self, tenant: &'a Tenant) -> Reply<'a, Vec<Holding>> {
+        Box::pin(async move {
+            let held = self.provisioner.holdings(tenant, &self.names).await.map_err(trouble)?;
+            let databases = held.into_iter().map(|(name, bytes)| Holding {
+                what: format!("database {name}"),
+                count: None,
+                bytes: Some(bytes),
+            });
+            Ok(databases.collect())
+        })
     }
 
     fn read_back<'a>(&'a self, tenant: &'a Tenant, limits: &'a Limits) -> Reply<'a, ReadBack> {

@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use super::{Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Trouble, over, value};
+use super::{Holding, Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Stage, Trouble, over, value};
 use crate::{
     tenant::{Limits, Protocol, Tenant},
-    upstream::redis::{DialError, Standing, Upstream},
+    upstream::redis::{DialError, Standing, Upstream, Valid},
 };
 
 /// The tenants' Redis server.
@@ -86,6 +86,27 @@ impl Participant for Redis {
 
     fn restore<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
         Box::pin(async move { self.set(order, &prior(order), SETTLES).await })
+    }
+
+    fn live<'a>(&'a self, stage: Stage, order: &'a Order) -> Reply<'a, ()> {
+        Box::pin(async move {
+            let Tenant { org, generation, .. } = &order.tenant;
+            let done = match stage {
+                Stage::Make => self.upstream.provision(org, *generation).await,
+                Stage::TakeNext => self.upstream.set_valid(org, Valid::Also(generation + 1)).await,
+                Stage::DropPrevious => self.upstream.set_valid(org, Valid::Only(generation + 1)).await,
+                Stage::DropNext => self.upstream.set_valid(org, Valid::Only(*generation)).await,
+                Stage::Purge => self.upstream.remove(org, true).await,
+            };
+            done.map_err(trouble)
+        })
+    }
+
+    fn holdings<'a>(&'a self, tenant: &'a Tenant) -> Reply<'a, Vec<Holding>> {
+        Box::pin(async move {
+            let usage = self.upstream.usage(&tenant.org).await.map_err(trouble)?;
+            Ok(vec![Holding { what: "keys".into(), count: Some(usage.keys), bytes: Some(usage.bytes) }])
+        })
     }
 
     fn read_back<'a>(&'a self, tenant: &'a Tenant, limits: &'a Limits) -> Reply<'a, ReadBack> {

@@ -34,6 +34,7 @@ pub const TOO_MANY_DATABASES: i32 = 13;
 #[derive(Debug)]
 pub struct Account {
     pub(super) generation: u32,
+    org: OrgId,
     place: MongoNamespace,
     /// `None` where the deployment has no users.
     login: Option<Login>,
@@ -56,6 +57,7 @@ impl Account {
         let pool = Pool::new(Arc::clone(target), login.clone());
         Self {
             generation,
+            org: org.clone(),
             place,
             login,
             pool,
@@ -80,10 +82,16 @@ impl Account {
             self.open(upstream, logical).await?;
         }
         let lease = match self.pool.lease().await {
-            // It was never made, or its secret was changed.
+            // It was never made, or its secret was changed: by a rotation, which must not be taken back by who still
+            // holds what was opened before it.
             Err(error) if error.code() == Some(AUTHENTICATION_FAILED) => {
-                self.make(upstream).await?;
-                self.pool.lease().await?
+                match upstream.newer(&self.org, self.generation) {
+                    Some(newer) => newer.pool.lease().await?,
+                    None => {
+                        self.make(upstream).await?;
+                        self.pool.lease().await?
+                    }
+                }
             }
             other => other?,
         };
@@ -210,15 +218,13 @@ pub(super) async fn drop_user(upstream: &Upstream, user: &str) -> Result<(), Err
 pub(super) async fn purge(upstream: &Upstream, org: &OrgId) -> Result<(), Error> {
     let own = upstream.place(org, Isolation::Database);
     let shared = upstream.place(org, Isolation::Filter);
-    let told = decode(&run(upstream, doc! { "listDatabases": 1, "nameOnly": true, "$db": "admin" }).await?)?;
-    let databases = told.get_array("databases").map_err(|_| Error::Protocol("listDatabases without databases"))?;
-    for name in databases.iter().filter_map(|it| it.as_document()?.get_str("name").ok()) {
-        if own.logical(name).is_some() {
-            run(upstream, doc! { "dropDatabase": 1, "$db": name }).await?;
-        } else if shared.logical(name).is_some() {
-            for collection in collections(upstream, name).await? {
+    for name in upstream.databases().await? {
+        if own.logical(&name).is_some() {
+            run(upstream, doc! { "dropDatabase": 1, "$db": &name }).await?;
+        } else if shared.logical(&name).is_some() {
+            for collection in collections(upstream, &name).await? {
                 let mine = vec![doc! { "q": { "org_id": org.as_str() }, "limit": 0 }];
-                run(upstream, doc! { "delete": &collection, "deletes": mine, "$db": name }).await?;
+                run(upstream, doc! { "delete": &collection, "deletes": mine, "$db": &name }).await?;
             }
         }
     }

@@ -233,9 +233,25 @@ impl Connection {
     /// Sends an OP_MSG, whose request id is written into it, and reads the one reply into `reply`, which is cleared.
     /// The reply is an OP_MSG of one body, framed well.
     ///
+    /// # Errors
+    /// The connection is of no further use.
+    ///
     /// # Cancel safety
     /// None: drop the connection.
     pub async fn exchange(&mut self, message: &mut [u8], reply: &mut Vec<u8>) -> Result<(), Error> {
+        let length = self.ask(message, reply).await?;
+        self.rest(length, reply).await
+    }
+
+    /// The first half of [`Self::exchange`]: sends, waits for the reply's head, and gives the reply's length. What has
+    /// come of it is in `reply`; [`Self::rest`] reads what is missing.
+    ///
+    /// # Errors
+    /// The connection is of no further use.
+    ///
+    /// # Cancel safety
+    /// None: drop the connection.
+    pub async fn ask(&mut self, message: &mut [u8], reply: &mut Vec<u8>) -> Result<usize, Error> {
         self.last_id = self.last_id.wrapping_add(1);
         message[4..8].copy_from_slice(&self.last_id.to_le_bytes());
         self.stream.write_all(message).await?;
@@ -250,12 +266,23 @@ impl Connection {
         if header.opcode != OP_MSG || header.response_to != self.last_id {
             return Err(Error::Protocol("an answer to another question"));
         }
-        while reply.len() < header.length {
+        Ok(header.length)
+    }
+
+    /// The second half of [`Self::exchange`].
+    ///
+    /// # Errors
+    /// The connection is of no further use.
+    ///
+    /// # Cancel safety
+    /// None: drop the connection.
+    pub async fn rest(&mut self, length: usize, reply: &mut Vec<u8>) -> Result<(), Error> {
+        while reply.len() < length {
             // As much again as has come, so that a length that lies costs nothing.
-            let room = (header.length - reply.len()).min(reply.len().max(ROOM_BYTES));
+            let room = (length - reply.len()).min(reply.len().max(ROOM_BYTES));
             self.read(reply, room).await?;
         }
-        if reply.len() > header.length {
+        if reply.len() > length {
             return Err(Error::Protocol("two answers to one question"));
         }
         let (head, payload) = reply.split_first_chunk().ok_or(Error::Protocol("no header"))?;

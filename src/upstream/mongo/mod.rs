@@ -8,6 +8,7 @@
 pub mod account;
 mod config;
 pub mod connection;
+mod holdings;
 mod pool;
 mod standing;
 
@@ -24,6 +25,7 @@ use dashmap::DashMap;
 pub use account::Account;
 pub use config::{Config, Login, Target};
 pub use connection::{Error, Reply};
+pub use holdings::Held;
 pub use pool::{Lease, Pool};
 pub use standing::Standing;
 
@@ -78,6 +80,12 @@ impl Upstream {
         let account = Arc::new(Account::new(org, generation, &self.names, &self.target));
         self.accounts.insert(org.clone(), Arc::clone(&account));
         account
+    }
+
+    /// A tenant's account of a later generation than this one, if there is one.
+    fn newer(&self, org: &OrgId, generation: u32) -> Option<Arc<Account>> {
+        let account = self.accounts.get(org)?;
+        (account.generation > generation).then(|| Arc::clone(&account))
     }
 
     /// Names of a tenant's databases.

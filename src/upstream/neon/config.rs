@@ -172,7 +172,8 @@ impl Config {
         Projects::new(api, names, settings).map(|projects| Some(Homes::Projects(Arc::new(projects))))
     }
 
-    fn server(&self) -> postgres::Config {
+    /// The server of the homes, as one of PostgreSQL; without a URL where they are projects.
+    pub fn server(&self) -> postgres::Config {
         let usual = if self.api_key.is_some() { STORAGE_AT_NEON } else { STORAGE_ON_SERVER };
         postgres::Config {
             url: self.url.clone(),

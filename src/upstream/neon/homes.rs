@@ -4,8 +4,8 @@ use std::{fmt, sync::Arc};
 
 use super::{ProjectError, Projects};
 use crate::{
-    tenant::{Branch, Limits, Names, NeonRoute, Protocol, Tenant},
-    upstream::postgres::{ProvisionError, Provisioner, Report},
+    tenant::{Branch, Limits, Names, Tenant},
+    upstream::postgres::{ProvisionError, Provisioner},
 };
 
 /// What makes Neon homes. Cheap to clone.
@@ -57,42 +57,6 @@ impl From<ProjectError> for HomeError {
 }
 
 impl Homes {
-    /// Makes a tenant's home what it should be; gives where it is now, for the tenant's record.
-    ///
-    /// # Errors
-    /// The first step that failed.
-    pub async fn ensure(
-        &self,
-        tenant: &Tenant,
-        names: &Names,
-        limits: &Limits,
-    ) -> Result<(NeonRoute, Report), HomeError> {
-        match self {
-            Homes::Server(provisioner) => {
-                let report = provisioner.ensure(tenant, names, limits.sql(Protocol::Neon)).await?;
-                Ok((tenant.routes.neon.clone(), report))
-            }
-            Homes::Projects(projects) => Ok(projects.ensure(tenant, limits).await?),
-        }
-    }
-
-    /// Removes a tenant's home with its branches and all that is in them. Nothing there is no error.
-    ///
-    /// # Errors
-    /// The first step that failed.
-    pub async fn remove(&self, tenant: &Tenant, names: &Names) -> Result<(), HomeError> {
-        match self {
-            Homes::Server(provisioner) => {
-                for branch in &tenant.routes.neon.branches {
-                    provisioner.drop_branch(tenant, names, &branch.name).await?;
-                }
-                // Not the box's own `drop`.
-                Ok(Provisioner::drop(provisioner, tenant, names).await?)
-            }
-            Homes::Projects(projects) => Ok(projects.remove(tenant).await?),
-        }
-    }
-
     /// Makes a branch; `make_quiet` is asked to close what is idle in a database that can only be copied then.
     ///
     /// # Errors

@@ -347,6 +347,28 @@ impl Projects {
         Ok(true)
     }
 
+    /// Gives the tenant's role the password of a generation, in the project and its branches.
+    ///
+    /// # Errors
+    /// What the API or the server says; calling again continues.
+    pub async fn set_password(&self, tenant: &Tenant, generation: u32) -> Result<(), ProjectError> {
+        for place in self.places(tenant)? {
+            self.provisioner(place).await?.set_password(tenant, &self.names, generation).await?;
+        }
+        Ok(())
+    }
+
+    /// The tenant's project, if it is there: its name, its branches and their bytes.
+    ///
+    /// # Errors
+    /// What the API says.
+    pub async fn holdings(&self, tenant: &Tenant) -> Result<Option<(String, usize, u64)>, ProjectError> {
+        let Some(project) = self.api.find_project(&self.role(tenant)).await? else { return Ok(None) };
+        let branches = self.api.branches(&project.id).await?;
+        let bytes = branches.iter().filter_map(|branch| branch.logical_size).sum();
+        Ok(Some((project.name, branches.len(), bytes)))
+    }
+
     /// Ends a backend of `role`; says whether there was one.
     pub async fn terminate(&self, place: &Project, pid: i32, role: &str) -> bool {
         match self.admin(place).await {

@@ -52,6 +52,11 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
+    /// Whether the server has another password for the role.
+    pub fn is_wrong_password(&self) -> bool {
+        matches!(self, ConnectError::Refused { code, .. } if code == "28P01")
+    }
+
     /// Whether the same attempt may succeed soon: the server is starting, restarting, or full.
     pub fn retry(&self) -> bool {
         match self {

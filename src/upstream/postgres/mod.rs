@@ -162,14 +162,16 @@ impl Upstream {
         let home = |target: &Target, project: Option<&Project>, inside: &str| {
             pool.home(database, target, generation, |endpoint| {
                 let place = self.names.sql(self.protocol, &tenant.org, inside);
-                let password = self.names.password(self.protocol.label(), &tenant.org, generation);
+                let of = |generation| self.names.password(self.protocol.label(), &tenant.org, generation);
+                let others =
+                    [generation.checked_sub(1), generation.checked_add(1)].into_iter().flatten().map(of).collect();
                 // A branch at Neon has the same databases by the same names, on a host of its own.
                 let carried = match project {
                     Some(project) => format!("{} at {}", place.database, project.host),
                     None => place.database.clone(),
                 };
-                let (logical, project) = (database.into(), project.cloned());
-                Home { endpoint, project, logical, generation, database: carried.into(), place, password }
+                let (logical, project, password) = (database.into(), project.cloned(), of(generation));
+                Home { endpoint, project, logical, generation, database: carried.into(), place, password, others }
             })
         };
         match &self.ground {

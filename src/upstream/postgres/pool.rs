@@ -79,6 +79,8 @@ pub struct Home {
     pub place: Namespace,
     /// The role's password.
     pub password: Password,
+    /// The passwords of the generations next to it: while the credentials are being rotated the server may have either.
+    pub others: Vec<Password>,
     /// The database as connections carry it: one word for one database on one server.
     pub database: Arc<str>,
 }
@@ -476,11 +478,12 @@ impl Pool {
         let deadline = deadline.max(Instant::now() + self.patience.waking);
         let endpoint = &home.endpoint;
         let _turn = if self.patience.waking.is_zero() { None } else { endpoint.turn(deadline).await };
-        let login =
-            login::Login { place: &home.place, database: &home.database, password: &home.password, keys: &self.keys };
+        let mut passwords = std::iter::once(&home.password).chain(&home.others);
+        let mut password = passwords.next().unwrap_or(&home.password);
         let mut pause = RETRY_MIN;
         loop {
             let left = deadline.saturating_duration_since(Instant::now()).max(RETRY_MIN);
+            let login = login::Login { place: &home.place, database: &home.database, password, keys: &self.keys };
             let error = match login::connect(endpoint.target(), &login, self.patience.connect.min(left)).await {
                 Ok(connection) => {
                     endpoint.is_up();
@@ -488,6 +491,14 @@ impl Pool {
                 }
                 Err(error) => error,
             };
+            if error.is_wrong_password() {
+                // The keys are of this password; the salt is the other one's.
+                *self.keys.lock() = None;
+                if let Some(other) = passwords.next() {
+                    password = other;
+                    continue;
+                }
+            }
             metrics::counter!("dynabase_upstream_errors_total", "protocol" => self.protocol.label(), "step" => error.step())
                 .increment(1);
             if !error.retry() || Instant::now() + pause >= deadline {

@@ -176,6 +176,55 @@ impl Provisioner {
         Ok(())
     }
 
+    /// Sets the role's password to that of a generation; open connections keep going. No role is no error.
+    ///
+    /// # Errors
+    /// The server can't be reached or says no; calling again sets it again.
+    ///
+    /// # Cancel safety
+    /// Dropped, it may happen yet.
+    pub async fn set_password(&self, tenant: &Tenant, names: &Names, generation: u32) -> Result<(), ProvisionError> {
+        let role = names.sql(self.protocol, &tenant.org, DEFAULT_NAME).role;
+        let client = self.open().await?;
+        lock(&client, tenant_lock(&role)).await?;
+        if role_exists(&client, &role).await? {
+            let secret = self.secret(&names.password(self.protocol.label(), &tenant.org, generation));
+            let change = format!("alter role {} password '{secret}'", quoted(&role));
+            run(&client, "setting the role's password", &change).await?;
+        }
+        Ok(())
+    }
+
+    /// The tenant's physical databases with their bytes, those that its record no longer lists included.
+    ///
+    /// # Errors
+    /// The server can't be reached or says no.
+    pub async fn holdings(&self, tenant: &Tenant, names: &Names) -> Result<Vec<(String, u64)>, ProvisionError> {
+        let role = names.sql(self.protocol, &tenant.org, DEFAULT_NAME).role;
+        let client = self.open().await?;
+        let mut databases: Vec<String> =
+            logical_databases(tenant).map(|it| names.sql(self.protocol, &tenant.org, it).database).collect();
+        databases.extend(forgotten_databases(&client, &role).await?);
+        databases.sort();
+        databases.dedup();
+        let mut held = Vec::new();
+        for database in databases {
+            if let Some(bytes) = self.database_bytes(&database).await? {
+                held.push((database, bytes));
+            }
+        }
+        Ok(held)
+    }
+
+    /// What the server is told of a password.
+    fn secret(&self, password: &Password) -> String {
+        match self.passwords {
+            Passwords::Verifier => scram_verifier(password),
+            // Derived ones are base64url: nothing that ends a literal.
+            Passwords::Plain => password.expose().to_owned(),
+        }
+    }
+
     pub(super) async fn open(&self) -> Result<Connection, ProvisionError> {
         let client = self.admin.connect(None).await?;
         prepare(&client).await?;
@@ -232,11 +281,7 @@ impl Provisioner {
             report.created_role = true;
         }
         strip(client, role).await?;
-        let secret = match self.passwords {
-            Passwords::Verifier => scram_verifier(password),
-            // Derived ones are base64url: nothing that ends a literal.
-            Passwords::Plain => password.expose().to_owned(),
-        };
+        let secret = self.secret(password);
         let login = format!("alter role {name} login connection limit {} password '{secret}'", limits.connections);
         run(client, "setting the role's login", &login).await?;
         let outer = |inner: Duration| (inner + OUTER_GRACE).as_millis();

@@ -8,17 +8,25 @@ use super::{
 };
 use crate::{
     net::Stream,
+    tenant::namespace::Password,
     wire::resp::{put_array, put_bulk, put_request},
 };
 
 /// What an ACL can't confine to the tenant's keys where its database is not its own.
 const WHOLE: [&str; 5] = ["keys", "scan", "randomkey", "dbsize", "flushdb"];
 
+/// Rotations that a place without new sessions may have missed; after more it makes the user anew.
+const ROTATIONS_MISSED_MAX: u32 = 3;
+
+fn is_wrong_password<T>(result: &Result<T, DialError>) -> bool {
+    matches!(result, Err(DialError::Refused(text)) if text.starts_with("WRONGPASS"))
+}
+
 impl Place {
     /// Makes the ACL user on one server, or replaces its rules and password.
     pub(super) async fn set_user(&self, address: &Arc<str>) -> Result<(), DialError> {
         let server = self.upstream.server().await?;
-        let password = self.password();
+        let password = self.password(self.generation());
         let mut rules: Vec<String> = ["reset", "on", "resetchannels", "-@all"].map(str::to_owned).into();
         rules.push(format!(">{}", password.expose()));
         rules.extend(self.space.key_patterns());
@@ -42,8 +50,8 @@ impl Place {
         Ok(())
     }
 
-    fn password(&self) -> crate::tenant::namespace::Password {
-        self.upstream.names.password("redis", &self.org, self.generation)
+    fn password(&self, generation: u32) -> Password {
+        self.upstream.names.password("redis", &self.org, generation)
     }
 
     /// Connects as the platform, goes into the database, becomes the tenant's user: one round trip. A user that the
@@ -72,11 +80,10 @@ impl Place {
         version: Version,
         first: &[u8],
     ) -> Result<(Stream, Vec<u8>), DialError> {
-        let password = self.password();
         let target = self.upstream.nodes.target();
         let database = database.filter(|database| database.alone);
         let index = database.map_or(0, |database| database.index).to_string();
-        let attempt = || async {
+        let attempt = async |password: Password| {
             let mut stream = target.reach(address).await?;
             let mut hello = Vec::new();
             let mut replies = target.put_login(&mut hello);
@@ -103,19 +110,30 @@ impl Place {
             }
             Ok((stream, answer))
         };
-        let bounded =
-            || async { tokio::time::timeout(CONNECT_TIMEOUT, attempt()).await.unwrap_or(Err(DialError::Slow)) };
+        let bounded = async |generation| {
+            let attempt = attempt(self.password(generation));
+            tokio::time::timeout(CONNECT_TIMEOUT, attempt).await.unwrap_or(Err(DialError::Slow))
+        };
         // A server that has taken another's place has no users, or old ones.
         if self.upstream.nodes.may_change() && !self.users.lock().contains(address) {
             self.set_user(address).await?;
         }
-        let result = match bounded().await {
-            Err(DialError::Refused(text)) if text.starts_with("WRONGPASS") => {
-                self.set_user(address).await?;
-                bounded().await
+        let mut result = bounded(self.generation()).await;
+        if is_wrong_password(&result) {
+            // The credentials may have been rotated since this place was made: that must not be taken back.
+            let known = self.generation();
+            for later in 1..=ROTATIONS_MISSED_MAX {
+                result = bounded(known.saturating_add(later)).await;
+                if !is_wrong_password(&result) {
+                    self.follow(known.saturating_add(later));
+                    break;
+                }
             }
-            other => other,
-        };
+        }
+        if is_wrong_password(&result) {
+            self.set_user(address).await?;
+            result = bounded(self.generation()).await;
+        }
         if result.is_err() {
             self.failed(address);
         }

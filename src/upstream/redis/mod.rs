@@ -17,6 +17,7 @@ pub mod nodes;
 pub mod outbox;
 mod place;
 pub mod reply;
+mod rotate;
 mod standing;
 mod walk;
 
@@ -38,6 +39,7 @@ pub use dial::{DialError, Target};
 pub use nodes::Via;
 pub use outbox::Outbox;
 pub use place::Place;
+pub use rotate::Valid;
 pub use standing::{Standing, Usage};
 
 use crate::{
@@ -233,8 +235,11 @@ impl Upstream {
     pub fn place(self: &Arc<Self>, org: &OrgId, generation: u32) -> Arc<Place> {
         let mut entry = self.places.entry(org.clone()).or_default();
         let place = match entry.upgrade() {
-            Some(place) if place.generation == generation => place,
-            _ => {
+            Some(place) => {
+                place.follow(generation);
+                place
+            }
+            None => {
                 let place = Place::new(Arc::clone(self), org, generation);
                 *entry = Arc::downgrade(&place);
                 place

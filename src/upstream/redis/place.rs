@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc, Weak,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
 };
 
 use hashbrown::HashMap;
@@ -65,7 +65,7 @@ pub struct Place {
     pub(super) users: Mutex<Vec<Arc<str>>>,
     pub(super) org: OrgId,
     /// The generation of its credentials.
-    pub generation: u32,
+    generation: AtomicU32,
     /// Its ACL user and prefix.
     pub space: RedisNamespace,
     databases: Mutex<HashMap<u32, Arc<Database>>>,
@@ -88,7 +88,7 @@ impl Place {
             users: Mutex::default(),
             upstream,
             org: org.clone(),
-            generation,
+            generation: AtomicU32::new(generation),
             space,
             databases: Mutex::default(),
             opening: tokio::sync::Mutex::new(false),
@@ -96,6 +96,16 @@ impl Place {
             counting: tokio::sync::Mutex::new(()),
             measuring: tokio::sync::Mutex::new(0),
         })
+    }
+
+    /// The generation of the tenant's credentials, as far as is known here.
+    pub(super) fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Takes a later generation over: sessions of before share what comes after.
+    pub(super) fn follow(&self, generation: u32) {
+        self.generation.fetch_max(generation, Ordering::AcqRel);
     }
 
     /// Whether the tenant's keys are in a database that others use too.

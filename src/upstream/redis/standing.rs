@@ -84,7 +84,12 @@ impl Upstream {
         }
     }
 
-    async fn platform_for(&self, org: &OrgId, ask: &[u8], replies: usize) -> Result<Vec<Vec<u8>>, DialError> {
+    pub(super) async fn platform_for(
+        &self,
+        org: &OrgId,
+        ask: &[u8],
+        replies: usize,
+    ) -> Result<Vec<Vec<u8>>, DialError> {
         self.platform_of(nodes::slot(&self.space(org).channel_prefix()), ask, replies).await
     }
 

@@ -317,7 +317,7 @@ impl<'a> Iterator for Elements<'a> {
 /// The element that `bytes` begins with.
 fn element(bytes: &[u8]) -> Result<Element<'_>, Error> {
     let kind = bytes[0];
-    let name = memchr::memchr(0, &bytes[1..]).ok_or(fault("an element name without its end"))?;
+    let name = name_bytes(&bytes[1..]).ok_or(fault("an element name without its end"))?;
     let rest = &bytes[1 + name + 1..];
     let size = size(kind, rest)?;
     let value = rest.get(..size).ok_or(fault("a value longer than its document"))?;
@@ -332,6 +332,22 @@ fn element(bytes: &[u8]) -> Result<Element<'_>, Error> {
         _ => {}
     }
     Ok(Element { kind, key: &bytes[1..=name], value, span: &bytes[..1 + name + 1 + size] })
+}
+
+/// Bytes before the first NUL. Most names are shorter than eight bytes, for which one word is faster than a search.
+fn name_bytes(bytes: &[u8]) -> Option<usize> {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGH: u64 = 0x8080_8080_8080_8080;
+    if let Some(word) = bytes.first_chunk::<8>() {
+        let word = u64::from_le_bytes(*word);
+        // The lowest bit that is set belongs to the first byte that is zero; only bits above it may be wrong.
+        let zeros = word.wrapping_sub(ONES) & !word & HIGH;
+        if zeros != 0 {
+            return usize::try_from(zeros.trailing_zeros() / 8).ok();
+        }
+        return memchr::memchr(0, &bytes[8..]).map(|at| at + 8);
+    }
+    bytes.iter().position(|&byte| byte == 0)
 }
 
 /// Bytes of a value of type `kind` at the beginning of `rest`, which may be shorter.
@@ -373,23 +389,23 @@ fn length(bytes: &[u8]) -> Result<usize, Error> {
 /// # Errors
 /// What is wrong.
 pub fn validate(document: Document<'_>, depth_max: usize) -> Result<(), Error> {
-    let mut open = vec![document.iter()];
-    while let Some(elements) = open.last_mut() {
-        match elements.next() {
-            None => {
-                open.pop();
-            }
-            Some(element) => {
-                if let Some(inner) = inner(&element?)? {
-                    if open.len() >= depth_max {
-                        return Err(fault("nested too deeply"));
-                    }
-                    open.push(inner.iter());
-                }
-            }
-        }
+    for element in document {
+        validate_element(&element?, depth_max)?;
     }
     Ok(())
+}
+
+/// Checks what is below an element whose document may have `depth_max` levels, its own among them.
+///
+/// # Errors
+/// What is wrong.
+pub fn validate_element(element: &Element<'_>, depth_max: usize) -> Result<(), Error> {
+    let Some(inner) = inner(element)? else { return Ok(()) };
+    if depth_max <= 1 {
+        return Err(fault("nested too deeply"));
+    }
+    // No deeper than `depth_max`, so that the stack holds it.
+    validate(inner, depth_max - 1)
 }
 
 /// The document inside an element: itself, an array, or the scope of a function.

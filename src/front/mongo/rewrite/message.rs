@@ -20,39 +20,121 @@ const FIELDS_MAX: usize = 48;
 /// Where the generic fields begin among the slots.
 const GENERIC_AT: usize = 32;
 
-/// A command's fields, each known, each once.
+/// The slot of a generic field.
+const fn slot_of(name: &str) -> usize {
+    let mut at = 0;
+    while at < GENERIC.len() {
+        let (one, other) = (GENERIC[at].as_bytes(), name.as_bytes());
+        let mut same = 0;
+        while same < one.len() && same < other.len() && one[same] == other[same] {
+            same += 1;
+        }
+        if same == one.len() && same == other.len() {
+            return GENERIC_AT + at;
+        }
+        at += 1;
+    }
+    panic!("no generic field")
+}
+
+const DB: usize = slot_of("$db");
+const LSID: usize = slot_of("lsid");
+const TXN_NUMBER: usize = slot_of("txnNumber");
+const AUTOCOMMIT: usize = slot_of("autocommit");
+const START_TRANSACTION: usize = slot_of("startTransaction");
+const MAX_TIME: usize = slot_of("maxTimeMS");
+
+/// The slot of a generic field by what a client wrote: a `match`, which costs less than a walk over the names.
+fn generic_slot(key: &[u8]) -> Option<usize> {
+    Some(match key {
+        b"$db" => DB,
+        b"lsid" => LSID,
+        b"txnNumber" => TXN_NUMBER,
+        b"autocommit" => AUTOCOMMIT,
+        b"startTransaction" => START_TRANSACTION,
+        b"recoveryToken" => const { slot_of("recoveryToken") },
+        b"readConcern" => const { slot_of("readConcern") },
+        b"writeConcern" => const { slot_of("writeConcern") },
+        b"maxTimeMS" => MAX_TIME,
+        b"comment" => const { slot_of("comment") },
+        b"$readPreference" => const { slot_of("$readPreference") },
+        b"$clusterTime" => const { slot_of("$clusterTime") },
+        b"apiVersion" => const { slot_of("apiVersion") },
+        b"apiStrict" => const { slot_of("apiStrict") },
+        b"apiDeprecationErrors" => const { slot_of("apiDeprecationErrors") },
+        _ => return None,
+    })
+}
+
+/// Where in the body a field stands: small, as every command begins with a table of these.
+#[derive(Clone, Copy, Default)]
+struct Place {
+    at: u32,
+    bytes: u32,
+    key_bytes: u8,
+    slot: u8,
+}
+
+/// A command's fields, each known, each once, and sound to their bottom.
 struct Fields<'a> {
     row: &'static Row,
-    list: [Option<(Element<'a>, u8)>; FIELDS_MAX],
+    body: &'a [u8],
+    list: [Place; FIELDS_MAX],
     count: usize,
     seen: u64,
 }
 
 impl<'a> Fields<'a> {
-    fn read(row: &'static Row, body: Document<'a>) -> Result<Self, Fault> {
-        let mut fields = Self { row, list: [None; FIELDS_MAX], count: 0, seen: 0 };
+    /// Walks a body once: `first` is its first element, already found.
+    fn read(row: &'static Row, body: Document<'a>, first: &Element<'a>) -> Result<Self, Fault> {
+        bson::validate_element(first, DEPTH_MAX)?;
+        let mut fields = Self { row, body: body.bytes(), list: [Place::default(); FIELDS_MAX], count: 0, seen: 0 };
+        let mut at = 4 + first.span.len();
         for element in body.iter().skip(1) {
             let element = element?;
             let slot = fields.slot(element.key).ok_or_else(|| Fault::unknown_field(row.name, element.key))?;
             if fields.seen & 1 << slot != 0 {
                 return Err(Fault::duplicate(row.name, element.key));
             }
+            bson::validate_element(&element, DEPTH_MAX)?;
             fields.seen |= 1 << slot;
-            fields.list[fields.count] = Some((element, u8::try_from(slot).unwrap_or(u8::MAX)));
+            let narrow = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+            fields.list[fields.count] = Place {
+                at: narrow(at),
+                bytes: narrow(element.span.len()),
+                // Known names are short, and a slot is below 64.
+                key_bytes: u8::try_from(element.key.len()).unwrap_or(u8::MAX),
+                slot: u8::try_from(slot).unwrap_or(u8::MAX),
+            };
             fields.count += 1;
+            at += element.span.len();
         }
         Ok(fields)
     }
 
     fn slot(&self, key: &[u8]) -> Option<usize> {
-        let own = self.row.fields.iter().position(|field| field.name.as_bytes() == key);
-        own.or_else(|| GENERIC.iter().position(|name| name.as_bytes() == key).map(|at| at + GENERIC_AT))
+        generic_slot(key).or_else(|| self.row.fields.iter().position(|field| field.name.as_bytes() == key))
+    }
+
+    fn element(&self, place: &Place) -> Element<'a> {
+        let (at, key_bytes) = (place.at as usize, usize::from(place.key_bytes));
+        let span = &self.body[at..at + place.bytes as usize];
+        Element { kind: span[0], key: &span[1..=key_bytes], value: &span[key_bytes + 2..], span }
     }
 
     fn iter(&self) -> impl Iterator<Item = (Element<'a>, usize)> + '_ {
-        self.list[..self.count].iter().flatten().map(|(element, slot)| (*element, usize::from(*slot)))
+        self.list[..self.count].iter().map(|place| (self.element(place), usize::from(place.slot)))
     }
 
+    /// A generic field.
+    fn generic(&self, slot: usize) -> Option<Element<'a>> {
+        if self.seen & 1 << slot == 0 {
+            return None;
+        }
+        self.list[..self.count].iter().find(|place| usize::from(place.slot) == slot).map(|place| self.element(place))
+    }
+
+    /// A field of the command's own.
     fn get(&self, name: &str) -> Option<Element<'a>> {
         self.iter().find(|(element, _)| element.key == name.as_bytes()).map(|(element, _)| element)
     }
@@ -60,11 +142,20 @@ impl<'a> Fields<'a> {
     fn truthy(&self, name: &str) -> bool {
         self.get(name).is_some_and(|element| element.truthy())
     }
+
+    /// `$db`, which every message has.
+    fn database(&self) -> Result<&'a str, Fault> {
+        let found = self.generic(DB).ok_or_else(no_database)?;
+        found.str().ok_or_else(|| Fault::wrong_type("command", b"$db", "string"))
+    }
+}
+
+fn no_database() -> Fault {
+    Fault::new(40571, "Location40571", "OP_MSG requests require a $db argument")
 }
 
 pub(super) fn rewrite<'a>(scope: &Scope<'_>, request: &Request<'a>, out: &mut Vec<u8>) -> Result<Verdict<'a>, Fault> {
     let body = Document::new(request.body)?;
-    bson::validate(body, DEPTH_MAX)?;
     let first = body.iter().next().transpose()?.ok_or_else(|| Fault::unknown_command(""))?;
     let name = first.name().unwrap_or_default();
     let row = match commands::find(first.key) {
@@ -86,7 +177,7 @@ fn treat(scope: &Scope<'_>, row: &Row) -> Treat {
     }
 }
 
-/// `$db`, which every message has.
+/// `$db` of a request that is not read field by field.
 fn database<'a>(body: Document<'a>) -> Result<&'a str, Fault> {
     let mut found = None;
     for element in body {
@@ -98,7 +189,7 @@ fn database<'a>(body: Document<'a>) -> Result<&'a str, Fault> {
             found = Some(element.str().ok_or_else(|| Fault::wrong_type("command", b"$db", "string"))?);
         }
     }
-    found.ok_or_else(|| Fault::new(40571, "Location40571", "OP_MSG requests require a $db argument"))
+    found.ok_or_else(no_database)
 }
 
 /// A request that the front answers: what it names is checked here, its fields by the front.
@@ -109,6 +200,7 @@ fn local<'a>(
     body: Document<'a>,
     first: &Element<'a>,
 ) -> Result<Local<'a>, Fault> {
+    bson::validate(body, DEPTH_MAX)?;
     let database = database(body)?;
     if row.home == Home::Data {
         name::database(scope, database)?;
@@ -143,7 +235,7 @@ fn forward<'a>(
     first: Element<'a>,
     out: &mut Vec<u8>,
 ) -> Result<Verdict<'a>, Fault> {
-    let mut fields = Fields::read(row, body)?;
+    let mut fields = Fields::read(row, body, &first)?;
     // A section is an argument like those of the body: known, and there once.
     for (name, _) in request.sections {
         let slot = fields
@@ -157,7 +249,7 @@ fn forward<'a>(
         }
         fields.seen |= 1 << slot;
     }
-    let db = database(body)?;
+    let db = fields.database()?;
     if row.name == "dropIndexes" && scope.isolation == Isolation::Filter {
         let whole = fields.get("index").is_none_or(|index| index.str() == Some("*") || index.kind == kind::DOCUMENT);
         if whole {
@@ -215,17 +307,12 @@ fn listed(rule: Rule) -> Option<Kind> {
 
 /// Arguments without which the server would do something else than asked, or something to everybody.
 fn required(fields: &Fields<'_>) -> Result<(), Fault> {
-    for (at, field) in fields.row.fields.iter().enumerate() {
-        let needed = listed(field.rule).is_some()
-            || matches!(
-                field.rule,
-                Rule::Pipeline | Rule::Path | Rule::Cursors | Rule::CursorCollection | Rule::Target | Rule::Indexes
-            );
-        if needed && fields.seen & 1 << at == 0 {
-            return Err(Fault::missing(fields.row.name, field.name));
-        }
+    let missing = fields.row.required & !fields.seen;
+    if missing == 0 {
+        return Ok(());
     }
-    Ok(())
+    let field = fields.row.fields.get(missing.trailing_zeros() as usize);
+    Err(Fault::missing(fields.row.name, field.map_or("", |field| field.name)))
 }
 
 fn put_list<'a>(
@@ -286,8 +373,8 @@ fn put_body<'a>(
     };
     put_first(scope, fields, first, bulk, &mut body, out)?;
     let collation = match fields.get("collation") {
-        Some(element) if row.fields.iter().any(|field| field.name == "collation") => index::collation(&element)?,
-        _ => Collation::Simple,
+        Some(element) => index::collation(&element)?,
+        None => Collation::Simple,
     };
     for (element, slot) in fields.iter() {
         match row.fields.get(slot) {
@@ -297,7 +384,7 @@ fn put_body<'a>(
     }
     put_absent(scope, fields, collation, out)?;
     if request.is_some() {
-        put_time(scope, row, fields.get("maxTimeMS"), out)?;
+        put_time(scope, row, fields.generic(MAX_TIME), out)?;
         body.transaction = transaction(row, fields, &mut body.retryable)?;
     }
     Ok(body)
@@ -396,8 +483,8 @@ fn put_explained<'a>(
     if !EXPLAINED.contains(&row.name) {
         return Err(Fault::new(20, "IllegalOperation", format!("Explain not supported for {}", row.name)));
     }
-    let fields = Fields::read(row, inner)?;
-    if let Some(db) = fields.get("$db")
+    let fields = Fields::read(row, inner, &name)?;
+    if let Some(db) = fields.generic(DB)
         && db.str() != Some(body.database)
     {
         return Err(Fault::namespace("Mismatched $db in explain command"));
@@ -543,7 +630,8 @@ fn put_field<'a>(
             return Err(Fault::forbidden("a collection with a collation"));
         }
     }
-    bson::put_as(out, field.name, element);
+    // Its name is the field's, as it was found by it.
+    bson::put(out, element);
     Ok(())
 }
 
@@ -629,10 +717,11 @@ fn put_absent(scope: &Scope<'_>, fields: &Fields<'_>, collation: Collation, out:
     if !filter {
         return Ok(());
     }
-    for (at, field) in fields.row.fields.iter().enumerate() {
-        if fields.seen & 1 << at != 0 {
-            continue;
-        }
+    let mut absent = fields.row.wanted & !fields.seen;
+    while absent != 0 {
+        let field = fields.row.fields.get(absent.trailing_zeros() as usize);
+        absent &= absent - 1;
+        let Some(field) = field else { continue };
         match field.rule {
             Rule::Filter => {
                 predicate::put(scope, collation, field.name, None, out)?;
@@ -668,10 +757,10 @@ fn put_time(scope: &Scope<'_>, row: &Row, given: Option<Element<'_>>, out: &mut 
 
 /// The transaction that a command says it belongs to; and whether the server would know it again without one.
 fn transaction(row: &Row, fields: &Fields<'_>, retryable: &mut bool) -> Result<Option<Transaction>, Fault> {
-    let number = fields.get("txnNumber").and_then(|number| number.i64());
-    let starts = fields.get("startTransaction").and_then(|starts| starts.bool());
-    let auto = fields.get("autocommit").and_then(|auto| auto.bool());
-    if (number.is_some() || auto.is_some() || starts.is_some()) && fields.get("lsid").is_none() {
+    let number = fields.generic(TXN_NUMBER).and_then(|number| number.i64());
+    let starts = fields.generic(START_TRANSACTION).and_then(|starts| starts.bool());
+    let auto = fields.generic(AUTOCOMMIT).and_then(|auto| auto.bool());
+    if (number.is_some() || auto.is_some() || starts.is_some()) && fields.generic(LSID).is_none() {
         return Err(Fault::new(72, "InvalidOptions", "Transaction number requires a session ID to also be specified"));
     }
     match (number, auto, starts) {

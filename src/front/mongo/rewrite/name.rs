@@ -12,7 +12,7 @@ pub(super) fn database<'a>(scope: &Scope<'_>, name: &'a str) -> Result<&'a str, 
     if ["admin", "config", "local"].iter().any(|own| own.eq_ignore_ascii_case(name)) {
         return Err(Fault::new(13, "Unauthorized", format!("not authorized on {name}: it holds no data of a tenant")));
     }
-    if scope.place.physical(name).is_none() {
+    if !scope.place.accepts(name) {
         let longest = scope.place.longest();
         return Err(Fault::namespace(format!(
             "Invalid database name: '{name}': use up to {longest} bytes without /\\. \"$*<>:|?"
@@ -29,8 +29,9 @@ pub(super) fn put_database(scope: &Scope<'_>, key: &str, name: &str, out: &mut V
 
 /// Checks a collection's name in a logical database of the scope.
 pub(super) fn collection<'a>(scope: &Scope<'_>, database: &str, name: &'a [u8]) -> Result<&'a str, Fault> {
-    let shown = String::from_utf8_lossy(name);
-    let invalid = |why: &str| Err(Fault::namespace(format!("Invalid collection name: '{shown}': {why}")));
+    let invalid = |why: &str| {
+        Err(Fault::namespace(format!("Invalid collection name: '{}': {why}", String::from_utf8_lossy(name))))
+    };
     let Ok(text) = std::str::from_utf8(name) else { return invalid("not UTF-8") };
     if text.is_empty() || text.starts_with('.') || text.ends_with('.') {
         return invalid("empty, or a dot at its begin or end");

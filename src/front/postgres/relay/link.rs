@@ -9,7 +9,7 @@ use std::{
 use futures_util::future::{Either, select};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{Pending, Relay, Told, next_kind};
+use super::{Relay, Told, next_kind, pending::Pending};
 use crate::{
     front::postgres::{Server, cancel, conversation::Conversation, count_refusal, options::Options, out::Out, refuse},
     net::{Peer, Stream},
@@ -290,7 +290,7 @@ pub(super) async fn abandon(upstream: &Upstream, mut lease: Lease, home: &Home) 
         lease.stream.shutdown().await
     };
     // A server in the middle of a large message may not take it; then the end of the stream has to do.
-    let _ = tokio::time::timeout(super::CANCEL_GRACE, goodbye).await;
+    let _ = tokio::time::timeout(super::limit::CANCEL_GRACE, goodbye).await;
     for attempt in 0..=CANCELS {
         if attempt < CANCELS {
             home.endpoint.cancel(&lease.key).await;
@@ -299,7 +299,7 @@ pub(super) async fn abandon(upstream: &Upstream, mut lease: Lease, home: &Home) 
         }
         let mut rest = [0; 4096];
         let ended = async { while lease.stream.read(&mut rest).await.is_ok_and(|n| n > 0) {} };
-        if tokio::time::timeout(super::CANCEL_GRACE, ended).await.is_ok() {
+        if tokio::time::timeout(super::limit::CANCEL_GRACE, ended).await.is_ok() {
             return;
         }
     }
