@@ -216,11 +216,10 @@ impl Provisioner {
         Ok(held)
     }
 
-    /// What the server is told of a password.
+    /// What the server is told of a password; nothing in it ends a literal (derived ones are base64url).
     fn secret(&self, password: &Password) -> String {
         match self.passwords {
             Passwords::Verifier => scram_verifier(password),
-            // Derived ones are base64url: nothing that ends a literal.
             Passwords::Plain => password.expose().to_owned(),
         }
     }
