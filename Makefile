@@ -83,6 +83,17 @@ bench-http:
 	$(CARGO) build --release --bin dynabase
 	python3 benches/http.py
 
+# make bench-mongo   direct and through dynabase in both isolations
+.PHONY: bench-mongo bench-catalog
+bench-mongo: tools
+	$(CARGO) build --release --bin dynabase --example mongo_load
+	python3 benches/mongo.py $(ARGS)
+
+# make bench-catalog   a million organisations: memory, start, cold look-up, from write to enforcement; some ten minutes
+bench-catalog: tools
+	$(CARGO) build --release --bin dynabase
+	.cache/mongodb/bin/python benches/catalog.py $(ARGS)
+
 # make chaos   CHAOS_RUNS (1000) tier transitions killed at random, every step of a life killed once, and the larger walks of the model; some 20 minutes
 .PHONY: chaos
 chaos: tools

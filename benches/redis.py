@@ -2,7 +2,8 @@
 """Redis: direct, through dynabase, through twemproxy (Debian's nutcracker), in alternating runs with redis-benchmark.
 
 Prints a table of medians: throughput, p50 and p99 latency, the proxy's CPU seconds per million commands (user + system)
-and Redis' own. Usage: benches/redis.py [--rounds 3] [--requests 300000]. Needs target/release/dynabase.
+and Redis' own. Usage: benches/redis.py [--rounds 3] [--requests 300000] [--cases N]. Needs target/release/dynabase, or
+another --program.
 """
 
 import argparse
@@ -27,6 +28,7 @@ CASES = [
     ("64 B, 1 client", 1, 1, 64, 0.2),
     ("64 B, 1 000 clients", 1000, 1, 64, 1.0),
     ("64 KiB, 50 clients", 50, 1, 65536, 0.1),
+    ("4 MiB, 10 clients", 10, 1, 4 << 20, 0.002),
 ]
 
 
@@ -53,7 +55,7 @@ def run(command, proxy, redis, args, case):
     _, clients, pipeline, size, share = case
     requests = int(args.requests * share)
     line = ["redis-benchmark", "--csv", "-n", str(requests), "-c", str(clients), "-P", str(pipeline), "-d", str(size)]
-    line += ["-r", "100000" if size < 1000 else "500", "-t", command, *proxy["args"]]
+    line += ["-r", "100000" if size < 1000 else "500" if size < 1 << 20 else "20", "-t", command, *proxy["args"]]
     before = cpu(proxy["pid"]) if proxy["pid"] else 0, cpu(redis)
     out = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     after = cpu(proxy["pid"]) if proxy["pid"] else 0, cpu(redis)
@@ -68,6 +70,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=300_000)
     parser.add_argument("--cases", type=int, default=len(CASES), help="the first so many cases only")
+    parser.add_argument("--program", type=Path, default=ROOT / "target/release/dynabase")
+    parser.add_argument("--port-offset", default="11000")
     args = parser.parse_args()
     children = []
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +79,7 @@ def main():
         try:
             ready = folder / "ready.json"
             dynabase = subprocess.Popen(
-                [ROOT / "target/release/dynabase", "dev", "--data-dir", folder / "dev", "--port-offset", "11000",
+                [args.program, "dev", "--data-dir", folder / "dev", "--port-offset", args.port_offset,
                  "--ready-file", ready], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             children.append(dynabase)
             while not ready.exists():

@@ -292,7 +292,6 @@ impl App {
                     readiness.readiness.keys_loaded.store(true, Ordering::Release);
                 }
                 recorder.run_upkeep();
-                meters.sweep(clock::now_ms());
                 tokio::time::sleep(TIDY_EVERY).await;
             }
         });

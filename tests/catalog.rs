@@ -109,7 +109,7 @@ struct Open {
 }
 
 fn redis_client(org: &Org<'_>) -> redis::Client {
-    let url = format!("redis://app:{}@127.0.0.1:{}/0", org.token(), org.proxy.port_for("Redis"));
+    let url = format!("redis://app:{}@127.0.0.1:{}/0", org.token(), org.proxy.port_of("Redis"));
     redis::Client::open(url).expect("a URL")
 }
 
@@ -151,7 +151,7 @@ impl Open {
 }
 
 async fn mongo_client(org: &Org<'_>) -> Client {
-    let mut client = Client::connect(org.proxy.port_for("MongoDB")).await;
+    let mut client = Client::connect(org.proxy.port_of("MongoDB")).await;
     let told = client.run(plain(&org.token())).await;
     assert_eq!(told.get_bool("done").ok(), Some(true), "{told}");
     client
@@ -162,12 +162,12 @@ fn refusals(org: &Org<'_>) -> (String, String, Document) {
     let wire = Wire::login(org.proxy.address(), &org.token(), &[]).err().map(|told| told.field(b'C'));
     let token = org.token();
     // In its own words, for which the driver has words of its own.
-    let mut socket = TcpStream::connect(("127.0.0.1", org.proxy.port_for("Redis"))).expect("it accepts");
+    let mut socket = TcpStream::connect(("127.0.0.1", org.proxy.port_of("Redis"))).expect("it accepts");
     let auth = format!("*3\r\n$4\r\nAUTH\r\n$3\r\napp\r\n${}\r\n{token}\r\n", token.len());
     socket.write_all(auth.as_bytes()).expect("sent");
     let mut redis = String::new();
     BufReader::new(socket).read_line(&mut redis).expect("an answer");
-    let port = org.proxy.port_for("MongoDB");
+    let port = org.proxy.port_of("MongoDB");
     let mongo = block_on(async move { Client::connect(port).await.run(plain(&token)).await });
     (wire.unwrap_or_default(), redis, mongo)
 }
@@ -266,7 +266,12 @@ fn while_the_catalog_is_away_the_known_go_on_and_what_came_after_is_enforced() {
     cable.cut();
     until("the metric rises", || house.age() > 3.0);
     let risen = house.age();
-    assert!(house.proxy.admin("/readyz").contains("ready"), "known tenants are served: it is ready");
+    assert_eq!(
+        house.proxy.metric("dynabase_ready", ""),
+        1.0,
+        "known tenants are served: {}",
+        house.proxy.admin("/readyz")
+    );
     // Open sessions, and new ones of who is known.
     open.serves();
     Open::of(&known).serves();
@@ -296,6 +301,27 @@ fn while_the_catalog_is_away_the_known_go_on_and_what_came_after_is_enforced() {
     let mut open = Open::of(&stranger);
     house.by_hand(&server.place.url, "stranger", doc! { "status": "suspended" });
     open.has_ended();
+}
+
+#[test]
+fn it_starts_while_the_catalog_is_away_and_is_ready_once_it_was_reached() {
+    let server = Own::start(None);
+    let cable = Cable::to(server.place.port);
+    cable.cut();
+    let url = cable.url(&server.place.url);
+    let catalog = format!("kind = \"mongodb\"\nurl = \"{url}\"\ndatabase = \"later\"");
+    let proxy = Proxy::start(&Setup { catalog, ..Setup::default() });
+    assert!(proxy.admin("/readyz").contains("catalog"), "{}", proxy.admin("/readyz"));
+    assert_eq!(proxy.metric("dynabase_ready", ""), 0.0);
+    let org = Org { proxy: &proxy, org: OrgId::parse("anybody").expect("an id") };
+    let told = Wire::login(proxy.address(), &org.token(), &[]).expect_err("nobody is known");
+    assert_eq!(told.field(b'C'), "57P03");
+    cable.mend();
+    until("it is ready", || proxy.metric("dynabase_ready", "") == 1.0);
+    // Now it can tell that there is no such organisation.
+    until("it is known to be nobody", || {
+        Wire::login(proxy.address(), &org.token(), &[]).is_err_and(|told| told.field(b'C') != "57P03")
+    });
 }
 
 /// Every document of a folder by its file's name.

@@ -139,7 +139,10 @@ impl Tally {
         let seen = self.seen.entry((org.clone(), protocol)).or_insert(fresh);
         seen.tier = tier.unwrap_or(seen.tier);
         let mut gained = counts;
-        gained.iter_mut().zip(seen.counts).for_each(|(now, before)| *now = now.wrapping_sub(before));
+        // One that counts less than before is another meter, in the place of one that is gone: all it has is new.
+        if counts.iter().zip(seen.counts).all(|(now, before)| *now >= before) {
+            gained.iter_mut().zip(seen.counts).for_each(|(now, before)| *now -= before);
+        }
         seen.counts = counts;
         if gained == Counts::default() {
             return None;

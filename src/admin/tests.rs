@@ -441,6 +441,16 @@ fn counters_only_grow_whatever_tiers_labels_and_meters_do() {
     let samples = tallied(&tally);
     assert_eq!((samples[&requests("PRO")], samples[&requests("ENTERPRISE")]), (1.0, 2.0));
     assert_eq!(sum(&samples, "dynabase_requests_total"), 5.0);
+
+    // A meter that went without a word, and a new one in its place that has counted less: no step back, none over the top.
+    traffic(&meters, "globex", 300);
+    tally.settle(&meters, &table.slots());
+    meters.sweep(1 + kept_ms);
+    meters.sweep(1 + 2 * kept_ms);
+    assert!(meters.all().is_empty());
+    traffic(&meters, "globex", 1);
+    tally.settle(&meters, &table.slots());
+    assert_eq!(sum(&tallied(&tally), "dynabase_requests_total"), 7.0);
 }
 
 #[test]

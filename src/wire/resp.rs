@@ -84,6 +84,20 @@ impl Request {
         self.at + self.bulk.map_or(1, |len| len + 2)
     }
 
+    /// All arguments that the command's header announces; 0 before the header came.
+    pub fn announced(&self) -> usize {
+        self.args.len() + self.left
+    }
+
+    /// Where the first unfinished argument begins (its payload if its header came), and a walker over all that follows.
+    pub fn rest(&self) -> (usize, Rest) {
+        let rest = match self.bulk {
+            Some(len) => Rest { left: self.left.saturating_sub(1), bulk: len, end: 2, announced: len as u64 },
+            None => Rest { left: self.left, bulk: 0, end: 0, announced: 0 },
+        };
+        (self.at, rest)
+    }
+
     /// Goes on with `bytes`, the command's own from its first byte. `bulk_max` and `args_max` are the caps in force.
     ///
     /// # Errors
@@ -153,6 +167,65 @@ impl Request {
             self.left -= 1;
         }
         Ok(Progress::Complete(self.at))
+    }
+}
+
+/// Walks the rest of a command whose beginning is known, without keeping it: for commands too large to be held.
+#[derive(Debug)]
+pub struct Rest {
+    /// Arguments whose header is still to come.
+    left: usize,
+    /// Payload bytes of the present one still to come.
+    bulk: usize,
+    /// Bytes of its line end still to come.
+    end: u8,
+    /// Payload bytes that the headers so far announced.
+    pub announced: u64,
+}
+
+impl Rest {
+    /// Walks `bytes` on. Gives how many of them belong to the command and are as they should be, and whether it ends
+    /// there. When it does not, the unwalked rest is an unfinished header: bring it again with more.
+    ///
+    /// # Errors
+    /// A [`Fault`]; none of `bytes` may be passed on.
+    pub fn advance(&mut self, bytes: &[u8]) -> Result<(usize, bool), Fault> {
+        let mut at = 0;
+        loop {
+            let step = self.bulk.min(bytes.len() - at);
+            at += step;
+            self.bulk -= step;
+            if self.bulk > 0 {
+                return Ok((at, false));
+            }
+            while self.end > 0 {
+                match (bytes.get(at), self.end) {
+                    (None, _) => return Ok((at, false)),
+                    (Some(b'\r'), 2) | (Some(b'\n'), 1) => {}
+                    (Some(_), _) => return Err(Fault("invalid bulk length")),
+                }
+                at += 1;
+                self.end -= 1;
+            }
+            if self.left == 0 {
+                return Ok((at, true));
+            }
+            match bytes.get(at) {
+                None => return Ok((at, false)),
+                Some(b'$') => {}
+                Some(_) => return Err(Fault("expected '$'")),
+            }
+            let Some((len, next)) = number(bytes, at + 1, "invalid bulk length")? else { return Ok((at, false)) };
+            let len = usize::try_from(len).map_err(|_| Fault("invalid bulk length"))?;
+            if len > BULK_MAX {
+                return Err(Fault("invalid bulk length"));
+            }
+            at = next;
+            self.left -= 1;
+            self.bulk = len;
+            self.end = 2;
+            self.announced += len as u64;
+        }
     }
 }
 

@@ -6,9 +6,15 @@ logins follow. Not compared, as it differs: the text of errors, sizes in statist
 """
 
 import asyncio
-import threading
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import gridfs
 import pymongo
@@ -141,6 +147,40 @@ def bulk_writes_are_the_same_three_ways():
         return seen
 
     three_ways(steps)
+
+
+@case
+def a_bulk_write_over_collections_keeps_what_is_not_refused():
+    """The command of 8.0: by the client, over several collections."""
+    def steps(c, way):
+        one, other = fresh(c, "bulk_one"), fresh(c, "bulk_other")
+        model = lambda ns, **fields: InsertOne(fields, namespace=f"app.{ns}")
+        r = c.bulk_write([model("bulk_one", _id=1), model("bulk_other", _id=1),
+                          UpdateOne({"_id": 1}, {"$set": {"a": 1}}, namespace="app.bulk_one"),
+                          DeleteOne({"_id": 7}, namespace="app.bulk_other")], verbose_results=True)
+        seen = [r.inserted_count, r.modified_count, r.deleted_count, one.find_one({}), other.find_one({})]
+        for ordered in (True, False):
+            try:
+                c.bulk_write([model("bulk_one", _id=ordered), model("bulk_one", _id=1), model("bulk_other", _id=10 + ordered)], ordered=ordered)
+            except pymongo.errors.ClientBulkWriteException as error:
+                seen.append([(e["idx"], e["code"]) for e in error.write_errors])
+        seen.append([d["_id"] for d in other.find().sort("_id", 1)])
+        return seen
+
+    three_ways(steps)
+    with client(STARTER) as c:
+        things = fresh(c, "bulk_refused")
+        models = [InsertOne({"_id": 1}, namespace="app.bulk_refused"),
+                  InsertOne({"_id": 2, "org_id": "initech"}, namespace="app.bulk_refused"),
+                  InsertOne({"_id": 3}, namespace="app.bulk_refused"), InsertOne({"_id": 1}, namespace="app.bulk_refused")]
+        for ordered, errors, left in ((False, [(1, 66), (3, 11000)], [1, 3]), (True, [(1, 66)], [1])):
+            things.delete_many({})
+            try:
+                c.bulk_write(models, ordered=ordered)
+                raise AssertionError("nothing was refused")
+            except pymongo.errors.ClientBulkWriteException as error:
+                equal([(e["idx"], e["code"]) for e in error.write_errors], errors)
+            equal([d["_id"] for d in things.find().sort("_id", 1)], left)
 
 
 @case
@@ -541,6 +581,63 @@ def a_client_that_vanishes_takes_its_transaction_along():
                 assert time.monotonic() < deadline, "the transaction still holds its locks"
                 time.sleep(0.2)
         equal(things.find_one({"_id": 1})["n"], 2)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@case
+def over_tls_it_is_the_same_and_a_stranger_certificate_is_refused():
+    """Another dynabase of the same installation, with certificates."""
+    text = (Path(sys.argv[1]).parent / "data/dynabase.toml").read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for name in ("server", "stranger"):
+            subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+                            "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+                            "-keyout", folder / f"{name}.key", "-out", folder / f"{name}.crt"], check=True, capture_output=True)
+        port = free_port()
+        text = re.sub(r'^(postgres|redis|http) = "127.0.0.1:\d+"', lambda m: f'{m[1]} = "127.0.0.1:{free_port()}"', text, flags=re.M)
+        text = re.sub(r'^mongodb = "127.0.0.1:\d+"', f'mongodb = "127.0.0.1:{port}"', text, flags=re.M)
+        text = re.sub(r'^listen = "127.0.0.1:\d+"', f'listen = "127.0.0.1:{free_port()}"', text, flags=re.M)
+        text = text.replace('tiers = "tiers.toml"', f'tiers = "{Path(sys.argv[1]).parent}/data/tiers.toml"')
+        text += f'\n[tls]\ncert_file = "{folder}/server.crt"\nkey_file = "{folder}/server.key"\n'
+        (folder / "dynabase.toml").write_text(text)
+        (folder / "dynabase.toml").chmod(0o600)
+        with open(folder / "log", "wb") as log:
+            process = subprocess.Popen([os.environ["DYNABASE_BIN"], "serve", "--config", folder / "dynabase.toml"], stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 30
+            while b"listening for MongoDB" not in (folder / "log").read_bytes():
+                assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-400:]
+                time.sleep(0.05)
+            for org in ("globex", "initech"):
+                bare = f"mongodb://app:{tenant(org)['token']}@localhost:{port}/app?authMechanism=PLAIN&directConnection=true"
+                trusted = f"{bare}&tls=true&tlsCAFile={folder}/server.crt"
+                with client(trusted) as c:
+                    things = fresh(c, "secure")
+                    things.insert_many([{"_id": i, "pad": "x" * 10_000} for i in range(300)])
+                    equal([d["_id"] for d in things.find({}, batch_size=50).sort("_id", 1)], list(range(300)))
+                    with c.start_session() as session, session.start_transaction():
+                        things.insert_one({"_id": 1000}, session=session)
+                    equal(things.count_documents({}), 301)
+                    # The same documents without TLS, through the other process.
+                    with client(tenant(org)["urls"]["mongodb"]) as plain:
+                        equal(plain.app.secure.count_documents({}), 301)
+                    things.drop()
+                for wrong in (f"{bare}&tls=true&tlsCAFile={folder}/stranger.crt", bare):
+                    try:
+                        with pymongo.MongoClient(wrong, serverSelectionTimeoutMS=2000) as c:
+                            c.app.secure.find_one()
+                        raise AssertionError("it got in")
+                    except pymongo.errors.ServerSelectionTimeoutError:
+                        pass
+        finally:
+            process.terminate()
+            process.wait(20)
 
 
 main()

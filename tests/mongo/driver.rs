@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use bson::{Document, doc};
 use dynabase::net::ServerTls;
 use futures_util::TryStreamExt;
-use mongodb::{Client, IndexModel, options::IndexOptions};
+use mongodb::{Client, Collection, IndexModel, options::IndexOptions};
 
 use super::support::House;
 use crate::support::mongo;
@@ -51,6 +51,41 @@ async fn the_rust_driver_works_in_both_isolations() {
     let house = House::before(mongo::shared().port).await;
     as_tenant(&house.url("globex")).await;
     as_tenant(&house.url("initech")).await;
+}
+
+/// In a shared collection one tenant can't take all the indexes that the server has for it.
+#[tokio::test]
+async fn a_tenant_has_its_share_of_a_shared_collections_indexes() {
+    const SHARE: i32 = 12;
+    let house = House::before(mongo::shared().port).await;
+    let things = |client: &Client| client.default_database().expect("it names one").collection::<Document>("indexed");
+    let (one, other) = (house.url("globex"), house.url("acme"));
+    let client = Client::with_uri_str(one).await.expect("a URL");
+    let many = things(&client);
+    let make = |many: &Collection<Document>, n: i32, unique: bool| {
+        let options = IndexOptions::builder().unique(unique).build();
+        let (many, model) =
+            (many.clone(), IndexModel::builder().keys(doc! { format!("f{n}"): 1 }).options(options).build());
+        async move { many.create_index(model).await }
+    };
+    for n in 0..SHARE {
+        make(&many, n, n % 2 == 0).await.expect("room");
+    }
+    let refused = make(&many, SHARE, true).await.expect_err("one more").to_string();
+    assert!(refused.contains("67") && refused.contains("12 of 12"), "{refused}");
+    // Programs make theirs at each start: those that are there, and those that only make faster.
+    make(&many, 0, true).await.expect("it is there");
+    make(&many, SHARE, false).await.expect("left out");
+    assert_eq!(many.list_index_names().await.expect("listed").len(), usize::try_from(SHARE).expect("small") + 1);
+    // Another tenant has its own share, and a dropped one gives room.
+    let neighbour = Client::with_uri_str(other).await.expect("a URL");
+    make(&things(&neighbour), 100, true).await.expect("room");
+    many.drop_index("f1_1").await.expect("dropped");
+    make(&many, SHARE, true).await.expect("room again");
+    for (client, many) in [(client, many), (neighbour.clone(), things(&neighbour))] {
+        many.drop().await.expect("dropped");
+        client.shutdown().await;
+    }
 }
 
 /// A certificate of its own for `localhost` in `folder`.

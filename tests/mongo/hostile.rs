@@ -4,7 +4,9 @@
 use bson::{Bson, Document, doc};
 use dynabase::{
     front::mongo::commands,
-    wire::mongo::{self, CHECKSUM_PRESENT, HEADER_BYTES, MORE_TO_COME, OP_COMPRESSED, OP_MSG, OP_QUERY, compress},
+    wire::mongo::{
+        self, CHECKSUM_PRESENT, EXHAUST_ALLOWED, HEADER_BYTES, MORE_TO_COME, OP_COMPRESSED, OP_MSG, OP_QUERY, compress,
+    },
 };
 
 use super::support::{Act, Client, House, body, bytes, message, payload, server, token};
@@ -204,6 +206,21 @@ async fn who_wants_no_answer_never_gets_one() {
     let mut stranger = house.stranger().await;
     stranger.send(&message(5, MORE_TO_COME, &bytes(&doc! { "find": "c", "$db": "app" }))).await;
     lives(&mut stranger).await;
+}
+
+/// Who would take several answers to one question gets one, and asks again as others do.
+#[tokio::test]
+async fn a_stream_of_answers_is_never_begun() {
+    let (port, _events) = server(|_| Act::Answer(doc! { "n": 1, "ok": 1.0 })).await;
+    let house = House::before(port).await;
+    let mut client = house.client("initech").await;
+    for command in [doc! { "count": "c", "$db": "app" }, doc! { "hello": 1, "maxAwaitTimeMS": 100_i64, "$db": "admin" }]
+    {
+        client.send(&message(5, EXHAUST_ALLOWED, &bytes(&command))).await;
+        let (header, reply) = client.receive().await.expect("an answer");
+        assert_eq!((header.response_to, &reply[HEADER_BYTES..HEADER_BYTES + 4]), (5, &[0; 4][..]), "no more to come");
+        lives(&mut client).await;
+    }
 }
 
 #[tokio::test]

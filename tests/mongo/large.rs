@@ -74,7 +74,7 @@ fn many_large_messages_at_once_stay_in_bounds_and_others_are_served() {
         ..Setup::default()
     });
     let (greedy, modest) = (proxy.tenant("greedy", Tier::Enterprise), proxy.tenant("modest", Tier::Free));
-    let (door, token) = (proxy.port_for("MongoDB"), greedy.token());
+    let (door, token) = (proxy.port_of("MongoDB"), greedy.token());
     let (message, silent) = (Arc::new(large(0)), Arc::new(large(MORE_TO_COME)));
     let sent = |message: &Arc<Vec<u8>>| runtime.spawn(send_but_one(door, token.clone(), Arc::clone(message)));
     let idle = proxy.resident();

@@ -3,10 +3,13 @@
 mod basic;
 mod differential;
 mod drivers;
+mod killed;
 mod kinds;
+mod large;
 mod limits;
 mod moving;
 mod scripts;
 mod support;
 mod table;
 mod tracking;
+mod truth;

@@ -178,11 +178,30 @@ impl Proxy {
         let log = Arc::new(Mutex::new(String::new()));
         read_along(&mut child, &log);
         let mut proxy = Self { child, port: 0, admin, config, log, server: server.clone(), folder };
-        proxy.port = eventually("dynabase listens", || {
-            assert!(proxy.child.try_wait().expect("a child").is_none(), "it ended: {}", proxy.log());
-            proxy.logged_port("PostgreSQL")
-        });
+        proxy.await_port();
         proxy
+    }
+
+    /// Waits until it says where it listens.
+    fn await_port(&mut self) {
+        self.port = eventually("dynabase listens", || {
+            assert!(self.child.try_wait().expect("a child").is_none(), "it ended: {}", self.log());
+            self.logged_port("PostgreSQL")
+        });
+    }
+
+    /// Kills it as it is (SIGKILL).
+    pub fn kill(&mut self) {
+        self.child.kill().expect("killed");
+        self.child.wait().expect("ended");
+    }
+
+    /// Starts it once more after [`Self::kill`], from the same configuration.
+    pub fn start_again(&mut self) {
+        self.log = Arc::new(Mutex::new(String::new()));
+        self.child = spawn(&self.folder.path().join("dynabase.toml"));
+        read_along(&mut self.child, &self.log);
+        self.await_port();
     }
 
     fn logged_port(&self, clients: &str) -> Option<u16> {
@@ -190,11 +209,6 @@ impl Proxy {
         let (_, rest) = log.split_once(&format!("listening for {clients} clients"))?;
         let (_, port) = rest.lines().next()?.rsplit_once(':')?;
         port.trim().parse().ok()
-    }
-
-    /// The port for clients of another database: `Redis`, `MongoDB`, `HTTP`.
-    pub fn port_for(&self, clients: &str) -> u16 {
-        eventually("it listens", || self.logged_port(clients))
     }
 
     /// The usual one, which tests share. Every test has tenants of its own.
@@ -303,11 +317,7 @@ impl Proxy {
 
     /// The port of a front, by the word of its log: `Redis`, `MongoDB`, `HTTP`.
     pub fn port_of(&self, front: &str) -> u16 {
-        eventually("the front listens", || {
-            let log = self.log();
-            let (_, rest) = log.split_once(&format!("listening for {front} clients"))?;
-            rest.lines().next()?.rsplit_once(':')?.1.trim().parse().ok()
-        })
+        eventually("the front listens", || self.logged_port(front))
     }
 
     /// A tenant that is there already.

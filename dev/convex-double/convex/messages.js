@@ -1,5 +1,5 @@
-// The chat of `make dev`: real Convex functions. On a deployment that several organisations share, dynabase writes
-// `orgId` into the arguments; on a deployment of its own the verified token says who is asking.
+// The chat of `make dev`: real Convex functions. The verified token says who is asking, in HTTP actions too. On a deployment
+// that several organisations share, dynabase also writes `orgId` into the arguments of queries, mutations and actions.
 import { actionGeneric as action, internalMutationGeneric as internalMutation, mutationGeneric as mutation, queryGeneric as query, makeFunctionReference } from "convex/server";
 import { ConvexError, v } from "convex/values";
 
@@ -7,8 +7,9 @@ const orgId = v.optional(v.string());
 
 async function caller(ctx, args) {
   const identity = await ctx.auth.getUserIdentity();
-  const org = args.orgId ?? identity?.org_id;
-  if (!identity || !org) throw new ConvexError({ code: "unauthenticated", message: "sign in first" });
+  const org = identity?.org_id;
+  if (!org) throw new ConvexError({ code: "unauthenticated", message: "sign in first" });
+  if ((args.orgId ?? org) !== org) throw new ConvexError({ code: "forbidden", message: "not your organisation" });
   return { org, author: identity.subject };
 }
 

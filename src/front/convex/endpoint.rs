@@ -56,7 +56,7 @@ pub struct Found {
 /// The row of a request.
 pub fn find(method: &Method, path: &str) -> Found {
     let row = |endpoint, access| Found { endpoint, access };
-    let action = path == "/http" || path.starts_with("/http/");
+    let action = is_action(path);
     let get = matches!(*method, Method::GET | Method::HEAD);
     let post = *method == Method::POST;
     match path {
@@ -83,6 +83,38 @@ pub fn find(method: &Method, path: &str) -> Found {
 const ACTION_METHODS: [Method; 7] =
     [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::OPTIONS];
 
+/// `/http` and below, in words that no server on the way reads as a way out of there: `/http/../api/query` is not an
+/// action. Escapes count as what they stand for, also those that are escaped again.
+fn is_action(path: &str) -> bool {
+    let Some(below) = path.strip_prefix("/http") else { return false };
+    let Some(words) = below.strip_prefix('/') else { return below.is_empty() };
+    let last = words.split('/').count() - 1;
+    // An empty word is no way out, but servers differ in what they make of it; the last one is a slash at the end.
+    words.split('/').enumerate().all(|(at, word)| if word.is_empty() { at == last } else { stays(word) })
+}
+
+/// Whether a word of a path is a name, however often somebody unescapes it.
+fn stays(word: &str) -> bool {
+    let mut bytes = word.as_bytes().to_vec();
+    for _ in 0..UNESCAPES_MAX {
+        // What follows a semicolon are parameters to some servers.
+        let name = bytes.split(|byte| *byte == b';').next().unwrap_or_default();
+        let escapes = bytes.iter().any(|byte| matches!(byte, b'/' | b'\\' | 0..=31 | 127));
+        if escapes || matches!(name, b"." | b"..") {
+            return false;
+        }
+        let plain: Vec<u8> = percent_encoding::percent_decode(&bytes).collect();
+        if plain == bytes {
+            return true;
+        }
+        bytes = plain;
+    }
+    false
+}
+
+/// How often an escape may be escaped again.
+const UNESCAPES_MAX: usize = 4;
+
 /// `/api/storage/{uuid}`.
 fn is_file(path: &str) -> bool {
     path.strip_prefix("/api/storage/").is_some_and(crate::tenant::is_uuid)
@@ -95,7 +127,7 @@ fn is_run(path: &str) -> bool {
         && words.split('/').all(|word| {
             !word.is_empty() && word.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'))
         })
-        && !words.contains("..")
+        && words.split('/').all(|word| word != "." && !word.contains(".."))
 }
 
 /// `/api/sync`, `/api/{version}/sync`.
@@ -105,7 +137,8 @@ fn is_sync(path: &str) -> bool {
     match path.strip_prefix("/api/").and_then(|rest| rest.strip_suffix("sync")) {
         Some("") => true,
         Some(rest) => {
-            rest.strip_suffix('/').is_some_and(|text| !text.is_empty() && !text.contains("..") && version(text))
+            let is_version = |text: &str| !text.is_empty() && text != "." && !text.contains("..") && version(text);
+            rest.strip_suffix('/').is_some_and(is_version)
         }
         None => false,
     }
@@ -168,6 +201,8 @@ mod tests {
             "/api/storage/../v1/x",
             "/api/storage/upload/",
             "/api/../sync",
+            "/api/./sync",
+            "/api/run/./a",
             "/api/a/b/sync",
         ] {
             for method in ["GET", "POST", "PUT", "DELETE"] {
@@ -176,6 +211,41 @@ mod tests {
         }
         for path in ["/echo", "/metrics", "/httpx", "/api", "//api/query"] {
             assert_eq!(of("POST", path).1, Access::Absent, "{path}");
+        }
+    }
+
+    #[test]
+    fn no_way_leads_out_of_the_actions() {
+        for path in [
+            "/http/../api/query",
+            "/http/..",
+            "/http/.",
+            "/http/x/../../api/mutation",
+            "/http/%2e%2e/api/mutation",
+            "/http/.%2E/api/query",
+            "/http/%252e%252e/api/query",
+            "/http/%25252525252e./api/query",
+            "/http//../../api/query",
+            "/http//api/query",
+            "/http/\\..\\..\\api\\query",
+            "/http/..%2fapi/query",
+            "/http/..%5capi/query",
+            "/http/..;/api/query",
+            "/http/a%00b",
+        ] {
+            assert_eq!(of("POST", path).1, Access::Absent, "{path}");
+        }
+        for path in [
+            "/http",
+            "/http/",
+            "/http/a",
+            "/http/a/",
+            "/http/a.b/..c/%C3%A4?x",
+            "/http/50%",
+            "/http/a%20b/...",
+            "/http/%zz",
+        ] {
+            assert_eq!(of("POST", path), (Endpoint::HttpAction, Access::Tenants), "{path}");
         }
     }
 }

@@ -23,7 +23,7 @@ use super::{
     mask::Mask,
     refuse::{self, After, Answer, Repeat},
     reply::{Mapping, Seen},
-    rewrite::{Forward, Prepare},
+    rewrite::{Forward, Prepare, index},
     tenancy::{self, Open, SessionId, Tenancy, Way},
     turn::Turn,
 };
@@ -37,6 +37,10 @@ use crate::{
 
 /// How much later than the server our own timer ends an operation.
 const GRACE: Duration = Duration::from_millis(500);
+
+/// Indexes that one tenant may have on a shared collection: the server has 64 for all of them, so that five tenants can
+/// have filled it, and not one.
+const INDEXES_MAX: usize = 12;
 
 /// `CursorNotFound`.
 const CURSOR_NOT_FOUND: i64 = 43;
@@ -56,6 +60,10 @@ struct Held {
 enum Outcome {
     Replied(Lease, Option<Room>),
     Failed(Error),
+    /// Not sent on.
+    Refused(Answer),
+    /// Not sent on, and the client is told that it was done: nothing that it can see depends on it.
+    LeftOut,
     Late,
     Gone,
 }
@@ -99,7 +107,7 @@ pub async fn run(
         let work = exchange(&server, tenancy, way, forward, sent, &mut reply);
         tokio::select! {
             biased;
-            done = work => done.map_or_else(Outcome::Failed, |(lease, room)| Outcome::Replied(lease, room)),
+            done = work => done.unwrap_or_else(Outcome::Failed),
             () = client.inbox.gone() => Outcome::Gone,
             () = tokio::time::sleep(limits.timeout + GRACE) => Outcome::Late,
         }
@@ -118,6 +126,12 @@ pub async fn run(
             let tier = policy.tenant.tier;
             let over = Over { limit: Limit::StatementTimeout, tier, max, in_use: max, retry_after: None };
             refuse::render(&Refusal::OverLimit(over), repeat)
+        }
+        Outcome::Refused(answer) => answer,
+        Outcome::LeftOut => {
+            let mut out = Vec::new();
+            super::local::put_ok(&mut out);
+            return client.send_document(asked, &out).await;
         }
         Outcome::Failed(Error::Refused { code, message }) if code == account::TOO_MANY_DATABASES => {
             Answer::new(code, "Unauthorized", message)
@@ -201,7 +215,7 @@ async fn hold(
     }))
 }
 
-/// Sends the request and reads the reply; gives the connection, which is whole again, and what a large reply was lent.
+/// Sends the request and reads the reply.
 async fn exchange(
     server: &Server,
     tenancy: &Tenancy,
@@ -209,10 +223,19 @@ async fn exchange(
     forward: &Forward<'_>,
     sent: &mut [u8],
     reply: &mut Vec<u8>,
-) -> Result<(Lease, Option<Room>), Error> {
+) -> Result<Outcome, Error> {
     let upstream = &server.upstream;
-    if let Some(prepare) = &forward.prepare {
-        prepared(upstream, tenancy, way, forward.database, prepare).await?;
+    match &forward.prepare {
+        Some(Prepare::IndexRoom { collection }) => {
+            let wished = wished_indexes(sent);
+            if let Some(full) = index_room(upstream, tenancy, way, (forward.database, collection), &wished).await? {
+                // What only makes faster is left out, as where the server itself has no more room.
+                let left_out = forward.reply == ReplyRule::IndexesWished;
+                return Ok(if left_out { Outcome::LeftOut } else { Outcome::Refused(full) });
+            }
+        }
+        Some(prepare) => prepared(upstream, tenancy, way, forward.database, prepare).await?,
+        None => {}
     }
     for database in further_databases(forward, sent, way) {
         way.open(upstream, &database).await?;
@@ -226,7 +249,47 @@ async fn exchange(
         room = server.rooms.reply(&tenancy.rooms, 2 * length).await;
     }
     lease.connection.rest(length, reply).await?;
-    Ok((lease, room))
+    Ok(Outcome::Replied(lease, room))
+}
+
+/// The names of the indexes that a rewritten `createIndexes` makes.
+fn wished_indexes(sent: &[u8]) -> Vec<String> {
+    let Some((head, payload)) = sent.split_first_chunk() else { return Vec::new() };
+    let Ok(message) = crate::wire::mongo::Message::parse(head, payload) else { return Vec::new() };
+    let list = message.body.get("indexes").ok().flatten().and_then(|list| list.array());
+    let name = |index: Document<'_>| Some(index.get("name").ok()??.str()?.to_owned());
+    list.into_iter().flatten().map_while(Result::ok).filter_map(|it| name(it.document()?)).collect()
+}
+
+/// The refusal of indexes beyond the tenant's share of a shared collection's.
+async fn index_room(
+    upstream: &Upstream,
+    tenancy: &Tenancy,
+    way: &Way,
+    (database, collection): (&str, &str),
+    wished: &[String],
+) -> Result<Option<Answer>, Error> {
+    let Some(physical) = way.place.physical(database) else { return Ok(None) };
+    let listed = account::run(upstream, doc! { "listIndexes": collection, "cursor": {}, "$db": physical }).await;
+    let listed = match listed {
+        // Not there yet.
+        Err(error) if error.code() == Some(26) => return Ok(None),
+        listed => account::decode(&listed?)?,
+    };
+    let names = listed.get_document("cursor").and_then(|cursor| cursor.get_array("firstBatch"));
+    let names: Vec<&str> =
+        names.into_iter().flatten().filter_map(|it| it.as_document()?.get_str("name").ok()).collect();
+    let mark = format!("{}{}", index::MARK, tenancy.org());
+    let own = names.iter().filter(|name| name.ends_with(&mark)).count();
+    let new = wished.iter().filter(|name| !names.contains(&name.as_str())).count();
+    if new == 0 || own + new <= INDEXES_MAX {
+        return Ok(None);
+    }
+    let text = format!(
+        "too many indexes: {own} of {INDEXES_MAX} that one tenant may have on a collection of a shared database; drop \
+         some, or raise the tier"
+    );
+    Ok(Some(Answer::new(67, "CannotCreateIndex", text)))
 }
 
 /// Logical databases beyond the request's own that a bulk write names: the tenant's user needs its rights on them.
@@ -272,6 +335,7 @@ async fn prepared(
             let on = doc! { "enabled": true };
             (collection, doc! { "collMod": *collection, "changeStreamPreAndPostImages": on, "$db": &physical })
         }
+        Prepare::IndexRoom { .. } => return Ok(()),
         Prepare::MergeIndex { collection } => {
             let index = doc! { "key": { "org_id": 1, "_id": 1 }, "name": "org_id_1__id_1", "unique": true };
             (collection, doc! { "createIndexes": *collection, "indexes": [index], "$db": &physical })

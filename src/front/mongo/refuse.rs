@@ -205,8 +205,12 @@ pub fn put_fault(fault: &Fault, out: &mut Vec<u8>) {
         return Answer::new(fault.code, fault.name, fault.message.as_str()).put(out);
     }
     let body = bson::open(out);
-    bson::put_i32(out, "n", 0);
-    put_failed(out, &fault.failed);
+    if fault.bulk {
+        put_failed_bulk(out, &fault.failed);
+    } else {
+        bson::put_i32(out, "n", 0);
+        put_failed(out, &fault.failed);
+    }
     bson::put_f64(out, "ok", 1.0);
     bson::close(out, body);
 }
@@ -218,6 +222,34 @@ fn put_failed(out: &mut Vec<u8>, failed: &[Failed]) {
         put_write_error(out, at, one);
     }
     bson::close(out, list);
+}
+
+/// An entry of a bulk write's cursor.
+pub fn put_bulk_error(out: &mut Vec<u8>, at: usize, failed: &Failed) {
+    let entry = bson::open_document(out, bson::Index::new(at).as_str());
+    bson::put_f64(out, "ok", 0.0);
+    bson::put_i32(out, "idx", i32::try_from(failed.index).unwrap_or(i32::MAX));
+    bson::put_i32(out, "code", failed.code);
+    bson::put_str(out, "errmsg", &failed.message);
+    bson::put_i32(out, "n", 0);
+    bson::close(out, entry);
+}
+
+/// The results of a `bulkWrite` of which nothing was sent on.
+fn put_failed_bulk(out: &mut Vec<u8>, failed: &[Failed]) {
+    let cursor = bson::open_document(out, "cursor");
+    bson::put_i64(out, "id", 0);
+    let batch = bson::open_array(out, "firstBatch");
+    for (at, one) in failed.iter().enumerate() {
+        put_bulk_error(out, at, one);
+    }
+    bson::close(out, batch);
+    bson::put_str(out, "ns", "admin.$cmd.bulkWrite");
+    bson::close(out, cursor);
+    bson::put_i32(out, "nErrors", i32::try_from(failed.len()).unwrap_or(i32::MAX));
+    for count in ["nInserted", "nMatched", "nModified", "nUpserted", "nDeleted"] {
+        bson::put_i32(out, count, 0);
+    }
 }
 
 /// One entry of `writeErrors`.
@@ -271,6 +303,19 @@ mod tests {
             let code = render(&refusal, Repeat::Plain).code;
             assert!(![10107, 13435, 13436, 10058, 11600, 11602, 189].contains(&code), "{refusal:?}");
         }
+    }
+
+    #[test]
+    fn a_bulk_write_of_which_nothing_is_left_is_answered_in_its_own_form() {
+        let failed = vec![Failed { index: 0, code: 66, message: "org_id".into() }];
+        let mut out = Vec::new();
+        let fault = Fault { code: 66, name: "ImmutableField", message: String::new(), failed, bulk: true };
+        put_fault(&fault, &mut out);
+        let told = ::bson::Document::from_reader(out.as_slice()).expect("a document");
+        let batch = told.get_document("cursor").and_then(|cursor| cursor.get_array("firstBatch")).expect("there");
+        assert_eq!(batch[0].as_document().and_then(|entry| entry.get_i32("idx").ok()), Some(0));
+        assert_eq!((told.get_i32("nErrors").ok(), told.get_i32("nInserted").ok()), (Some(1), Some(0)));
+        assert!(told.get_f64("ok").is_ok_and(|ok| ok == 1.0) && !told.contains_key("writeErrors"), "{told}");
     }
 
     #[test]

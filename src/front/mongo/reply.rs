@@ -4,7 +4,7 @@
 use super::{
     commands::ReplyRule,
     mask::Mask,
-    refuse::put_write_error,
+    refuse::{put_bulk_error, put_write_error},
     rewrite::{Failed, ORG, Scope, index},
 };
 use crate::{
@@ -285,6 +285,7 @@ impl Mapping<'_> {
         let list = bson::open_array(out, name);
         let mut at = 0;
         let mut ours = self.failed.iter().peekable();
+        let mut erred = false;
         for entry in batch {
             let Some(entry) = entry?.document() else { continue };
             let called = entry.get("name")?.and_then(|it| it.str()).unwrap_or_default();
@@ -295,6 +296,7 @@ impl Mapping<'_> {
                 continue;
             }
             if rule == ReplyRule::BulkWrite {
+                erred |= entry.get("ok")?.is_some_and(|ok| !ok.truthy());
                 let idx = self.index(entry.get("idx")?.and_then(|it| it.whole()).unwrap_or_default());
                 while let Some(one) = ours.next_if(|one| i64::try_from(one.index).is_ok_and(|it| it < idx)) {
                     put_bulk_error(out, at, one);
@@ -321,7 +323,8 @@ impl Mapping<'_> {
             bson::close(out, copy);
             at += 1;
         }
-        if rule == ReplyRule::BulkWrite {
+        // In order, the server's failure came before ours was reached.
+        if rule == ReplyRule::BulkWrite && !(erred && self.ordered) {
             for one in ours {
                 put_bulk_error(out, at, one);
                 at += 1;
@@ -423,17 +426,6 @@ impl Mapping<'_> {
         bson::close(out, copy);
         Ok(())
     }
-}
-
-/// An entry of a bulk write's cursor.
-fn put_bulk_error(out: &mut Vec<u8>, at: usize, failed: &Failed) {
-    let entry = bson::open_document(out, bson::Index::new(at).as_str());
-    bson::put_f64(out, "ok", 0.0);
-    bson::put_i32(out, "idx", count(failed.index));
-    bson::put_i32(out, "code", failed.code);
-    bson::put_str(out, "errmsg", &failed.message);
-    bson::put_i32(out, "n", 0);
-    bson::close(out, entry);
 }
 
 fn count(number: usize) -> i32 {

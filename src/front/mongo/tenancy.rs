@@ -146,6 +146,11 @@ impl Tenancy {
         })
     }
 
+    /// The tenant.
+    pub fn org(&self) -> &OrgId {
+        self.slot.org()
+    }
+
     /// How a request goes now.
     pub fn way(&self, upstream: &Upstream) -> Arc<Way> {
         let way = self.way.load_full();

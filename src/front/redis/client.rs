@@ -28,6 +28,7 @@ use crate::{
     session::{Session, Transport},
     upstream::redis::{
         Database, Outbox, Place, Version,
+        held::{HELD_MAX_BYTES, Share},
         link::{How, Link},
         reply::Shape,
     },
@@ -54,12 +55,6 @@ const WAITING_HIGH_BYTES: usize = 1 << 20;
 
 /// Buffer kept for an unfinished command between reads.
 const KEPT_BYTES: usize = 4 << 10;
-
-/// Bytes from which on an unfinished command counts as large.
-const LARGE_COMMAND_BYTES: usize = 1 << 20;
-
-/// Bytes of unfinished large commands of all clients together: who would exceed it is refused.
-const LARGE_COMMANDS_MAX_BYTES: usize = 2 << 30;
 
 /// Bytes of commands of one transaction, kept until EXEC.
 pub const TRANSACTION_MAX_BYTES: usize = 64 << 20;
@@ -159,6 +154,10 @@ pub enum Step {
     Count,
     /// The client is over its rate and its tier delays.
     Delay(Duration),
+    /// The unfinished command is to be sent on in pieces.
+    Stream,
+    /// Large values are expected: a connection of our own, so that nobody waits behind them.
+    Own,
     /// The client is to be let go once everything is written.
     Close,
 }
@@ -175,7 +174,7 @@ pub struct Client {
     pub(super) outbox: Arc<Outbox>,
     writing: Vec<u8>,
     written: usize,
-    carry: Vec<u8>,
+    pub(super) carry: Vec<u8>,
     pub(super) request: Request,
     pub(super) found: Found,
     /// Arguments of the command being taken.
@@ -198,11 +197,15 @@ pub struct Client {
     /// The tenant's databases were just counted.
     pub(super) counted: bool,
     pub(super) closing: bool,
-    /// Bytes of `carry` that count in [`Server::large`].
-    large: usize,
+    /// The unfinished command is to be held whole, since it can't be sent on in pieces now.
+    pub(super) whole: bool,
+    /// There was no connection of our own just now.
+    declined: bool,
+    /// What `carry` and `queue` count among all that is large.
+    share: Share,
     /// `carry` may begin with whole commands.
-    resume: bool,
-    ended: bool,
+    pub(super) resume: bool,
+    pub(super) ended: bool,
 }
 
 /// What a wait ended with.
@@ -249,7 +252,9 @@ impl Client {
             measured: false,
             counted: false,
             closing: false,
-            large: 0,
+            whole: false,
+            declined: false,
+            share: Share::default(),
             resume: false,
             ended: false,
         }
@@ -344,8 +349,15 @@ impl Client {
             Step::Measure => self.measure().await,
             Step::Count => self.count().await,
             Step::Delay(time) => tokio::time::sleep(time).await,
+            Step::Own => self.declined = !self.lend().await,
+            Step::Stream => {
+                if self.drained().await {
+                    self.stream().await;
+                }
+            }
             Step::Held(held) => {
                 if self.drained().await {
+                    self.release_if_free();
                     self.slow(held).await;
                 }
             }
@@ -365,8 +377,8 @@ impl Client {
         .await
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
-        self.outbox.register(cx);
+    /// Whether the client is to be let go: at once (`ended`), or with a word and after what is outstanding.
+    pub(super) fn must_stop(&mut self, cx: &Context<'_>) -> bool {
         if let Some(tenancy) = &self.tenancy {
             tenancy.session.live().register(cx);
             if tenancy.session.live().signalled()
@@ -375,7 +387,13 @@ impl Client {
                 self.farewell(&Session::farewell(stop));
             }
         }
-        if self.card.as_ref().is_some_and(|card| card.killed.load(Ordering::Acquire)) {
+        self.ended |= self.card.as_ref().is_some_and(|card| card.killed.load(Ordering::Acquire));
+        self.ended || self.closing
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        self.outbox.register(cx);
+        if self.must_stop(cx) && self.ended {
             return Poll::Ready(Event::Ended);
         }
         loop {
@@ -403,7 +421,13 @@ impl Client {
                 self.process_carry()
             } else {
                 match self.read(cx) {
-                    Poll::Pending => return Poll::Pending,
+                    Poll::Pending => {
+                        // An idle client keeps no connection to itself.
+                        if self.own.is_some() && self.outbox.lock().unanswered == 0 {
+                            self.release_if_free();
+                        }
+                        return Poll::Pending;
+                    }
                     Poll::Ready(Err(_)) => return Poll::Ready(Event::Ended),
                     Poll::Ready(Ok(step)) => step,
                 }
@@ -427,7 +451,7 @@ impl Client {
     }
 
     /// Writes what waits, as far as the client takes it.
-    fn flush(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+    pub(super) fn flush(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         loop {
             if self.written == self.writing.len() {
                 self.writing.clear();
@@ -479,11 +503,30 @@ impl Client {
             if self.carry.is_empty() {
                 let (used, step) = self.process(bytes);
                 self.carry.extend_from_slice(&bytes[used..]);
-                Poll::Ready(Ok(step))
+                Poll::Ready(Ok(if self.is_too_much() { Step::Close } else { step }))
             } else {
                 self.carry.extend_from_slice(bytes);
                 Poll::Ready(Ok(self.process_carry()))
             }
+        })
+    }
+
+    /// Reads once, behind what is in `carry`.
+    pub(super) fn read_into(&mut self, cx: &mut Context<'_>, carry: &mut Vec<u8>) -> Poll<io::Result<()>> {
+        BUFFER.with_borrow_mut(|buffer| {
+            let mut target = ReadBuf::new(buffer);
+            match Pin::new(&mut self.stream).poll_read(cx, &mut target) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(result) => result?,
+            }
+            if target.filled().is_empty() {
+                return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+            }
+            if let Some(tenancy) = &self.tenancy {
+                tenancy.session.meter().bytes_in.fetch_add(target.filled().len() as u64, Ordering::Relaxed);
+            }
+            carry.extend_from_slice(target.filled());
+            Poll::Ready(Ok(()))
         })
     }
 
@@ -504,35 +547,33 @@ impl Client {
         if self.is_too_much() { Step::Close } else { step }
     }
 
-    /// Counts a large unfinished command; says so to the client, and forgets it, when all together are too much.
+    /// Counts what is held of large commands; says so to the client, and forgets it, when all together are too much.
     fn is_too_much(&mut self) -> bool {
-        let large = if self.carry.len() > LARGE_COMMAND_BYTES { self.carry.len() } else { 0 };
-        let before = std::mem::replace(&mut self.large, large);
-        if large == before {
-            return false;
-        }
-        // Relaxed: a sum that is read for nothing but its size.
-        self.server.large.fetch_sub(before, Ordering::Relaxed);
-        let total = self.server.large.fetch_add(large, Ordering::Relaxed) + large;
-        if large <= before || total <= LARGE_COMMANDS_MAX_BYTES {
+        let queued = self.queue.as_ref().map_or(0, |queue| queue.bytes.len());
+        if self.share.set(self.carry.len() + queued) {
             return false;
         }
         self.carry = Vec::new();
-        let refusal = crate::refusal::Refusal::TooLarge { max_bytes: LARGE_COMMANDS_MAX_BYTES as u64 };
-        self.farewell(&refusal);
+        self.drop_queue();
+        self.share.set(0);
+        self.farewell(&crate::refusal::Refusal::TooLarge { max_bytes: HELD_MAX_BYTES as u64 });
         true
     }
 
     /// Takes as many commands of `bytes` as it can; gives how many bytes are done with.
     fn process(&mut self, bytes: &[u8]) -> (usize, Step) {
+        let wide = self.outbox.is_wide(clock::now_ms) && self.tenancy.is_some();
         // A connection of our own that holds no state any more goes back as soon as nothing is outstanding.
-        if self.own.is_some()
-            && !self.watching
-            && self.tracking.is_none()
+        if !wide && self.own.is_some() && self.outbox.lock().unanswered == 0 {
+            self.release_if_free();
+        }
+        if wide
+            && self.own.is_none()
             && self.queue.is_none()
+            && !std::mem::take(&mut self.declined)
             && self.outbox.lock().unanswered == 0
         {
-            self.release();
+            return (0, Step::Own);
         }
         let link = self.current();
         let mut used = 0;
@@ -545,6 +586,7 @@ impl Client {
             };
             match burst.client.request.advance(rest, args_max, bulk_max) {
                 Ok(Progress::Complete(len)) => {
+                    burst.client.whole = false;
                     if !burst.client.request.args.is_empty() {
                         match burst.command(&rest[..len]) {
                             Ok(()) => {}
@@ -607,6 +649,9 @@ impl Client {
                     }
                 }
                 Ok(Progress::Incomplete) => {
+                    if burst.client.streams(rest) {
+                        break Step::Stream;
+                    }
                     if burst.too_large() {
                         used = bytes.len();
                         break Step::Close;
@@ -637,6 +682,13 @@ impl Client {
         }
     }
 
+    /// Gives the connection of our own back if it holds no state; nothing is outstanding.
+    pub(super) fn release_if_free(&mut self) {
+        if self.own.is_some() && !self.watching && self.tracking.is_none() && self.queue.is_none() {
+            self.release();
+        }
+    }
+
     /// Gives the connection of our own back.
     pub(super) fn release(&mut self) {
         if let (Some(own), Some(tenancy)) = (self.own.take(), &self.tenancy) {
@@ -645,7 +697,7 @@ impl Client {
     }
 
     /// Makes the shared connection, or remembers that there is none.
-    async fn connect(&mut self) {
+    pub(super) async fn connect(&mut self) {
         let Some(tenancy) = &self.tenancy else { return };
         match tenancy.place.shared(&tenancy.database, self.version).await {
             Ok(link) => self.shared = Some(link),
@@ -666,9 +718,8 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        self.outbox.lock().gone = true;
+        self.outbox.leave();
         self.drop_queue();
-        self.server.large.fetch_sub(self.large, Ordering::Relaxed);
         // A blocked command must not pop an element for nobody; a watch must not outlive its client.
         if let Some(own) = self.own.take() {
             own.link.part();

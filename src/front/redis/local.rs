@@ -58,7 +58,7 @@ impl Client {
             }
             "command|list" => return self.fail("ERR syntax error"),
             "command" => return self.command_table().await,
-            "script|load" => return self.load_script(words[2]),
+            "script|load" => return self.load_script(words[2]).await,
             "script|exists" => self.script_exists(&words[2..], &mut out),
             "script|flush" => {
                 if let Some(tenancy) = &self.tenancy {
@@ -306,7 +306,11 @@ impl Client {
     }
 
     /// The server checks the wrapped script; the client gets the SHA-1 of its own.
-    fn load_script(&mut self, body: &[u8]) {
+    async fn load_script(&mut self, body: &[u8]) {
+        // It may be the client's first command, or the connection was just retired.
+        if self.current().is_none_or(|link| link.is_closed()) && self.own.is_none() {
+            self.connect().await;
+        }
         let Some(tenancy) = &self.tenancy else { return };
         if body.len() > script::SCRIPT_MAX_BYTES {
             return self.fail("ERR the script is too long");

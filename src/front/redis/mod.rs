@@ -2,7 +2,7 @@
 //!
 //! [`Server::serve`] is one client from its first byte to its last: `client` holds the conversation, `commands` says
 //! what becomes of each command, `keys` where its keys stand, `request` writes it on with the tenant's prefix and
-//! limits (`rewrite` moves the bytes), `slow` does what needs more than that (logging in, blocking; `subscribe`,
+//! limits (`rewrite` moves the bytes), `stream` sends large ones on in pieces, `slow` does what needs more than that (logging in, blocking; `subscribe`,
 //! `tracking` and `service` are parts of it), `local` answers what the server must not be asked.
 
 mod client;
@@ -18,10 +18,11 @@ pub mod rewrite;
 mod script;
 mod service;
 mod slow;
+mod stream;
 mod subscribe;
 mod tracking;
 
-use std::sync::{Arc, atomic::AtomicUsize};
+use std::sync::Arc;
 
 use crate::{
     net::{Conn, drain::Drain, tls, tls::ServerTls},
@@ -50,8 +51,6 @@ pub struct Server {
     config: Config,
     drain: Drain,
     registry: registry::Registry,
-    /// Bytes of unfinished large commands of all clients.
-    large: AtomicUsize,
 }
 
 impl Server {
@@ -63,15 +62,7 @@ impl Server {
         config: Config,
         drain: Drain,
     ) -> Arc<Self> {
-        Arc::new(Self {
-            gate,
-            upstream,
-            tls,
-            config,
-            drain,
-            registry: registry::Registry::default(),
-            large: AtomicUsize::new(0),
-        })
+        Arc::new(Self { gate, upstream, tls, config, drain, registry: registry::Registry::default() })
     }
 
     /// Serves one client until it leaves or is let go.

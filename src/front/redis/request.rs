@@ -47,7 +47,7 @@ const COUNT_PAUSE_MS: u64 = 20;
 const SCRIPT_KEYS: u64 = 64;
 
 /// Most arguments of a command that goes through the guard: Lua can't unpack more.
-const GUARDED_ARGS_MAX: usize = 7000;
+pub(super) const GUARDED_ARGS_MAX: usize = 7000;
 
 /// Bytes that a created key costs beyond its name and value, for the estimate between two measurements.
 const KEY_OVERHEAD_BYTES: u64 = 64;
@@ -56,17 +56,17 @@ const KEY_OVERHEAD_BYTES: u64 = 64;
 pub struct Burst<'a> {
     pub client: &'a mut Client,
     link: Option<&'a Arc<Link>>,
-    state: Option<MutexGuard<'a, State>>,
+    pub(super) state: Option<MutexGuard<'a, State>>,
     policy: Option<Guard<Arc<quota::Policy>>>,
     outstanding: bool,
-    sent: usize,
-    commands: u64,
+    pub(super) sent: usize,
+    pub(super) commands: u64,
     refused: u64,
     elsewhere: Option<u64>,
 }
 
 /// How a command that may create keys is sent.
-enum Care {
+pub(super) enum Care {
     /// As it is.
     None,
     /// Followed by `EXPIRE … LT` for these seconds.
@@ -158,7 +158,7 @@ impl<'a> Burst<'a> {
     }
 
     /// An error for a command: a transaction that was being queued fails, too.
-    fn reject(&mut self, text: &str) {
+    pub(super) fn reject(&mut self, text: &str) {
         if let Some(queue) = &mut self.client.queue {
             queue.dirty = true;
         }
@@ -428,7 +428,7 @@ impl<'a> Burst<'a> {
     }
 
     /// Says what becomes of the command just appended, which brings `frames` replies.
-    fn expect(&mut self, frames: usize, creates: u64, how: How) {
+    pub(super) fn expect(&mut self, frames: usize, creates: u64, how: How) {
         let Some(state) = &mut self.state else { return };
         match self.client.replies {
             Replies::On => {
@@ -446,7 +446,7 @@ impl<'a> Burst<'a> {
     }
 
     /// Asks the server for the number of keys, on the same connection, if it is time to.
-    fn count_keys(&mut self) {
+    pub(super) fn count_keys(&mut self) {
         let Some(tenancy) = &self.client.tenancy else { return };
         if !tenancy.database.alone {
             return;
@@ -462,8 +462,16 @@ impl<'a> Burst<'a> {
         }
     }
 
-    /// Decides how a command that may create `made` keys, or prolong one, is sent; `None` when it was refused.
-    fn care(&mut self, row: &Row, made: usize, bytes: u64, limits: &RedisLimits) -> Result<Option<Care>, Step> {
+    /// Decides how a command that may create `made` keys, or prolong one, is sent; `None` when it was refused. The
+    /// caller of one that `flows` counts its bytes itself.
+    pub(super) fn care(
+        &mut self,
+        row: &Row,
+        made: usize,
+        bytes: u64,
+        flows: bool,
+        limits: &RedisLimits,
+    ) -> Result<Option<Care>, Step> {
         let Some(tenancy) = &self.client.tenancy else { return Ok(None) };
         let ledger = &tenancy.database.ledger;
         if row.grows() {
@@ -475,8 +483,10 @@ impl<'a> Burst<'a> {
                 self.refuse_memory(memory.saturating_add(bytes), limits.memory);
                 return Ok(None);
             }
-            let taken = super::memory::allocated(bytes).saturating_add(KEY_OVERHEAD_BYTES);
-            ledger.written.fetch_add(taken, Ordering::Relaxed);
+            if !flows {
+                let taken = super::memory::allocated(bytes).saturating_add(KEY_OVERHEAD_BYTES);
+                ledger.written.fetch_add(taken, Ordering::Relaxed);
+            }
             if super::memory::is_derived(row) {
                 ledger.grown.store(true, Ordering::Relaxed);
             }
@@ -509,6 +519,10 @@ impl<'a> Burst<'a> {
             }
         }
         let lives = ttl > 0 && (made > 0 || row.flags & TTL != 0);
+        // A transaction of ours would end the client's WATCH; the guard is as atomic and does not.
+        if lives && self.client.watching && self.client.queue.is_none() && row.policy != Policy::Block {
+            return Ok(Some(Care::Guard(u64::MAX >> 12, ttl)));
+        }
         Ok(Some(if lives { Care::Expire(ttl) } else { Care::None }))
     }
 
@@ -543,7 +557,7 @@ impl<'a> Burst<'a> {
             Care::None
         } else {
             let weight = bytes.len() as u64 + super::memory::amplified(row, args, bytes);
-            match self.care(row, made.len(), weight, limits)? {
+            match self.care(row, made.len(), weight, false, limits)? {
                 Some(care) => care,
                 None => return Ok(()),
             }
@@ -622,6 +636,8 @@ impl<'a> Burst<'a> {
     ) {
         let made = found.made(row.made);
         let creates = made.len() as u64;
+        // What creates nothing may still prolong a life.
+        let made = if made.is_empty() { &found.keys[..1] } else { made };
         let blocking = row.policy == Policy::Block && self.client.queue.is_none();
         if blocking || args.len() + made.len() > GUARDED_ARGS_MAX {
             // Neither can go through a script; near the cap they have to wait for room.

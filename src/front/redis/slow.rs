@@ -316,7 +316,9 @@ impl Client {
                     self.closing = true;
                     return;
                 }
-                Ok(()) | Err(Step::More | Step::Wait | Step::Held(_) | Step::Connect) => return,
+                Ok(()) | Err(Step::More | Step::Wait | Step::Held(_) | Step::Connect | Step::Stream | Step::Own) => {
+                    return;
+                }
             }
         }
     }

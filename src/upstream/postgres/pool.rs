@@ -15,7 +15,7 @@ use std::{
     mem::MaybeUninit,
     sync::{
         Arc, Weak,
-        atomic::{AtomicU32, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
     task::Poll,
     time::{Duration, Instant},
@@ -35,7 +35,7 @@ use super::{
 };
 use crate::{
     quota::{Permit, Place, Slot, clock},
-    tenant::{Limits, Namespace, Project, Protocol, namespace::Password},
+    tenant::{Limits, Namespace, Project, Protocol, Status, namespace::Password},
     upstream::scram::Keys,
     wire::postgres::{self as wire, HEAD, backend, frontend::TERMINATE},
 };
@@ -193,6 +193,8 @@ pub struct Pool {
     /// The numbers that the role's own limits follow; and who is told that they don't any more.
     ceilings: Mutex<Arc<Limits>>,
     stale: Arc<Notify>,
+    /// The server knows none of the role's passwords: a tenant can give its own role another one, by accident too.
+    locked_out: AtomicBool,
     homes: Mutex<Vec<Arc<Home>>>,
     endpoints: Mutex<Vec<Arc<Endpoint>>>,
     state: Mutex<State>,
@@ -326,6 +328,7 @@ impl Pool {
         let pool = Arc::new(Self {
             ceilings: Mutex::new(Arc::clone(&slot.policy().limits)),
             stale,
+            locked_out: AtomicBool::new(false),
             slot,
             protocol,
             budget,
@@ -391,14 +394,17 @@ impl Pool {
         home
     }
 
-    /// The present limits, if the role's own do not follow them yet.
+    /// The present limits, if the role's own do not follow them yet or its password is not ours. Nobody else's role is
+    /// made anew: a tenant that is being deleted may have none any more.
     pub fn stale_ceilings(&self) -> Option<Arc<Limits>> {
-        let present = Arc::clone(&self.slot.policy().limits);
-        (!Arc::ptr_eq(&present, &self.ceilings.lock())).then_some(present)
+        let policy = self.slot.policy();
+        let stale = self.locked_out.load(Ordering::Acquire) || !Arc::ptr_eq(&policy.limits, &self.ceilings.lock());
+        (stale && policy.tenant.status == Status::Active).then(|| Arc::clone(&policy.limits))
     }
 
-    /// Notes that the role's own limits follow `limits` now.
+    /// Notes that the role's own limits follow `limits` now, and that its password is ours.
     pub fn set_ceilings(&self, limits: Arc<Limits>) {
+        self.locked_out.store(false, Ordering::Release);
         *self.ceilings.lock() = limits;
     }
 
@@ -491,17 +497,22 @@ impl Pool {
                 }
                 Err(error) => error,
             };
-            if error.is_wrong_password() {
+            let wrong = error.is_wrong_password();
+            if wrong {
                 // The keys are of this password; the salt is the other one's.
                 *self.keys.lock() = None;
                 if let Some(other) = passwords.next() {
                     password = other;
                     continue;
                 }
+                // Set anew by the maintenance, and tried again meanwhile.
+                self.locked_out.store(true, Ordering::Release);
+                self.stale.notify_one();
+                password = &home.password;
             }
             metrics::counter!("dynabase_upstream_errors_total", "protocol" => self.protocol.label(), "step" => error.step())
                 .increment(1);
-            if !error.retry() || Instant::now() + pause >= deadline {
+            if !(wrong || error.retry()) || Instant::now() + pause >= deadline {
                 tracing::warn!(org = %self.slot.org(), upstream = %endpoint.target().address(), %error, "could not connect upstream");
                 return Err(error);
             }

@@ -29,6 +29,8 @@ pub struct Ledger {
     shrunk: AtomicBool,
     /// Bytes written since the last memory sample.
     pub written: AtomicU64,
+    /// Bytes of commands that are sent in pieces and not yet complete: no sample sees them.
+    pub flowing: AtomicU64,
     /// Raised when the server turns out to have forgotten a script.
     pub scripts_lost: AtomicU64,
     /// Set by commands whose result may be far larger than their request.
@@ -48,6 +50,7 @@ impl Ledger {
             known_ms: AtomicU64::new(0),
             shrunk: AtomicBool::new(true),
             written: AtomicU64::new(0),
+            flowing: AtomicU64::new(0),
             scripts_lost: AtomicU64::new(0),
             grown: AtomicBool::new(false),
         }

@@ -4,6 +4,19 @@
 //! replies ([`Pending`]); the link's task writes them in one piece, walks the replies once and hands each span to
 //! its client's [`Outbox`]. While replies are outstanding, new requests gather and leave with the next wake-up:
 //! the server works on one command at a time anyway, so nothing is delayed, and one write serves many clients.
+//!
+//! Large values pass in pieces, and a client that does not read is waited for ([`Task::holds`]):
+//! - A reply that needs no rewriting is handed on as it comes. While more than
+//!   [`BEHIND_BYTES`](super::outbox::BEHIND_BYTES) wait for its client the link does not read, so the server waits.
+//! - A shared link takes no more requests then: new ones go to a new link, and this one goes on at the client's pace.
+//!   If others' replies are outstanding on it, they wait for [`PATIENCE`] only, all pauses of one client's replies
+//!   together; after that it reads on, so that the others get theirs, and what the slow client does not take waits in
+//!   memory, within the cap of [`held`](super::held). Without memory left the slow client is let go.
+//! - Whose reply was large is expected to get more ([`Outbox::widen`]): its next commands go to a link of its own,
+//!   where nobody is behind it.
+//! - A client that takes nothing for [`STALL_MAX`] is let go.
+//! - A large request comes in pieces on a dedicated link ([`State::partial`]): its bytes leave before anything is
+//!   expected for them, and a link with half a request is never used again, only closed.
 
 use std::{
     cell::RefCell,
@@ -26,6 +39,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::{
     Place, Version,
     again::{self, Elsewhere, Group},
+    held::Share,
     ledger::Ledger,
     message,
     outbox::Outbox,
@@ -33,6 +47,7 @@ use super::{
 };
 use crate::{
     net::Stream,
+    quota::clock,
     wire::resp::{self, put_error},
 };
 
@@ -47,6 +62,12 @@ const OUT_EAGER_BYTES: usize = 16 << 10;
 
 /// Longest reply that we have to see whole because names stand in it. Redis' own replies of a million keys fit.
 const WHOLE_MAX_BYTES: usize = 512 << 20;
+
+/// How long, in all for one client's replies, a shared connection lets others wait for a client that does not read.
+const PATIENCE: Duration = Duration::from_millis(20);
+
+/// How long a client may take nothing of a large reply before it is let go.
+const STALL_MAX: Duration = Duration::from_secs(120);
 
 /// Reads of one wake-up before other tasks get their turn.
 const READS_PER_TURN: usize = 4;
@@ -161,6 +182,8 @@ pub struct State {
     closed: bool,
     /// Nothing more is taken; what is outstanding is waited for.
     retired: bool,
+    /// A request is under way in pieces: what is in `out` leaves although no reply to it is expected yet.
+    pub partial: bool,
     /// Requests are kept until they are answered.
     keeps: bool,
     /// Where in `out` the next group begins.
@@ -215,7 +238,12 @@ impl State {
 
     /// Whether so much waits to be sent that the client should wait; if so it will be woken.
     pub fn is_full(&mut self, client: &Arc<Outbox>) -> bool {
-        let full = self.out.len() > OUT_HIGH_BYTES;
+        self.is_over(OUT_HIGH_BYTES, client)
+    }
+
+    /// The same for another number of bytes.
+    pub fn is_over(&mut self, max: usize, client: &Arc<Outbox>) -> bool {
+        let full = self.out.len() > max;
         if full && !self.stalled.iter().any(|other| Arc::ptr_eq(other, client)) {
             self.stalled.push(Arc::clone(client));
         }
@@ -323,6 +351,9 @@ impl Link {
             elsewhere: None,
             again: None,
             loads: (Vec::new(), 0),
+            behind: None,
+            piece: false,
+            share: Share::default(),
             link: &self,
             stream,
             queue: VecDeque::new(),
@@ -396,6 +427,39 @@ async fn until(time: Option<tokio::time::Instant>) {
     }
 }
 
+/// A client that does not take what waits for it; see [`Task::holds`].
+struct Behind {
+    to: Arc<Outbox>,
+    /// How long it was waited for before this pause.
+    waited: Duration,
+    /// When this pause began.
+    since: Option<tokio::time::Instant>,
+    /// The link takes no more requests because of it.
+    retired: bool,
+    timer: Pin<Box<tokio::time::Sleep>>,
+}
+
+impl Behind {
+    fn new(to: Arc<Outbox>) -> Self {
+        let timer = Box::pin(tokio::time::sleep(PATIENCE));
+        Self { to, waited: Duration::ZERO, since: None, retired: false, timer }
+    }
+
+    /// It took something.
+    fn go_on(&mut self) {
+        self.waited += self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+    }
+
+    /// Whether it was waited for as long as `max`.
+    fn is_over(&mut self, max: Duration, cx: &mut Context<'_>) -> bool {
+        let until = *self.since.get_or_insert_with(tokio::time::Instant::now) + max;
+        if self.timer.deadline() != until {
+            self.timer.as_mut().reset(until);
+        }
+        self.timer.as_mut().poll(cx).is_ready()
+    }
+}
+
 struct Task<'a> {
     /// The server may stop serving the tenant.
     may_move: bool,
@@ -406,6 +470,12 @@ struct Task<'a> {
     again: Option<again::Running>,
     /// Requests that load the scripts that were loaded here, and how many.
     loads: (Vec<u8>, usize),
+    /// The client at the head that does not read.
+    behind: Option<Behind>,
+    /// What is being written is a piece of a request.
+    piece: bool,
+    /// What `carry` counts among all that is large.
+    share: Share,
     link: &'a Arc<Link>,
     stream: Stream,
     queue: VecDeque<Pending>,
@@ -424,11 +494,17 @@ impl Task<'_> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Error>> {
         self.link.waker.register(cx.waker());
         for _ in 0..READS_PER_TURN {
-            if self.gather() {
-                return Poll::Ready(None);
-            }
-            if let Err(error) = self.write(cx) {
-                return Poll::Ready(Some(error));
+            loop {
+                if self.gather() {
+                    return Poll::Ready(None);
+                }
+                if let Err(error) = self.write(cx) {
+                    return Poll::Ready(Some(error));
+                }
+                // What was appended behind a piece has no reply to wait for that would bring us back.
+                if !self.writing.is_empty() || !std::mem::take(&mut self.piece) {
+                    break;
+                }
             }
             if let Some(again) = &mut self.again {
                 match again.as_mut().poll(cx) {
@@ -440,6 +516,9 @@ impl Task<'_> {
                         continue;
                     }
                 }
+            }
+            if self.holds(cx) {
+                return Poll::Pending;
             }
             match self.read(cx) {
                 Ok(true) => {}
@@ -461,7 +540,7 @@ impl Task<'_> {
             }
             // Requests and what is expected of them are taken together: what is in the queue has been sent.
             if self.writing.is_empty()
-                && !state.fresh.is_empty()
+                && (!state.fresh.is_empty() || state.partial && !state.out.is_empty())
                 && (!outstanding
                     || state.out.is_empty()
                     || state.out.len() >= OUT_EAGER_BYTES
@@ -470,6 +549,7 @@ impl Task<'_> {
                 self.queue.extend(state.fresh.drain(..));
                 self.link.used.fetch_add(1, Ordering::Relaxed);
                 std::mem::swap(&mut self.writing, &mut state.out);
+                self.piece = state.partial;
                 state.mark = 0;
                 state.stalled.drain(..).for_each(|client| client.wake());
             }
@@ -484,6 +564,66 @@ impl Task<'_> {
 
     fn queue_is_shared(&self) -> bool {
         matches!(*self.link.role.lock(), Role::Shared)
+    }
+
+    /// Whether reading has to wait for the client whose reply is coming; see the module.
+    fn holds(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(head) = self.queue.front() else {
+            self.behind = None;
+            return false;
+        };
+        if !head.to.is_behind(cx) {
+            match &mut self.behind {
+                Some(behind) if Arc::ptr_eq(&behind.to, &head.to) => behind.go_on(),
+                behind => *behind = None,
+            }
+            return false;
+        }
+        let to = Arc::clone(&head.to);
+        to.widen(clock::now_ms());
+        let shared = self.queue_is_shared();
+        let others = shared && {
+            let state = self.link.state.lock();
+            self.queue.iter().chain(&state.fresh).any(|other| !Arc::ptr_eq(&other.to, &to))
+        };
+        let mut behind = match self.behind.take() {
+            Some(behind) if Arc::ptr_eq(&behind.to, &to) => behind,
+            _ => Behind::new(Arc::clone(&to)),
+        };
+        // Nobody comes to stand behind it, and who stands there waits for a short time only.
+        if shared && !behind.retired && (!others || behind.is_over(PATIENCE.saturating_sub(behind.waited), cx)) {
+            behind.retired = true;
+            behind.since = None;
+            self.link.retire();
+        }
+        let held = !(behind.retired && others);
+        if held && behind.retired | !shared && behind.is_over(STALL_MAX, cx) {
+            tracing::debug!("a client does not read what it asked for");
+            to.lose();
+            return false;
+        }
+        self.behind = Some(behind);
+        held
+    }
+
+    /// Gives up on a reply that would have to be seen whole, where there is no memory for it: its client is let go,
+    /// the others go on.
+    fn swallow(&mut self, carry: &mut Vec<u8>) -> io::Result<()> {
+        if !self.queue_is_shared() {
+            return Err(io::Error::other("a reply over the cap"));
+        }
+        carry.drain(..self.scanned);
+        self.scanned = 0;
+        if let Some(head) = self.queue.front_mut() {
+            if let How::Transaction(transaction) = &head.how {
+                head.count = transaction.acks + 1;
+            }
+            head.how = How::Raw;
+            head.group = None;
+            head.to.lose();
+        }
+        self.link.ledger.shrink();
+        Ok(())
     }
 
     /// Delivers replies of our own that stand at the head.
@@ -539,8 +679,9 @@ impl Task<'_> {
                 carry.extend_from_slice(bytes);
                 let used = self.walk(&carry)?;
                 carry.drain(..used);
-                if carry.len() > WHOLE_MAX_BYTES {
-                    return Err(io::Error::other("a reply over the cap"));
+                if !self.share.set(carry.len()) || carry.len() > WHOLE_MAX_BYTES {
+                    self.swallow(&mut carry)?;
+                    self.share.set(carry.len());
                 }
                 if carry.is_empty() && carry.capacity() > KEPT_BYTES {
                     carry = Vec::new();

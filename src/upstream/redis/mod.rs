@@ -9,6 +9,7 @@ mod again;
 mod config;
 mod database;
 pub mod dial;
+pub mod held;
 pub mod ledger;
 pub mod link;
 mod login;

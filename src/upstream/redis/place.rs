@@ -154,10 +154,10 @@ impl Place {
         databases.values().filter(|other| other.number != number).map(|other| other.ledger.bound()).sum()
     }
 
-    /// Bytes in memory as last measured, with all that was written since.
+    /// Bytes in memory as last measured, with all that was written since or is being written.
     pub fn memory(&self) -> u64 {
-        let written: u64 =
-            self.databases.lock().values().map(|database| database.ledger.written.load(Ordering::Relaxed)).sum();
+        let of = |ledger: &Ledger| ledger.written.load(Ordering::Relaxed) + ledger.flowing.load(Ordering::Relaxed);
+        let written: u64 = self.databases.lock().values().map(|database| of(&database.ledger)).sum();
         self.memory.load(Ordering::Relaxed).saturating_add(written)
     }
 

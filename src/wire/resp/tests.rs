@@ -103,6 +103,47 @@ fn every_reply_type_is_walked() {
     assert!(Reply::default().advance(b"hello").is_err());
 }
 
+#[test]
+fn the_rest_of_a_request_ends_where_the_request_does_wherever_it_is_cut() {
+    let bytes = b"*4\r\n$4\r\nHSET\r\n$1\r\nk\r\n$5\r\n\r\n$1\r\r\n$12\r\nhello, world\r\n*1\r\n";
+    let whole = bytes.len() - 4;
+    for cut in 21..whole {
+        let mut request = Request::default();
+        assert_eq!(request.advance(&bytes[..cut], ARGS_MAX, BULK_MAX), Ok(Progress::Incomplete));
+        assert_eq!(request.announced(), 4);
+        let (head, rest) = request.rest();
+        assert!(head <= cut && rest.announced <= 12);
+        for second in cut..=bytes.len() {
+            let mut rest = request.rest().1;
+            let (used, done) = rest.advance(&bytes[head..second]).expect("well-formed");
+            let at = head + used;
+            assert_eq!(done, second >= whole, "{cut} {second}");
+            if !done {
+                assert!(second - at < 8, "only a header is left unwalked");
+                assert_eq!(rest.advance(&bytes[at..]), Ok((whole - at, true)), "{cut} {second}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_broken_rest_is_found_before_its_last_byte() {
+    let mut request = Request::default();
+    let _ = request.advance(b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$4\r\nab", ARGS_MAX, BULK_MAX);
+    for broken in [&b"abcdx\n"[..], b"abcd\rx", b"abcd\n", b"abcde"] {
+        let mut rest = request.rest().1;
+        assert!(rest.advance(broken).is_err(), "{broken:?}");
+        let mut rest = request.rest().1;
+        assert!((0..broken.len()).any(|at| rest.advance(&broken[at..=at]).is_err()), "{broken:?}");
+    }
+    let _ = request.advance(b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n", ARGS_MAX, BULK_MAX);
+    request.reset();
+    let _ = request.advance(b"*3\r\n$3\r\nSET\r\n", ARGS_MAX, BULK_MAX);
+    for broken in [&b":1\r\n"[..], b"$01\r\na\r\n", b"$-1\r\n", b"$536870913\r\n"] {
+        assert!(request.rest().1.advance(broken).is_err(), "{broken:?}");
+    }
+}
+
 proptest! {
     #[test]
     fn no_bytes_make_the_walkers_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {

@@ -16,11 +16,21 @@ fn map_in(
     failed: &[Failed],
     reply: ::bson::Document,
 ) -> (::bson::Document, Seen) {
+    map_as(isolation, rule, failed, false, reply)
+}
+
+fn map_as(
+    isolation: Isolation,
+    rule: ReplyRule,
+    failed: &[Failed],
+    ordered: bool,
+    reply: ::bson::Document,
+) -> (::bson::Document, Seen) {
     let names = Names::new(RootSecret::new(&[7; 32]).expect("long enough"), NameStyle::Plain);
     let org = OrgId::parse("acme").expect("an org");
     let place = names.mongodb(&org, isolation);
     let mask = mask();
-    let mapping = Mapping { rule, isolation, org: &org, place: &place, mask: &mask, failed, ordered: false };
+    let mapping = Mapping { rule, isolation, org: &org, place: &place, mask: &mask, failed, ordered };
     let raw = RawDocumentBuf::try_from(&reply).expect("encodes").into_bytes();
     let mut out = Vec::new();
     let seen = mapping.put(Document::new(&raw).expect("sound"), &mut out).expect("maps");
@@ -77,6 +87,32 @@ fn refused_statements_stand_among_the_servers_errors_in_order() {
     assert_eq!(index(mapped.get_array("writeErrors").expect("there")), [0, 3, 4]);
     let (mapped, _) = map(ReplyRule::Writes, &failed, doc! { "n": 1, "ok": 1.0 });
     assert_eq!(index(mapped.get_array("writeErrors").expect("there")), [0, 3]);
+}
+
+#[test]
+fn refused_operations_of_a_bulk_write_have_their_results_among_the_servers() {
+    let failed = [0, 2].map(|index| Failed { index, code: 66, message: "org_id".into() });
+    let theirs = |ok: f64| {
+        let entries = [doc! { "ok": 1.0, "idx": 0, "n": 1 }, doc! { "ok": ok, "idx": 1, "n": 0, "code": 11000 }];
+        let errors = i32::from(ok == 0.0);
+        doc! { "cursor": { "id": 0_i64, "firstBatch": entries, "ns": "admin.$cmd.bulkWrite" }, "nErrors": errors, "ok": 1.0 }
+    };
+    let results = |ordered: bool, failed: &[Failed], ok: f64| {
+        let (mapped, _) = map_as(Isolation::Filter, ReplyRule::BulkWrite, failed, ordered, theirs(ok));
+        let batch = mapped.get_document("cursor").and_then(|cursor| cursor.get_array("firstBatch")).expect("there");
+        let one = |it: &::bson::Bson| {
+            let entry = it.as_document().expect("a document");
+            (entry.get_i32("idx").expect("there"), entry.get_f64("ok").is_ok_and(|ok| ok == 1.0))
+        };
+        (batch.iter().map(one).collect::<Vec<_>>(), mapped.get_i32("nErrors").expect("there"))
+    };
+    // The server got the operations 1 and 3.
+    assert_eq!(results(false, &failed, 1.0), (vec![(0, false), (1, true), (2, false), (3, true)], 2));
+    assert_eq!(results(false, &failed, 0.0), (vec![(0, false), (1, true), (2, false), (3, false)], 3));
+    // In order: the refused one is the last, unless the server's own failure came first.
+    let last = [Failed { index: 2, code: 66, message: "org_id".into() }];
+    assert_eq!(results(true, &last, 1.0), (vec![(0, true), (1, true), (2, false)], 1));
+    assert_eq!(results(true, &last, 0.0), (vec![(0, true), (1, false)], 1));
 }
 
 #[test]

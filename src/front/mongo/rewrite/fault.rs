@@ -6,12 +6,12 @@ use crate::wire;
 impl Fault {
     /// A fault of the whole command.
     pub fn new(code: i32, name: &'static str, message: impl Into<String>) -> Self {
-        Self { code, name, message: message.into(), failed: Vec::new() }
+        Self { code, name, message: message.into(), failed: Vec::new(), bulk: false }
     }
 
     /// Statements that were refused, and nothing else to be sent.
-    pub(super) fn statements(failed: Vec<Failed>) -> Self {
-        Self { failed, ..Self::new(66, "ImmutableField", "no statement can be executed") }
+    pub(super) fn statements(failed: Vec<Failed>, bulk: bool) -> Self {
+        Self { failed, bulk, ..Self::new(66, "ImmutableField", "no statement can be executed") }
     }
 
     /// No such command.

@@ -108,7 +108,10 @@ fn put(scope: &Scope<'_>, index: Document<'_>, out: &mut Vec<u8>) -> Result<(), 
     if let Some(given) = given {
         predicate::check(scope, given)?;
     }
-    let whole = scope.isolation == Isolation::Database || is_id(key)?;
+    if scope.isolation == Isolation::Filter && is_about_id(key)? {
+        return put_id(index, key, out);
+    }
+    let whole = scope.isolation == Isolation::Database;
     for element in index {
         let element = element?;
         match element.key {
@@ -132,6 +135,25 @@ fn put(scope: &Scope<'_>, index: Document<'_>, out: &mut Vec<u8>) -> Result<(), 
     if !whole {
         let sparse = index.get("sparse")?.is_some_and(|sparse| sparse.truthy());
         put_filter(scope, key, given, sparse, out)?;
+    }
+    Ok(())
+}
+
+/// The index that every collection has. Nothing but its own words goes to the server: it is of all tenants, and any
+/// option (a filter, a collation, an expiry, a name) or another direction would be an index over all of their documents.
+fn put_id(index: Document<'_>, key: Document<'_>, out: &mut Vec<u8>) -> Result<(), Fault> {
+    if !is_id(key)? {
+        return Err(Fault::bad_value("the field 'key' for an _id index must be {_id: 1}"));
+    }
+    for element in index {
+        let element = element?;
+        match element.key {
+            b"key" | b"v" => bson::put(out, &element),
+            b"name" => bson::put_str(out, "name", ID),
+            b"ns" | b"dropDups" | b"clustered" | b"background" | b"unique" => {}
+            b"collation" if collation(&element)? == Collation::Simple => {}
+            other => return Err(cannot(&format!("{} is not for the _id index", String::from_utf8_lossy(other)))),
+        }
     }
     Ok(())
 }
@@ -195,7 +217,15 @@ fn put_exists(path: &str, out: &mut Vec<u8>) {
     bson::close(out, open);
 }
 
+/// `{_id: 1}` and nothing else.
 fn is_id(key: Document<'_>) -> Result<bool, Fault> {
+    let mut elements = key.iter();
+    let first = elements.next().transpose()?;
+    Ok(first.is_some_and(|first| first.key == b"_id" && first.whole() == Some(1)) && elements.next().is_none())
+}
+
+/// `_id` alone, in any direction: a server takes some of them for the index that it has already.
+fn is_about_id(key: Document<'_>) -> Result<bool, Fault> {
     let mut elements = key.iter();
     let first = elements.next().transpose()?;
     Ok(first.is_some_and(|first| first.key == b"_id" && first.is_number()) && elements.next().is_none())

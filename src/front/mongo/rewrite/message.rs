@@ -275,8 +275,16 @@ fn forward<'a>(
         out[at..at + 4].copy_from_slice(&bytes.to_le_bytes());
     }
     required(&fields)?;
-    if rewritten.statements && rewritten.told.written == 0 && !rewritten.told.failed.is_empty() {
-        return Err(Fault::statements(rewritten.told.failed));
+    if let Some(first) = rewritten.told.failed.first().filter(|_| rewritten.statements) {
+        let bulk = row.reply == ReplyRule::BulkWrite;
+        let sliced = fields.get("cursor").and_then(|cursor| cursor.document()?.get("batchSize").ok()?).is_some();
+        if bulk && sliced {
+            // The results of what is left out stand among the others in the first batch, which has to be the only one.
+            return Err(Fault::new(first.code, "BadValue", first.message.as_str()));
+        }
+        if rewritten.told.written == 0 {
+            return Err(Fault::statements(rewritten.told.failed, bulk));
+        }
     }
     Ok(Verdict::Forward(Forward {
         row,
@@ -442,6 +450,10 @@ fn cursor_name(row: &Row, name: Option<&str>) -> bool {
 /// An array of `{id}`.
 fn put_sessions(at: &str, first: &Element<'_>, ids: &mut Vec<usize>, out: &mut Vec<u8>) -> Result<(), Fault> {
     let list = first.array().ok_or_else(|| Fault::wrong_type(at, first.key, "array"))?;
+    // None named means all of the login's, which all tenants of the shared databases have in common.
+    if at == "killSessions" && list.is_empty() {
+        return Err(Fault::bad_value("name the sessions to kill: killing all is not available here"));
+    }
     let open = bson::open_array(out, at);
     for (number, item) in list.iter().enumerate() {
         let item = item?;
@@ -605,6 +617,9 @@ fn put_field<'a>(
         Rule::Indexes => {
             if index::only_wished(array()?)? {
                 body.reply = ReplyRule::IndexesWished;
+            }
+            if let Some(collection) = body.collection.filter(|_| filter) {
+                body.prepare = Some(Prepare::IndexRoom { collection });
             }
             return index::put_all(scope, field.name, array()?, out);
         }

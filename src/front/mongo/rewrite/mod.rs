@@ -112,6 +112,11 @@ pub enum Prepare<'a> {
         /// The collection watched.
         collection: &'a str,
     },
+    /// Room for the tenant's indexes that the request makes: no tenant has the collection's all.
+    IndexRoom {
+        /// The collection indexed.
+        collection: &'a str,
+    },
     /// A unique index on `{org_id: 1, _id: 1}`: `$merge` needs it on what it writes to.
     MergeIndex {
         /// The collection written to.
@@ -150,8 +155,10 @@ pub struct Fault {
     pub name: &'static str,
     /// What a person reads.
     pub message: String,
-    /// Not empty: the reply is `{ok: 1, n: 0, writeErrors: […]}` with these instead.
+    /// Not empty: the reply is `{ok: 1, n: 0, writeErrors: […]}` with these instead, or `bulkWrite`'s own form.
     pub failed: Vec<Failed>,
+    /// The reply has the form of `bulkWrite`.
+    pub bulk: bool,
 }
 
 /// A statement that was refused: an entry of `writeErrors`.

@@ -89,8 +89,8 @@ fn one(
             told.written += 1;
             Ok(true)
         }
-        // In `bulkWrite` one refused statement refuses the request: nothing of it is executed.
-        Err(fault) if fault.concerns_statement() && !matches!(kind, Kind::Operations | Kind::Namespaces) => {
+        // A namespace is all its operations'.
+        Err(fault) if fault.concerns_statement() && kind != Kind::Namespaces => {
             out.truncate(from);
             told.failed.push(Failed { index, code: fault.code, message: fault.message });
             Ok(false)

@@ -390,6 +390,7 @@ fn sessions_of_another_login() {
             check(isolation, &text, "40415");
         }
         check(isolation, r#"{"killSessions": [{"id": 1}], "$db": "admin"}"#, "14");
+        check(isolation, r#"{"killSessions": [], "$db": "admin"}"#, "2");
         for refused in ["killAllSessions", "killAllSessionsByPattern", "killOp", "currentOp"] {
             check(isolation, &format!(r#"{{"{refused}": [], "$db": "admin"}}"#), "13");
         }

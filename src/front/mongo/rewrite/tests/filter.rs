@@ -278,10 +278,24 @@ fn statements_and_their_options() {
             ),
             (
                 r#"{"bulkWrite": 1, "ops": [{"update": 0, "filter": {}, "updateMods": {"$set": {"org_id": "x"}}}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"}"#,
-                "66",
+                "0:66",
             ),
             (
                 r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"org_id": "x"}}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"}"#,
+                "0:66",
+            ),
+            // What is refused is left out, and only what follows it in order.
+            (
+                r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"org_id": "x"}}, {"delete": 0, "filter": {}}], "nsInfo": [{"ns": "app.c"}], "ordered": false, "$db": "admin"}"#,
+                r#"{"bulkWrite": 1, "ops": [{"delete": 0, "filter": {"org_id": "acme"}}], "nsInfo": [{"ns": "shared_app.c"}], "ordered": false, "$db": "admin"}"#,
+            ),
+            (
+                r#"{"bulkWrite": 1, "ops": [{"delete": 0, "filter": {}}, {"insert": 0, "document": {"org_id": "x"}}, {"delete": 0, "filter": {}}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"}"#,
+                r#"{"bulkWrite": 1, "ops": [{"delete": 0, "filter": {"org_id": "acme"}}], "nsInfo": [{"ns": "shared_app.c"}], "$db": "admin"}"#,
+            ),
+            // Its results are not asked for slice by slice then.
+            (
+                r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"org_id": "x"}}, {"delete": 0, "filter": {}}], "nsInfo": [{"ns": "app.c"}], "ordered": false, "cursor": {"batchSize": 1}, "$db": "admin"}"#,
                 "66",
             ),
             (r#"{"bulkWrite": 1, "ops": [{"nope": 0}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"}"#, "40415"),
@@ -475,6 +489,23 @@ fn indexes_are_the_tenants_own() {
         r#"{"key": {"a": 1}, "name": "p~acme", "partialFilterExpression": {"org_id": "acme", "$and": [{"org_id": "globex", "a": {"$gt": 1}}]}}"#,
     );
     one(r#"{"key": {"_id": 1}, "name": "_id_"}"#, r#"{"key": {"_id": 1}, "name": "_id_"}"#);
+    // The index of all tenants takes no wish of one: neither a name of another's, nor a filter that asks about them.
+    one(
+        r#"{"key": {"_id": 1}, "name": "a_1~globex", "unique": true, "v": 2}"#,
+        r#"{"key": {"_id": 1}, "name": "_id_", "v": 2}"#,
+    );
+    for more in [
+        r#""partialFilterExpression": {"org_id": "globex", "salary": {"$gt": 1}}"#,
+        r#""collation": {"locale": "en", "strength": 1}"#,
+        r#""expireAfterSeconds": 1"#,
+        r#""hidden": true"#,
+        r#""sparse": true"#,
+    ] {
+        one(&format!(r#"{{"key": {{"_id": 1}}, "name": "o", {more}}}"#), "67");
+    }
+    for key in ["2", "-1", "1.5", "0"] {
+        one(&format!(r#"{{"key": {{"_id": {key}}}, "name": "a_1~globex", "unique": true}}"#), "2");
+    }
     one(r#"{"key": {"org_id": 1}, "name": "o"}"#, "67");
     one(r#"{"key": {"a": "text"}, "name": "o"}"#, "67");
     one(r#"{"key": {"a": 1}, "name": "o", "collation": {"locale": "en", "strength": 2}}"#, "67");
@@ -505,6 +536,10 @@ fn indexes_are_the_tenants_own() {
             (
                 r#"{"find": "c", "projection": {"a": 1}, "hint": {"_id": 1}}"#,
                 r#"{"find": "c", "projection": {"a": 1}, "hint": {"_id": 1}, "filter": {"org_id": "acme"}}"#,
+            ),
+            (
+                r#"{"find": "c", "projection": {"a": 1}, "hint": {"_id": 2}}"#,
+                r#"{"find": "c", "projection": {"a": 1}, "hint": "_id_2~acme", "filter": {"org_id": "acme"}}"#,
             ),
             (
                 r#"{"find": "c", "projection": {"a": 1}, "hint": "_id_"}"#,
