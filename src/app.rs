@@ -27,7 +27,7 @@ use crate::{
     front,
     identity::Verifier,
     net::{AcceptLimits, Drain, ListenConfig, Listener, ServerTls, listen},
-    quota::{Stop, Table, clock},
+    quota::{Stop, Table},
     session::Gate,
     tenant::{
         Tiers,
@@ -282,8 +282,7 @@ impl App {
             verifier.run_refresher(end).await;
             "the refreshing of keys"
         });
-        let (verifier, meters, recorder) =
-            (Arc::clone(&self.verifier), Arc::clone(&self.meters), self.recorder.clone());
+        let (verifier, recorder) = (Arc::clone(&self.verifier), self.recorder.clone());
         let follows = self.config.identity.as_ref().is_some_and(|it| it.jwks_url.is_some() || it.jwks_file.is_some());
         let readiness = Arc::clone(&state);
         parts.spawn(async move {

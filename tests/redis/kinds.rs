@@ -3,7 +3,7 @@
 use dynabase::{tenant::OrgId, upstream::redis::Standing};
 
 use super::{
-    basic, differential, limits, scripts,
+    basic, differential, large, limits, scripts,
     support::{House, Kind, on},
     table,
 };
@@ -35,6 +35,28 @@ fn one_database_keeps_the_tiers_numbers() {
         limits::memory_over_the_cap_refuses_growth_and_nothing_else,
     ] {
         on(Kind::One, test);
+    }
+}
+
+#[test]
+fn one_database_takes_large_values_in_pieces() {
+    for test in [
+        large::every_form_with_its_key_in_front_passes_and_keeps_its_meaning,
+        large::what_does_not_fit_the_tier_is_refused_and_the_client_goes_on,
+        large::the_last_key_counts_for_large_ones_too,
+        large::a_watch_survives_the_lives_that_are_set_beside_it,
+    ] {
+        on(Kind::One, test);
+    }
+}
+
+#[test]
+fn a_cluster_takes_large_values_in_pieces() {
+    for test in [
+        large::every_form_with_its_key_in_front_passes_and_keeps_its_meaning,
+        large::the_last_key_counts_for_large_ones_too,
+    ] {
+        on(Kind::Cluster, test);
     }
 }
 

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     catalog::{Catalog, Deed, Entry, Fault, LedgerFault, Phase},
     config::Config,
-    tenant::{OrgId, Tier},
+    tenant::{Isolation, OrgId, Tier},
     transition::{Act, Coordinator, Errand, Refused, holdings_json},
 };
 
@@ -22,6 +22,7 @@ const OTHERS_WAIT: Duration = Duration::from_secs(600);
 /// Makes a tenant, or goes on with making it.
 pub async fn create(config: &Config, catalog: &Catalog, org: &OrgId, tier: Tier) -> Result<(), Failure> {
     let tiers = place::tiers(config, catalog).await?;
+    let shared = tiers.limits(tier).mongodb.isolation == Isolation::Filter;
     let coordinator = config.coordinator(catalog.clone(), tiers).map_err(Failure::usage)?;
     match carry(&coordinator, org, Act::Create(tier)).await {
         Err(Refused::Exists) => Err(Failure::failed(format_args!(
@@ -31,6 +32,14 @@ pub async fn create(config: &Config, catalog: &Catalog, org: &OrgId, tier: Tier)
         Ok(entry) => {
             over(&entry, "Mend that and run the command again: it goes on.")?;
             eprintln!("{org}: created on {tier}");
+            // A new tenant is where its tier says.
+            if config.upstream.mongodb.url.is_some() && shared {
+                eprintln!(
+                    "{org}: mongodb: its collections are shared with other tenants. Generated ObjectIds never meet; a program \
+                     that chooses its own _id gets 11000 for one that another tenant holds, and is better off with \
+                     isolation = \"database\" (tiers.toml)"
+                );
+            }
             Ok(())
         }
     }
