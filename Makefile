@@ -77,6 +77,12 @@ bench-redis:
 	$(CARGO) build --release --bin dynabase
 	python3 benches/redis.py
 
+# make bench-http   SQL over HTTP and Convex, beside direct, HAProxy and pgbench
+.PHONY: bench-http
+bench-http:
+	$(CARGO) build --release --bin dynabase
+	python3 benches/http.py
+
 # make bench-mongo   direct and through dynabase in both isolations
 .PHONY: bench-mongo bench-catalog
 bench-mongo: tools

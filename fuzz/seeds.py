@@ -187,7 +187,24 @@ MONGO_REWRITE = {
 }
 MONGO_CODEC = {**REQUESTS, "empty": bson({}), "two": bson({"a": 1.5}) + bson({"b": None})}
 
-SEEDS = {"convex": CONVEX, "mongo_codec": MONGO_CODEC, "mongo_rewrite": MONGO_REWRITE, "startup": STARTUP, "frontend": FRONTEND, "backend": BACKEND, "ledger": LEDGER, "configuration": CONFIGURATION,
+
+def frame(first, payload, mask=b"\1\2\3\4"):
+    size = bytes([0x80 | len(payload)]) if len(payload) < 126 else b"\xfe" + len(payload).to_bytes(2, "big")
+    return bytes([first]) + size + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(payload))
+
+
+WEBSOCKET = {
+    "binary": frame(0x82, b"hello"),
+    "parts": frame(0x02, b"hel") + frame(0x89, b"there?") + frame(0x00, b"l") + frame(0x80, b"o") + frame(0x88, b""),
+    "text": frame(0x81, b"hello"),
+    "medium": frame(0x82, bytes(range(200))),
+    "too-long": b"\x82\xff" + (1 << 40).to_bytes(8, "big") + b"\0\0\0\0",
+    "not-masked": b"\x82\5hello",
+    "compressed": frame(0xC2, b"hello"),
+    "close": frame(0x88, b"\x03\xe8bye"),
+}
+
+SEEDS = {"websocket": WEBSOCKET, "convex": CONVEX, "mongo_codec": MONGO_CODEC, "mongo_rewrite": MONGO_REWRITE, "startup": STARTUP, "frontend": FRONTEND, "backend": BACKEND, "ledger": LEDGER, "configuration": CONFIGURATION,
          "conversation": CONVERSATION, "token": TOKEN, "resp": RESP, "redis_rewrite": REWRITE}
 for target, seeds in SEEDS.items():
     folder = CORPUS / target

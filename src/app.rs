@@ -70,6 +70,7 @@ pub struct App {
     coordinator: Coordinator,
     mongodb: Option<(Arc<upstream::mongo::Upstream>, Arc<front::mongo::Server>)>,
     neon: Option<Arc<upstream::postgres::Upstream>>,
+    branches: Option<Arc<upstream::neon::Branches>>,
     doors: Vec<(Front, Listener)>,
     tls: Option<Arc<ServerTls>>,
     /// The same certificates, with HTTP's protocols.
@@ -152,14 +153,15 @@ impl App {
             };
             Listener::bind(&settings).map_err(|error| error.to_string())
         };
-        let neon_front = match (&neon, config.upstream.neon.provisioner()?) {
-            (Some(neon), Some(provisioner)) => {
-                let (catalog, neon, names) = (catalog.clone(), Arc::clone(neon), config.names()?);
-                let branches = upstream::neon::Branches::new(catalog, provisioner, neon, names);
-                Some(front::neon::Server::new(Arc::clone(&postgres_front), branches))
+        let branches = match (&neon, config.upstream.neon.homes(config.names()?)?) {
+            (Some(neon), Some(homes)) => {
+                Some(upstream::neon::Branches::new(catalog.clone(), homes, Arc::clone(neon), config.names()?))
             }
             _ => None,
         };
+        let neon_front = branches
+            .as_ref()
+            .map(|branches| front::neon::Server::new(Arc::clone(&postgres_front), Arc::clone(branches)));
         let mut fronts = vec![(Front::Postgres(postgres_front), &config.listen.postgres)];
         if let Some(redis) = config.redis()? {
             let settings = front::redis::Config { login_timeout: config.listen.handshake_timeout };
@@ -206,6 +208,7 @@ impl App {
             coordinator,
             mongodb,
             neon,
+            branches,
             doors,
             tls,
             http_tls,
@@ -228,6 +231,9 @@ impl App {
         let catalog = self.catalog.clone();
         let _ = state.catalog_age.set(Box::new(move || Some(catalog.age())));
         let _ = state.transitions.set(self.coordinator.clone());
+        if let Some(branches) = self.branches {
+            let _ = state.branches.set(branches);
+        }
         let admin = admin::spawn(&self.config.admin, Arc::clone(&state), self.drain.clone())
             .map_err(|error| format!("admin.listen {}: {error}", self.config.admin.listen))?;
 

@@ -253,13 +253,14 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// Keys whose value may stand in a file of its own, `<key>_file`.
-const SECRETS: [&str; 6] = [
+const SECRETS: [&str; 7] = [
     "names.root_secret",
     "catalog.url",
     "upstream.postgres.url",
     "upstream.redis.url",
     "upstream.mongodb.url",
     "upstream.neon.url",
+    "upstream.neon.api_key",
 ];
 
 /// Secrets whose own module reads the file.

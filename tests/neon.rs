@@ -33,7 +33,7 @@ fn setup(url: &str) -> Setup {
 }
 
 /// The port of the HTTP door.
-fn door(proxy: &Proxy) -> u16 {
+pub fn door(proxy: &Proxy) -> u16 {
     eventually("dynabase listens for HTTP", || {
         let log = proxy.log();
         let (_, rest) = log.split_once("listening for HTTP clients")?;
@@ -42,7 +42,7 @@ fn door(proxy: &Proxy) -> u16 {
 }
 
 /// A tenant with its Neon home.
-fn tenant<'a>(proxy: &'a Proxy, org: &str, tier: Tier) -> Org<'a> {
+pub fn tenant<'a>(proxy: &'a Proxy, org: &str, tier: Tier) -> Org<'a> {
     let org = proxy.tenant(org, tier);
     let admin =
         Config { url: Some(Password::new(&proxy.server.url)), ..Config::default() }.admin().expect("a good URL");
@@ -56,7 +56,7 @@ fn tenant<'a>(proxy: &'a Proxy, org: &str, tier: Tier) -> Org<'a> {
 }
 
 /// One request on a connection of its own: status and body.
-fn ask(port: u16, head: &str, body: &str) -> (u16, String) {
+pub fn ask(port: u16, head: &str, body: &str) -> (u16, String) {
     let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("the door");
     socket.set_read_timeout(Some(PATIENCE)).expect("set");
     write!(socket, "{head}\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len())

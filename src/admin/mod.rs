@@ -3,6 +3,7 @@
 //!
 //! Entry point: [`spawn`]. Endpoints are the rows of `route.rs`.
 
+mod branches;
 mod metrics;
 mod route;
 mod server;
@@ -31,6 +32,7 @@ use crate::{
     net::{AcceptLimits, Drain},
     quota::Table,
     transition::Coordinator,
+    upstream::neon::Branches,
     usage::Meters,
 };
 
@@ -134,6 +136,8 @@ pub struct State {
     pub catalog_age: OnceLock<Box<dyn Fn() -> Option<Duration> + Send + Sync>>,
     /// What moves tenants between tiers; absent until set.
     pub transitions: OnceLock<Coordinator>,
+    /// What makes and removes branches; absent where there are no Neon homes.
+    pub branches: OnceLock<Arc<Branches>>,
     started: SystemTime,
 }
 
@@ -151,6 +155,7 @@ impl State {
             connections: OnceLock::new(),
             catalog_age: OnceLock::new(),
             transitions: OnceLock::new(),
+            branches: OnceLock::new(),
             started: SystemTime::now(),
         }
     }

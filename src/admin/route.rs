@@ -22,6 +22,9 @@ pub(super) enum Endpoint {
     Purge,
     Rotate,
     Tier,
+    Branches,
+    MakeBranch,
+    RemoveBranch,
     Transition,
     Events,
     OpenApi,
@@ -38,7 +41,7 @@ pub(super) enum Access {
 pub(super) struct Route {
     pub(super) endpoint: Endpoint,
     pub(super) access: Access,
-    /// `{org}` or `{id}` stands for one segment.
+    /// `{org}`, `{id}` or `{name}` stands for one segment.
     pub(super) path: &'static str,
     summary: &'static str,
     /// Statuses beyond 200, and 401 where a token is needed.
@@ -64,7 +67,7 @@ const LIFE: [(&str, &str); 5] = [
     ("503", "The catalog can't be asked; nothing was changed."),
 ];
 
-pub(super) const ROUTES: [Route; 17] = [
+pub(super) const ROUTES: [Route; 20] = [
     route(Endpoint::Live, Access::Anyone, "/livez", "Whether the process runs.", &[]),
     route(
         Endpoint::Ready,
@@ -138,6 +141,46 @@ pub(super) const ROUTES: [Route; 17] = [
         ],
     ),
     route(
+        Endpoint::Branches,
+        Access::Token,
+        "/v1/tenants/{org}/branches",
+        "Branches of a tenant's Neon home.",
+        &[
+            ("400", "Not an organisation id."),
+            ("404", "The catalog knows no such organisation, or there are no Neon homes here."),
+            ("503", "The catalog can't be asked."),
+        ],
+    ),
+    route(
+        Endpoint::MakeBranch,
+        Access::Token,
+        "/v1/tenants/{org}/branches",
+        "Makes the branch {\"name\": \"…\"}: a copy of the home's databases as they are now, reached as database app@NAME \
+         with the tenant's own token.",
+        &[
+            ("201", "Made."),
+            ("400", "Not an organisation id, or not a name: 1 to 40 of a-z, 0-9, - and _, a letter or digit first."),
+            ("404", "The catalog knows no such organisation, or there are no Neon homes here."),
+            ("409", "There is one with this name."),
+            ("422", "The tenant's tier has no more."),
+            ("423", "The database is in use; try again when its sessions are idle."),
+            ("502", "Neon, or the server of the homes, could not do it."),
+            ("503", "The catalog can't be asked."),
+        ],
+    ),
+    route(
+        Endpoint::RemoveBranch,
+        Access::Token,
+        "/v1/tenants/{org}/branches/{name}",
+        "Removes a branch with all that is in it; its sessions end.",
+        &[
+            ("400", "Not an organisation id."),
+            ("404", "No such organisation or branch."),
+            ("502", "Neon, or the server of the homes, could not do it; the branch's name leads nowhere any more."),
+            ("503", "The catalog can't be asked."),
+        ],
+    ),
+    route(
         Endpoint::Transition,
         Access::Token,
         "/v1/transitions/{id}",
@@ -153,16 +196,20 @@ impl Endpoint {
     pub(super) fn method(self) -> Method {
         match self {
             Endpoint::Tier | Endpoint::Create => Method::PUT,
-            Endpoint::Delete => Method::DELETE,
-            Endpoint::Suspend | Endpoint::Resume | Endpoint::Restore | Endpoint::Purge | Endpoint::Rotate => {
-                Method::POST
-            }
+            Endpoint::Delete | Endpoint::RemoveBranch => Method::DELETE,
+            Endpoint::Suspend
+            | Endpoint::Resume
+            | Endpoint::Restore
+            | Endpoint::Purge
+            | Endpoint::Rotate
+            | Endpoint::MakeBranch => Method::POST,
             Endpoint::Live
             | Endpoint::Ready
             | Endpoint::Metrics
             | Endpoint::Tenants
             | Endpoint::Tenant
             | Endpoint::Holdings
+            | Endpoint::Branches
             | Endpoint::Transition
             | Endpoint::Events
             | Endpoint::OpenApi => Method::GET,
@@ -170,23 +217,32 @@ impl Endpoint {
     }
 }
 
-/// The routes of `path`, one for each method, and the segment that stands for `{org}` or `{id}`. Empty: no such path.
-pub(super) fn find(path: &str) -> (Vec<&'static Route>, &str) {
-    let mut found = (Vec::new(), "");
+/// The routes of `path`, one for each method, and the segments that stand for `{org}` or `{id}` and for `{name}`.
+/// Empty: no such path.
+pub(super) fn find(path: &str) -> (Vec<&'static Route>, [&str; 2]) {
+    let mut found = (Vec::new(), [""; 2]);
     for route in &ROUTES {
-        match (route.path.split_once('{'), route.path.split_once('}')) {
-            (Some((before, _)), Some((_, after))) => {
-                let segment = path.strip_prefix(before).and_then(|rest| rest.strip_suffix(after));
-                if let Some(segment) = segment.filter(|segment| !segment.is_empty() && !segment.contains('/')) {
-                    found.0.push(route);
-                    found.1 = segment;
-                }
-            }
-            _ if route.path == path => found.0.push(route),
-            _ => {}
+        if let Some(segments) = fits(route.path, path) {
+            found.0.push(route);
+            found.1 = segments;
         }
     }
     found
+}
+
+fn fits<'p>(pattern: &str, path: &'p str) -> Option<[&'p str; 2]> {
+    let (mut segments, mut at) = ([""; 2], 0);
+    let mut ours = path.split('/');
+    for part in pattern.split('/') {
+        let segment = ours.next()?;
+        if part.starts_with('{') {
+            *segments.get_mut(at).filter(|_| !segment.is_empty())? = segment;
+            at += 1;
+        } else if part != segment {
+            return None;
+        }
+    }
+    ours.next().is_none().then_some(segments)
 }
 
 /// OpenAPI 3.1.
@@ -214,6 +270,7 @@ fn item(route: &Route) -> Value {
         Endpoint::Tenants => ("application/json", reference("TenantPage")),
         Endpoint::Tenant => ("application/json", reference("Tenant")),
         Endpoint::Holdings => ("application/json", reference("Holdings")),
+        Endpoint::Branches => ("application/json", reference("Branches")),
         Endpoint::Tier
         | Endpoint::Transition
         | Endpoint::Create
@@ -224,7 +281,9 @@ fn item(route: &Route) -> Value {
         | Endpoint::Purge
         | Endpoint::Rotate => ("application/json", reference("Transition")),
         Endpoint::Events => ("text/event-stream", json!({ "type": "string" })),
-        Endpoint::OpenApi => ("application/json", json!({ "type": "object" })),
+        Endpoint::OpenApi | Endpoint::MakeBranch | Endpoint::RemoveBranch => {
+            ("application/json", json!({ "type": "object" }))
+        }
     };
     let mut responses = serde_json::Map::new();
     responses.insert("200".into(), json!({ "description": "OK", "content": { content_type: { "schema": schema } } }));
@@ -241,6 +300,9 @@ fn item(route: &Route) -> Value {
             parameter("after", "query", false, json!({ "type": "string" })),
         ],
         Endpoint::Transition => vec![parameter("id", "path", true, json!({ "type": "string" }))],
+        Endpoint::RemoveBranch => {
+            ["org", "name"].map(|name| parameter(name, "path", true, json!({ "type": "string" }))).into()
+        }
         _ if route.path.contains("{org}") => vec![parameter("org", "path", true, json!({ "type": "string" }))],
         _ => Vec::new(),
     };
@@ -289,6 +351,9 @@ fn schemas() -> Value {
                 "database": text, "why": text,
                 "holdings": list(object(json!({ "what": text, "count": number, "bytes": number }))),
             }))),
+        })),
+        "Branches": object(json!({
+            "branches": list(object(json!({ "name": text, "database": text }))), "max": number,
         })),
         "TenantPage": object(json!({ "tenants": list(reference("Tenant")), "next": text })),
     })

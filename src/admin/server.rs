@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::{
-    State, Token, metrics,
+    State, Token, branches, metrics,
     route::{self, Access, Endpoint, Route},
     tally::Tally,
     tenants::{View, Wanted},
@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     net::{AcceptLimits, Address, Conn, Drain, ListenConfig, Listener, listen},
-    quota::clock,
+    quota::{Slot, clock},
     refusal::Refusal,
     tenant::OrgId,
 };
@@ -158,7 +158,7 @@ impl Server {
 
     async fn answer(&self, request: Request<Incoming>) -> Answer {
         let (parts, body) = request.into_parts();
-        let (routes, segment) = route::find(parts.uri.path());
+        let (routes, [segment, name]) = route::find(parts.uri.path());
         let open = routes.first().is_some_and(|route| route.access == Access::Anyone);
         // Before anything else, so that a stranger does not even learn which paths there are.
         if !open && !self.authorized(parts.headers.get(header::AUTHORIZATION)) {
@@ -200,6 +200,14 @@ impl Server {
             | Endpoint::Restore
             | Endpoint::Purge
             | Endpoint::Rotate => transitions::live(&self.state, route.endpoint, segment, &body).await,
+            Endpoint::Branches | Endpoint::MakeBranch | Endpoint::RemoveBranch => match self.slot(segment).await {
+                Ok(slot) => match route.endpoint {
+                    Endpoint::MakeBranch => branches::make(&self.state, &slot, &body).await,
+                    Endpoint::RemoveBranch => branches::remove(&self.state, &slot, name).await,
+                    _ => branches::list(&self.state, &slot).await,
+                },
+                Err(answer) => *answer,
+            },
             Endpoint::Tier => transitions::begin(&self.state, segment, &body).await,
             Endpoint::Transition => transitions::show(&self.state, segment).await,
             Endpoint::Events => transitions::events(&self.state),
@@ -224,18 +232,26 @@ impl Server {
     }
 
     async fn tenant(&self, org: &str) -> Answer {
+        match self.slot(org).await {
+            Ok(slot) => json_of(StatusCode::OK, &json!(View::of(&slot))),
+            Err(answer) => *answer,
+        }
+    }
+
+    async fn slot(&self, org: &str) -> Result<Arc<Slot>, Box<Answer>> {
         let Some(org) = OrgId::parse(org) else {
-            return fault(StatusCode::BAD_REQUEST, "bad_org", "not an organisation id");
+            return Err(Box::new(fault(StatusCode::BAD_REQUEST, "bad_org", "not an organisation id")));
         };
-        match tokio::time::timeout(CATALOG_WITHIN, self.state.table.slot(&org)).await {
-            Ok(Ok(slot)) => json_of(StatusCode::OK, &json!(View::of(&slot))),
+        let (status, code, message) = match tokio::time::timeout(CATALOG_WITHIN, self.state.table.slot(&org)).await {
+            Ok(Ok(slot)) => return Ok(slot),
             Ok(Err(Refusal::UnknownOrg)) => {
-                fault(StatusCode::NOT_FOUND, "unknown_org", "the catalog knows no such organisation")
+                (StatusCode::NOT_FOUND, "unknown_org", "the catalog knows no such organisation")
             }
             Ok(Err(_)) | Err(_) => {
-                fault(StatusCode::SERVICE_UNAVAILABLE, "catalog_down", "the catalog can't be asked right now")
+                (StatusCode::SERVICE_UNAVAILABLE, "catalog_down", "the catalog can't be asked right now")
             }
-        }
+        };
+        Err(Box::new(fault(status, code, message)))
     }
 }
 

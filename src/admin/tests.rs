@@ -265,6 +265,8 @@ fn the_description_lists_exactly_what_answers() {
         "/v1/tenants/{org}/purge",
         "/v1/tenants/{org}/rotate",
         "/v1/tenants/{org}/tier",
+        "/v1/tenants/{org}/branches",
+        "/v1/tenants/{org}/branches/{name}",
         "/v1/transitions/{id}",
         "/v1/events",
         "/openapi.json",
@@ -272,7 +274,10 @@ fn the_description_lists_exactly_what_answers() {
     assert_eq!(paths, want.map(str::to_owned).into());
     for path in paths {
         for (method, described) in json["paths"][&path].as_object().unwrap() {
-            let (method, asked) = (method.to_uppercase(), path.replace("{org}", "acme").replace("{id}", "acme.2.a"));
+            let (method, asked) = (
+                method.to_uppercase(),
+                path.replace("{org}", "acme").replace("{id}", "acme.2.a").replace("{name}", "dev"),
+            );
             let reply = running.ask(&method, &asked, &format!("Authorization: Bearer {TOKEN}\r\n"));
             // Without a coordinator transitions are not there yet, which a running process has before it listens.
             let responses = &described["responses"];

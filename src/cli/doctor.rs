@@ -19,7 +19,7 @@ use crate::{
     catalog::{Catalog, Fault},
     config::Config,
     identity,
-    upstream::{convex::Origin, postgres, redis},
+    upstream::{convex::Origin, neon::Homes, postgres, redis},
     wire::resp,
 };
 
@@ -120,11 +120,7 @@ async fn examine(config: &Config, findings: &mut Findings) {
     keys(config, findings).await;
     catalog(config, findings).await;
     postgres("postgres", &config.upstream.postgres, findings).await;
-    if config.upstream.neon.is_on() {
-        postgres("neon", &config.upstream.neon.server(), findings).await;
-    } else {
-        findings.good("neon", "not configured: no Neon homes");
-    }
+    neon(config, findings).await;
     redis(config, findings).await;
     mongodb(config, findings).await;
     convex(config, findings).await;
@@ -294,6 +290,21 @@ async fn postgres(part: &'static str, config: &postgres::Config, findings: &mut 
         );
     }
     findings.good(part, format_args!("PostgreSQL {} at {}", about.version, admin.target().address()));
+}
+
+async fn neon(config: &Config, findings: &mut Findings) {
+    const PART: &str = "neon";
+    /// No tenant's project is called so; looking for it changes nothing.
+    const NOBODY: &str = "dynabase_doctor";
+    match config.names().and_then(|names| config.upstream.neon.homes(names)) {
+        Ok(None) => findings.good(PART, "not configured: no Neon homes"),
+        Err(error) => findings.fault(PART, error, "edit [upstream.neon]"),
+        Ok(Some(Homes::Server(_))) => postgres(PART, &config.upstream.neon.server(), findings).await,
+        Ok(Some(Homes::Projects(projects))) => match within(projects.api().find_project(NOBODY)).await {
+            Ok(_) => findings.good(PART, "homes are projects at Neon, whose API takes the key"),
+            Err(error) => findings.fault(PART, error, "look at upstream.neon.api_key, api_url and org_id"),
+        },
+    }
 }
 
 async fn redis(config: &Config, findings: &mut Findings) {

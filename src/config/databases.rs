@@ -7,7 +7,7 @@ use crate::{
     catalog::Catalog,
     tenant::Tiers,
     transition::{Coordinator, Participants, participant},
-    upstream::{self, postgres::Provisioner},
+    upstream::{self, neon::Homes, postgres::Provisioner},
 };
 
 impl Config {
@@ -29,10 +29,15 @@ impl Config {
         if self.convex()?.is_some() {
             participants = participants.with(Arc::new(participant::Convex));
         }
-        if let Some(neon) = self.upstream.neon.provisioner()? {
-            let homes = participant::Postgres::of_neon_homes(neon, self.names()?);
-            participants = participants.with(Arc::new(homes));
-        }
+        participants = match self.upstream.neon.homes(self.names()?)? {
+            None => participants,
+            Some(Homes::Server(provisioner)) => {
+                participants.with(Arc::new(participant::Postgres::of_neon_homes(*provisioner, self.names()?)))
+            }
+            Some(Homes::Projects(projects)) => {
+                participants.with(Arc::new(participant::Neon::new(projects, catalog.clone())))
+            }
+        };
         Ok(Coordinator::new(catalog, tiers, participants).purging(self.tenants.clone()))
     }
 

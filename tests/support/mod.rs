@@ -5,6 +5,7 @@ pub mod cable;
 #[allow(dead_code)]
 pub mod mongo;
 pub mod neon_double;
+pub mod neon_ground;
 pub mod postgres;
 pub mod proxy;
 pub mod wire;

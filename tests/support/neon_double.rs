@@ -10,7 +10,12 @@ use std::{
 
 use serde_json::{Value, json};
 
+use super::neon_ground::{DOMAIN, Ground};
+
 pub const KEY: &str = "napi_of_the_double";
+
+/// Every owner's password.
+const PASSWORD: &str = "p";
 
 /// What goes wrong with the next request that fits.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +39,10 @@ struct State {
     endpoints: Vec<Value>,
     /// Each with the looks at it until it is over, and how it ends.
     operations: Vec<(Value, u32, &'static str)>,
+    /// Real servers behind it, if there are any.
+    ground: Option<Ground>,
+    /// The method whose requests all get 503.
+    refused: Option<&'static str>,
     misdeeds: VecDeque<(&'static str, Misdeed)>,
     /// `METHOD path`, in order.
     log: Vec<String>,
@@ -49,9 +58,18 @@ pub struct NeonDouble {
 
 impl NeonDouble {
     pub fn start() -> Self {
+        Self::with(State::default())
+    }
+
+    /// With real servers behind it.
+    pub fn on(ground: Ground) -> Self {
+        Self::with(State { ground: Some(ground), ..State::default() })
+    }
+
+    fn with(state: State) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let address = format!("http://{}/api/v2", listener.local_addr().expect("bound"));
-        let state: Arc<Mutex<State>> = Arc::default();
+        let state = Arc::new(Mutex::new(state));
         let served = Arc::clone(&state);
         std::thread::spawn(move || {
             while let Ok((socket, _)) = listener.accept() {
@@ -65,6 +83,16 @@ impl NeonDouble {
     /// The next request whose method is `method` goes wrong.
     pub fn misbehave(&self, method: &'static str, misdeed: Misdeed) {
         self.state.lock().expect("no panic").misdeeds.push_back((method, misdeed));
+    }
+
+    /// From now on all requests with this method get 503; or none.
+    pub fn refuse_all(&self, method: Option<&'static str>) {
+        self.state.lock().expect("no panic").refused = method;
+    }
+
+    /// Somebody changes an endpoint in Neon's console.
+    pub fn turn(&self, at: usize, knob: &str, value: Value) {
+        self.state.lock().expect("no panic").endpoints[at][knob] = value;
     }
 
     /// What was asked so far.
@@ -122,6 +150,7 @@ fn serve(socket: TcpStream, state: &Mutex<State>) {
     };
     let path = path.trim_start_matches("/api/v2");
     let (status, answer) = match misdeed {
+        _ if state.refused == Some(method.as_str()) => (503, json!({"code": "", "message": "unavailable"})),
         _ if !authorized => (401, json!({"code": "", "message": "authorization failed"})),
         Some(Misdeed::Refuse(status)) => (status, json!({"code": "X", "message": "not now", "request_id": "r"})),
         Some(Misdeed::FailLate) => state.act(&method, path, &body, "error"),
@@ -156,13 +185,22 @@ impl State {
         operation
     }
 
+    /// Endpoints go with what they serve.
+    fn forget(&mut self, goes: impl Fn(&Value) -> bool) {
+        if let Some(ground) = &self.ground {
+            let hosts = self.endpoints.iter().filter(|it| goes(it)).filter_map(|it| it["host"].as_str());
+            hosts.for_each(|host| ground.remove(host));
+        }
+        self.endpoints.retain(|it| !goes(it));
+    }
+
     fn branch(&mut self, project: &str, name: &str, settings: &Value, is_root: bool) -> (Value, Value) {
         let (branch, endpoint) = (self.id("br"), self.id("ep"));
         let branch =
             json!({"id": branch, "project_id": project, "name": name, "default": is_root, "logical_size": 1024});
         let mut made = json!({
             "id": endpoint, "project_id": project, "branch_id": branch["id"], "type": "read_write",
-            "host": format!("{endpoint}.eu-central-1.aws.neon.tech"), "current_state": "active",
+            "host": format!("{endpoint}.{DOMAIN}"), "current_state": "active",
         });
         merge(&mut made, settings);
         self.branches.push(branch.clone());
@@ -199,10 +237,14 @@ impl State {
                 project["settings"] = wanted["settings"].clone();
                 self.projects.push(project.clone());
                 let (branch, endpoint) = self.branch(&id, "main", &wanted["default_endpoint_settings"], true);
+                if let (Some(ground), Some(host)) = (&self.ground, endpoint["host"].as_str()) {
+                    let word = |key: &str| wanted["branch"][key].as_str().expect("named");
+                    ground.make(host, word("role_name"), PASSWORD, word("database_name"));
+                }
                 let operations = [self.operation("create_timeline", ends), self.operation("start_compute", ends)];
                 let connection = json!({"connection_parameters": {
                     "database": wanted["branch"]["database_name"], "role": wanted["branch"]["role_name"],
-                    "password": "p", "host": endpoint["host"],
+                    "password": PASSWORD, "host": endpoint["host"],
                 }});
                 (
                     201,
@@ -222,6 +264,8 @@ impl State {
             }
             ("DELETE", ["projects", id]) => {
                 self.projects.retain(|it| it["id"] != *id);
+                self.forget(|it| it["project_id"] == *id);
+                self.branches.retain(|it| it["project_id"] != *id);
                 (200, json!({}))
             }
             ("GET", ["projects", id, "endpoints"]) => (200, json!({ "endpoints": of(&self.endpoints, id) })),
@@ -242,6 +286,11 @@ impl State {
                 }
                 let name = body["branch"]["name"].as_str().unwrap_or_default().to_owned();
                 let (branch, endpoint) = self.branch(id, &name, &body["endpoints"][0], false);
+                let parent = &body["branch"]["parent_id"];
+                let parent = self.endpoints.iter().find(|it| it["branch_id"] == *parent);
+                if let (Some(ground), Some(parent)) = (&self.ground, parent) {
+                    ground.copy(endpoint["host"].as_str().expect("text"), parent["host"].as_str().expect("text"));
+                }
                 let operation = self.operation("create_branch", ends);
                 (201, json!({"branch": branch, "endpoints": [endpoint], "operations": [operation]}))
             }
@@ -251,10 +300,13 @@ impl State {
                     return (422, json!({"code": "", "message": "cannot delete the root branch"}));
                 }
                 self.branches.remove(at);
+                self.forget(|it| it["branch_id"] == *id);
                 let operation = self.operation("delete_timeline", ends);
                 (200, json!({ "operations": [operation] }))
             }
-            ("GET", ["projects", _, "branches", _, "roles", _, "reveal_password"]) => (200, json!({"password": "p"})),
+            ("GET", ["projects", _, "branches", _, "roles", _, "reveal_password"]) => {
+                (200, json!({"password": PASSWORD}))
+            }
             ("GET", ["projects", _, "operations"]) => {
                 let all: Vec<&Value> = self.operations.iter().map(|it| &it.0).collect();
                 (200, json!({ "operations": all }))

@@ -15,7 +15,7 @@ use crate::{
     front::http::{Body, Client, body},
     refusal::Refusal,
     session::Session,
-    tenant::{Branch, DEFAULT_NAME, Protocol},
+    tenant::Protocol,
     upstream::neon::{BranchError, Branches},
 };
 
@@ -53,7 +53,7 @@ pub async fn answer(
     let done = match (&parts.method, name) {
         (&Method::GET, None) => branches.list(slot.org()).await.map(|list| {
             let max = slot.policy().limits.neon.branches;
-            let list: Vec<_> = list.iter().map(described).collect();
+            let list: Vec<_> = list.iter().map(Branches::described).collect();
             body::json(StatusCode::OK, json!({"branches": list, "max": max}).to_string())
         }),
         (&Method::POST, None) => {
@@ -61,26 +61,21 @@ pub async fn answer(
             let Some(wanted) = wanted.ok().and_then(|bytes| serde_json::from_slice::<Wanted>(&bytes).ok()) else {
                 return body::error(StatusCode::BAD_REQUEST, "bad_request", "the body has to be {\"name\": \"…\"}");
             };
-            let branches = Arc::clone(branches);
-            // It goes on if the client goes away: half a branch would have to be cleared away.
-            let making = tokio::spawn(async move { branches.create(&slot, &wanted.name).await });
-            match making.await {
-                Ok(made) => made.map(|branch| body::json(StatusCode::CREATED, described(&branch).to_string())),
+            match branches.make(&slot, wanted.name).await {
+                Ok(made) => {
+                    made.map(|branch| body::json(StatusCode::CREATED, Branches::described(&branch).to_string()))
+                }
                 Err(_) => return refuse::rest(&Refusal::Internal),
             }
         }
-        (&Method::DELETE, Some(name)) => {
-            let branches = Arc::clone(branches);
-            let removing = tokio::spawn(async move { branches.delete(&slot, &name).await });
-            match removing.await {
-                Ok(removed) => removed.map(|()| {
-                    let mut response = Response::new(body::empty());
-                    *response.status_mut() = StatusCode::NO_CONTENT;
-                    response
-                }),
-                Err(_) => return refuse::rest(&Refusal::Internal),
-            }
-        }
+        (&Method::DELETE, Some(name)) => match branches.remove(&slot, name).await {
+            Ok(removed) => removed.map(|()| {
+                let mut response = Response::new(body::empty());
+                *response.status_mut() = StatusCode::NO_CONTENT;
+                response
+            }),
+            Err(_) => return refuse::rest(&Refusal::Internal),
+        },
         (_, name) => {
             let mut response =
                 body::error(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path takes other methods");
@@ -99,10 +94,6 @@ async fn admit(server: &Arc<Server>, token: &[u8], client: &Client) -> Result<Se
     Ok(session)
 }
 
-fn described(branch: &Branch) -> serde_json::Value {
-    json!({"name": branch.name, "database": format!("{DEFAULT_NAME}@{}", branch.name)})
-}
-
 fn failed(error: &BranchError) -> Response<Body> {
     let (status, code) = match error {
         BranchError::BadName => (StatusCode::BAD_REQUEST, "bad_name"),
@@ -112,7 +103,7 @@ fn failed(error: &BranchError) -> Response<Body> {
         BranchError::Over(_) => (StatusCode::UNPROCESSABLE_ENTITY, "branches_limit_exceeded"),
         BranchError::InUse => (StatusCode::LOCKED, "in_use"),
         BranchError::Catalog(_) => return refuse::rest(&Refusal::CatalogDown),
-        BranchError::Server(error) => {
+        BranchError::Home(error) => {
             tracing::error!(%error, "a branch could not be made or removed");
             return refuse::rest(&Refusal::UpstreamDown);
         }

@@ -17,11 +17,13 @@ use crate::{
 
 mod convex;
 mod mongo;
+mod neon;
 mod postgres;
 mod redis;
 
 pub use convex::Convex;
 pub use mongo::Mongo;
+pub use neon::Neon;
 pub use postgres::Postgres;
 pub use redis::Redis;
 

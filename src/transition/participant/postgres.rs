@@ -1,9 +1,10 @@
-//! PostgreSQL's part, of the main homes and of the Neon homes: the ceilings that the tenant's role carries (connections, timeouts, temporary files). An upgrade
-//! raises them before the switch, a downgrade lowers them after it; the proxy's own limits are always inside.
+//! PostgreSQL's part, of the main homes and of Neon homes that lie on one server: the ceilings that the tenant's role
+//! carries (connections, timeouts, temporary files). An upgrade raises them before the switch, a downgrade lowers them
+//! after it; the proxy's own limits are always inside.
 
 use super::{Holding, Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Stage, Trouble, over, value};
 use crate::{
-    tenant::{DEFAULT_NAME, Limits, Names, Protocol, Tenant},
+    tenant::{Branch, DEFAULT_NAME, Limits, Names, Protocol, Tenant},
     upstream::postgres::{AdminError, Ceiling, Mark, ProvisionError, Provisioner},
 };
 
@@ -21,8 +22,7 @@ impl Postgres {
         Self { provisioner, names, home: Protocol::Postgres }
     }
 
-    /// The Neon homes. Compute sizes, sleep and branches are settings of a project at Neon, which this does not touch:
-    /// the role's ceilings are what a home has on any server.
+    /// The Neon homes that are databases of a server: without computes, which sleep and grow at Neon only.
     pub fn of_neon_homes(provisioner: Provisioner, names: Names) -> Self {
         Self { provisioner, names, home: Protocol::Neon }
     }
@@ -33,6 +33,11 @@ impl Postgres {
 
     fn role(&self, tenant: &Tenant) -> String {
         self.names.sql(self.home, &tenant.org, DEFAULT_NAME).role
+    }
+
+    /// What counts against the tier beside the databases themselves.
+    fn branches<'t>(&self, tenant: &'t Tenant) -> &'t [Branch] {
+        if self.home == Protocol::Neon { &tenant.routes.neon.branches } else { &[] }
     }
 
     async fn present(&self, tenant: &Tenant) -> Result<Ceiling, Trouble> {
@@ -53,7 +58,7 @@ impl Postgres {
     }
 }
 
-fn trouble(error: ProvisionError) -> Trouble {
+pub(super) fn trouble(error: ProvisionError) -> Trouble {
     match &error {
         ProvisionError::Admin(AdminError::Dial(_)) => Trouble::Failed(error.to_string()),
         // With a code the server has said no, and rolled back; without one the connection broke.
@@ -81,9 +86,14 @@ impl Participant for Postgres {
             for database in std::iter::once(DEFAULT_NAME).chain(tenant.databases.iter().map(String::as_str)) {
                 let place = self.names.sql(self.home, &tenant.org, database);
                 bytes += self.provisioner.database_bytes(&place.database).await.map_err(trouble)?.unwrap_or(0);
+                for branch in self.branches(tenant) {
+                    let place = self.names.sql(self.home, &tenant.org, &format!("{database}@{}", branch.name));
+                    bytes += self.provisioner.database_bytes(&place.database).await.map_err(trouble)?.unwrap_or(0);
+                }
             }
-            let over = over(self.home, "storage bytes", bytes, to.sql(self.home).storage);
-            Ok(Look { prior: value(&prior), over: over.into_iter().collect() })
+            let storage = over(self.home, "storage bytes", bytes, to.sql(self.home).storage);
+            let branches = over(self.home, "branches", self.branches(tenant).len() as u64, to.neon.branches.into());
+            Ok(Look { prior: value(&prior), over: storage.into_iter().chain(branches).collect() })
         })
     }
 

@@ -1,16 +1,22 @@
 //! A tenant's branches: reserved in its record first, which counts them exactly over all processes, then made; removed
 //! from the record first, so that nobody comes in any more, then dropped.
 //!
-//! Entry points: [`Branches::create`], [`Branches::delete`].
+//! Entry points: [`Branches::make`], [`Branches::remove`].
 
 use std::{fmt, sync::Arc, time::Duration};
+
+use serde_json::{Value, json};
+use tokio::{runtime::Handle, task::JoinHandle};
 
 use crate::{
     catalog::{Catalog, Expect, Fault, Record},
     quota::Slot,
     refusal::{Limit, Over},
     tenant::{Branch, DEFAULT_NAME, Names, OrgId},
-    upstream::postgres::{ProvisionError, Provisioner, Upstream},
+    upstream::{
+        neon::{HomeError, Homes},
+        postgres::Upstream,
+    },
 };
 
 /// Tries to write a record that somebody else writes too.
@@ -24,9 +30,11 @@ const LOOK: Duration = Duration::from_millis(10);
 /// Makes and removes branches.
 pub struct Branches {
     catalog: Catalog,
-    provisioner: Provisioner,
+    homes: Homes,
     upstream: Arc<Upstream>,
     names: Names,
+    /// Where the upstream's connections live; who asks may be on another.
+    runtime: Handle,
 }
 
 impl fmt::Debug for Branches {
@@ -50,8 +58,8 @@ pub enum BranchError {
     InUse,
     /// The catalog can't be read or written now.
     Catalog(Fault),
-    /// The server said no.
-    Server(ProvisionError),
+    /// The server said no, or Neon did.
+    Home(HomeError),
 }
 
 impl fmt::Display for BranchError {
@@ -67,7 +75,7 @@ impl fmt::Display for BranchError {
             }
             BranchError::InUse => f.write_str("the database is in use; try again when its sessions are idle"),
             BranchError::Catalog(fault) => fault.fmt(f),
-            BranchError::Server(error) => error.fmt(f),
+            BranchError::Home(error) => error.fmt(f),
         }
     }
 }
@@ -75,9 +83,9 @@ impl fmt::Display for BranchError {
 impl std::error::Error for BranchError {}
 
 impl Branches {
-    /// Branches of the homes behind `upstream`, recorded in `catalog`.
-    pub fn new(catalog: Catalog, provisioner: Provisioner, upstream: Arc<Upstream>, names: Names) -> Arc<Self> {
-        Arc::new(Self { catalog, provisioner, upstream, names })
+    /// Branches of the homes behind `upstream`, recorded in `catalog`. To be called on the runtime that serves.
+    pub fn new(catalog: Catalog, homes: Homes, upstream: Arc<Upstream>, names: Names) -> Arc<Self> {
+        Arc::new(Self { catalog, homes, upstream, names, runtime: Handle::current() })
     }
 
     /// The tenant's branches, as the catalog has them now.
@@ -88,7 +96,26 @@ impl Branches {
         self.catalog.get(org).await.map(|record| record.tenant.routes.neon.branches).map_err(BranchError::Catalog)
     }
 
-    /// Makes a branch: a copy of the tenant's databases as they are now.
+    /// [`Self::create`] in a task of its own: it goes on if who asked goes away, since half a branch would have to be
+    /// cleared away.
+    pub fn make(self: &Arc<Self>, slot: &Arc<Slot>, name: String) -> JoinHandle<Result<Branch, BranchError>> {
+        let (branches, slot) = (Arc::clone(self), Arc::clone(slot));
+        self.runtime.spawn(async move { branches.create(&slot, &name).await })
+    }
+
+    /// [`Self::delete`] in a task of its own.
+    pub fn remove(self: &Arc<Self>, slot: &Arc<Slot>, name: String) -> JoinHandle<Result<(), BranchError>> {
+        let (branches, slot) = (Arc::clone(self), Arc::clone(slot));
+        self.runtime.spawn(async move { branches.delete(&slot, &name).await })
+    }
+
+    /// A branch as those who may have one see it.
+    pub fn described(branch: &Branch) -> Value {
+        json!({"name": branch.name, "database": on_branch(&branch.name)})
+    }
+
+    /// Makes a branch: a copy of the tenant's databases as they are now. Until it stands its name is taken and leads
+    /// nowhere.
     ///
     /// # Errors
     /// Nothing is left behind; except that a server which has gone meanwhile may keep a copy that a later branch of
@@ -96,7 +123,7 @@ impl Branches {
     ///
     /// # Cancel safety
     /// None: run it in a task of its own.
-    pub async fn create(&self, slot: &Arc<Slot>, name: &str) -> Result<Branch, BranchError> {
+    async fn create(&self, slot: &Arc<Slot>, name: &str) -> Result<Branch, BranchError> {
         if !Branch::is_name(name) {
             return Err(BranchError::BadName);
         }
@@ -104,8 +131,7 @@ impl Branches {
         let record = self
             .change(slot.org(), |record| {
                 let route = &mut record.tenant.routes.neon;
-                let on_branch = format!("{DEFAULT_NAME}@{name}");
-                if route.branch(name).is_some() || record.tenant.databases.contains(&on_branch) {
+                if route.branch(name).is_some() || record.tenant.databases.contains(&on_branch(name)) {
                     return Err(BranchError::Exists);
                 }
                 let policy = slot.policy();
@@ -120,22 +146,32 @@ impl Branches {
             })
             .await?;
         let pool = self.upstream.pool(slot);
-        // What an earlier attempt left must not pass for a copy of now.
-        let made = match self.provisioner.drop_branch(&record.tenant, &self.names, name).await {
-            Ok(()) => self.provisioner.branch(&record.tenant, &self.names, name, |it| pool.close_idle(it)).await,
-            failed => failed,
+        let limits = Arc::clone(&slot.policy().limits);
+        let quiet = |database: &str| pool.close_idle(database);
+        let made = self.homes.make_branch(&record.tenant, &self.names, &limits, name, quiet).await;
+        let branch = match made {
+            Ok(made) => made,
+            Err(error) => {
+                let forget = |record: &mut Record| {
+                    record.tenant.routes.neon.branches.retain(|it| it.name != name);
+                    Ok(())
+                };
+                if let Err(error) = self.change(slot.org(), forget).await {
+                    tracing::error!(org = %slot.org(), branch = name, %error, "a branch that was not made stays recorded: delete it");
+                }
+                return Err(if error.is_in_use() { BranchError::InUse } else { BranchError::Home(error) });
+            }
         };
-        if let Err(error) = made {
-            let forget = |record: &mut Record| {
-                record.tenant.routes.neon.branches.retain(|it| it.name != name);
+        if branch.place.is_some() {
+            let place = |record: &mut Record| {
+                let there = record.tenant.routes.neon.branches.iter_mut().find(|it| it.name == name);
+                // Deleted meanwhile: what was made has lost its name, and a later branch of the name takes it away.
+                there.ok_or(BranchError::Unknown)?.place.clone_from(&branch.place);
                 Ok(())
             };
-            if let Err(error) = self.change(slot.org(), forget).await {
-                tracing::error!(org = %slot.org(), branch = name, %error, "a branch that was not made stays recorded: delete it");
-            }
-            return Err(if error.is_in_use() { BranchError::InUse } else { BranchError::Server(error) });
+            self.change(slot.org(), place).await?;
         }
-        heard(|| slot.policy().tenant.routes.neon.branch(name).is_some()).await;
+        heard(|| slot.policy().tenant.routes.neon.branch(name) == Some(&branch)).await;
         Ok(branch)
     }
 
@@ -146,24 +182,25 @@ impl Branches {
     ///
     /// # Cancel safety
     /// None: run it in a task of its own.
-    pub async fn delete(&self, slot: &Arc<Slot>, name: &str) -> Result<(), BranchError> {
+    async fn delete(&self, slot: &Arc<Slot>, name: &str) -> Result<(), BranchError> {
+        let mut branch = Branch { name: name.to_owned(), place: None };
         let record = self
             .change(slot.org(), |record| {
                 let branches = &mut record.tenant.routes.neon.branches;
-                let before = branches.len();
-                branches.retain(|it| it.name != name);
-                if branches.len() == before { Err(BranchError::Unknown) } else { Ok(()) }
+                let at = branches.iter().position(|it| it.name == name).ok_or(BranchError::Unknown)?;
+                branch = branches.remove(at);
+                Ok(())
             })
             .await?;
         heard(|| slot.policy().tenant.routes.neon.branch(name).is_none()).await;
-        self.provisioner.drop_branch(&record.tenant, &self.names, name).await.map_err(BranchError::Server)
+        self.homes.drop_branch(&record.tenant, &self.names, &branch).await.map_err(BranchError::Home)
     }
 
     /// Changes a record, again if somebody else changed it meanwhile.
     async fn change(
         &self,
         org: &OrgId,
-        change: impl Fn(&mut Record) -> Result<(), BranchError>,
+        mut change: impl FnMut(&mut Record) -> Result<(), BranchError>,
     ) -> Result<Record, BranchError> {
         let mut attempt = 1;
         loop {
@@ -179,6 +216,11 @@ impl Branches {
             }
         }
     }
+}
+
+/// What the default database is called on a branch.
+fn on_branch(name: &str) -> String {
+    format!("{DEFAULT_NAME}@{name}")
 }
 
 /// Waits until this process enforces the new record.

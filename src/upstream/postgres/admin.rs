@@ -5,6 +5,7 @@ use std::{fmt, ops::Deref, time::Duration};
 use tokio_postgres::{Client, Config, NoTls, config::SslMode, error::SqlState};
 
 use super::{DialError, Target};
+use crate::tenant::namespace::Password;
 
 /// Longest login after the socket stands: a server under load takes seconds to fork, none takes this long.
 const LOGIN_TIMEOUT: Duration = Duration::from_secs(15);
@@ -96,6 +97,13 @@ impl Admin {
         login.ssl_mode(SslMode::Disable);
         login.application_name("dynabase");
         Self { target, login }
+    }
+
+    /// The login of `user` with `password`, into `database` where nothing else is said.
+    pub fn of(target: Target, user: &str, password: &Password, database: &str) -> Self {
+        let mut login = Config::new();
+        login.user(user).password(password.expose()).dbname(database);
+        Self::new(target, login)
     }
 
     /// The server.

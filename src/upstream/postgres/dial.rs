@@ -2,6 +2,7 @@
 
 use std::{
     fmt, io,
+    net::SocketAddr,
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -78,6 +79,8 @@ impl fmt::Display for Address {
 #[derive(Clone, Debug)]
 pub struct Target {
     address: Address,
+    /// Dialled instead of the address, where there is a private way to it.
+    through: Option<SocketAddr>,
     tls: Option<ClientTls>,
     timeout: Duration,
 }
@@ -143,7 +146,19 @@ impl Target {
             (Address::Unix { .. }, _) | (_, TlsMode::Disable) => None,
             (Address::Tcp { .. }, mode) => Some(ClientTls::new(mode, ca_file)?),
         };
-        Ok(Self { address, tls, timeout })
+        Ok(Self { address, through: None, tls, timeout })
+    }
+
+    /// Dials `through` instead of the address; the name in TLS stays the address's.
+    #[must_use]
+    pub fn through(self, through: Option<SocketAddr>) -> Self {
+        Self { through, ..self }
+    }
+
+    /// Another host, dialled in the same way.
+    #[must_use]
+    pub fn at(&self, host: &str, port: u16) -> Self {
+        Self { address: Address::Tcp { host: host.to_owned(), port }, ..self.clone() }
     }
 
     /// Where it is.
@@ -179,7 +194,10 @@ impl Target {
             }
             Address::Tcp { host, port } => (host, *port),
         };
-        let addresses: Vec<_> = tokio::net::lookup_host((host.as_str(), port)).await?.collect();
+        let addresses: Vec<_> = match self.through {
+            Some(address) => vec![address],
+            None => tokio::net::lookup_host((host.as_str(), port)).await?.collect(),
+        };
         *step = Step::Connect;
         let mut socket = Err(io::Error::new(io::ErrorKind::NotFound, "the host has no address"));
         for address in addresses {

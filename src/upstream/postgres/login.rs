@@ -2,7 +2,7 @@
 //!
 //! What goes wrong here is ours, never the tenant's: a client is not told that its derived password is wrong.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -115,6 +115,8 @@ impl From<crate::wire::Error> for ConnectError {
 pub struct Login<'a> {
     /// Role and physical database.
     pub place: &'a Namespace,
+    /// The database as the connection carries it.
+    pub database: &'a Arc<str>,
     /// The role's password.
     pub password: &'a Password,
     /// The role's SCRAM keys, kept from the last login.
@@ -178,7 +180,7 @@ impl Conversation {
         if !self.buffer.is_empty() {
             return Err(ConnectError::Protocol("bytes behind ReadyForQuery"));
         }
-        Ok(Connection::new(self.stream, key.unwrap_or_default(), login.place.database.as_str().into(), parameters))
+        Ok(Connection::new(self.stream, key.unwrap_or_default(), Arc::clone(login.database), parameters))
     }
 
     async fn authenticate(&mut self, login: &Login<'_>) -> Result<(), ConnectError> {
@@ -313,8 +315,6 @@ fn refused(message: &[u8]) -> ConnectError {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use tokio_rustls::TlsAcceptor;
 
     use super::*;
@@ -343,7 +343,7 @@ mod tests {
         }
         let place = Namespace { role: "role".into(), database: "database".into() };
         let password = Password::new("secret");
-        let login = Login { place: &place, password: &password, keys: &Mutex::new(None) };
+        let login = Login { place: &place, database: &"database".into(), password: &password, keys: &Mutex::new(None) };
         let mut offer = Vec::new();
         backend::put_sasl(&mut offer, offered);
         let answer = async {

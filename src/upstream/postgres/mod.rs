@@ -8,6 +8,7 @@ mod ceiling;
 mod config;
 pub mod connection;
 mod dial;
+mod endpoint;
 mod login;
 mod pool;
 mod provision;
@@ -16,10 +17,7 @@ mod size;
 use std::{sync::Arc, time::Duration};
 
 use dashmap::DashMap;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    sync::Notify,
-};
+use tokio::sync::Notify;
 
 pub use about::{About, VERSION_MIN};
 pub use admin::{Admin, AdminError};
@@ -27,6 +25,7 @@ pub use ceiling::{Ceiling, Mark};
 pub use config::Config;
 pub use connection::Connection;
 pub use dial::{Address, DialError, Retry, Step, Target};
+pub use endpoint::Endpoint;
 pub use login::ConnectError;
 pub use pool::{Home, Lease, Pool, TakeError, Taken};
 pub use provision::{ProvisionError, Provisioner, Report};
@@ -34,7 +33,8 @@ pub use size::Maintenance;
 
 use crate::{
     quota::Slot,
-    tenant::{DEFAULT_NAME, Names, OrgId, Protocol, Tenant},
+    tenant::{DEFAULT_NAME, Limits, Names, OrgId, Project, Protocol, Tenant},
+    upstream::neon::{Projects, at_branch},
 };
 
 /// How often pools are tidied.
@@ -43,20 +43,45 @@ const TIDY_EVERY: Duration = Duration::from_secs(1);
 /// How often it is looked who holds too many of the server's locks: so long may a tenant keep others from theirs.
 const HOARDERS_EVERY: Duration = Duration::from_secs(2);
 
-/// Longest time for a cancel request, from dialling to the server's closing.
-const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Where tenants' homes lie.
+#[derive(Debug)]
+enum Ground {
+    /// Databases of one server.
+    Server {
+        target: Target,
+        /// Two logins as administrator, which no client waits for.
+        maintenance: Box<Maintenance>,
+        provisioner: Box<Provisioner>,
+    },
+    /// A project at Neon for each.
+    Projects(Arc<Projects>),
+}
 
-/// One PostgreSQL server and every tenant's pool of connections to it.
+/// A tenant's home could not be looked at or changed.
+#[derive(Debug)]
+pub struct GroundError(String);
+
+impl std::fmt::Display for GroundError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for GroundError {}
+
+fn told(error: impl std::fmt::Display) -> GroundError {
+    GroundError(error.to_string())
+}
+
+/// Every tenant's pool of connections to its homes of one kind, on one PostgreSQL server or each on its own.
 #[derive(Debug)]
 pub struct Upstream {
     /// Which of the tenants' homes lie here.
     protocol: Protocol,
-    target: Target,
+    ground: Ground,
     names: Names,
     budget: Arc<pool::Budget>,
     pools: DashMap<OrgId, Arc<Pool>>,
-    maintenance: Maintenance,
-    provisioner: Provisioner,
     /// Some pool's role has limits that no longer follow its tier.
     stale: Arc<Notify>,
     patience: pool::Patience,
@@ -82,31 +107,43 @@ impl Upstream {
         Self::of(Protocol::Neon, config, names, waking)
     }
 
+    /// Projects at Neon, each tenant's Neon home in one of its own; of `config` only what is not of a server counts.
+    pub fn of_projects(config: &Config, projects: Arc<Projects>, names: Names, waking: Duration) -> Arc<Self> {
+        Self::on(Ground::Projects(projects), Protocol::Neon, config, names, waking)
+    }
+
     fn of(protocol: Protocol, config: &Config, names: Names, waking: Duration) -> Result<Arc<Self>, String> {
         let provisioner = match protocol {
             Protocol::Neon => Provisioner::of_neon_homes(config.admin()?),
             _ => Provisioner::new(config.admin()?),
         };
-        Ok(Arc::new(Self {
-            protocol,
+        let ground = Ground::Server {
             target: config.target()?,
+            maintenance: Box::new(Maintenance::new(config.admin()?)),
+            provisioner: Box::new(provisioner),
+        };
+        Ok(Self::on(ground, protocol, config, names, waking))
+    }
+
+    fn on(ground: Ground, protocol: Protocol, config: &Config, names: Names, waking: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            protocol,
+            ground,
             names,
             budget: pool::Budget::new(config.max_connections),
             pools: DashMap::new(),
-            maintenance: Maintenance::new(config.admin()?),
-            provisioner,
             stale: Arc::default(),
             patience: pool::Patience { connect: config.connect_timeout, waking },
             idle_timeout: config.idle_timeout,
             storage_interval: config.storage_interval,
-        }))
+        })
     }
 
     /// The tenant's pool.
     pub fn pool(&self, slot: &Arc<Slot>) -> Arc<Pool> {
         let make = || {
             let (slot, budget, stale) = (Arc::clone(slot), Arc::clone(&self.budget), Arc::clone(&self.stale));
-            Pool::new(slot, self.protocol, self.target.clone(), budget, self.patience, stale)
+            Pool::new(slot, self.protocol, budget, self.patience, stale)
         };
         if let Some(pool) = self.pools.get(slot.org())
             && Arc::ptr_eq(pool.slot(), slot)
@@ -121,61 +158,73 @@ impl Upstream {
         Arc::clone(&entry)
     }
 
-    /// Where the connections of `pool`, the tenant's, to one of its logical databases lead.
-    pub fn home(&self, pool: &Pool, tenant: &Tenant, database: &str) -> Arc<Home> {
+    /// Where the connections of `pool`, the tenant's, to one of its logical databases lead; `None` while its record
+    /// names no project for it.
+    pub fn home(&self, pool: &Pool, tenant: &Tenant, database: &str) -> Option<Arc<Home>> {
         let generation = tenant.generation;
-        pool.home(database, generation, || {
-            let place = self.names.sql(self.protocol, &tenant.org, database);
-            let of = |generation| self.names.password(self.protocol.label(), &tenant.org, generation);
-            let others = [generation.checked_sub(1), generation.checked_add(1)].into_iter().flatten().map(of).collect();
-            let database_name = place.database.as_str().into();
-            let (logical, password) = (database.into(), of(generation));
-            Home { logical, generation, database: database_name, place, password, others }
-        })
-    }
-
-    /// Asks the server to cancel what the backend with this key is doing, and waits until it has taken the request,
-    /// so that the cancel can't hit what runs there next.
-    pub async fn cancel(&self, key: &[u8]) -> bool {
-        let mut request = Vec::with_capacity(8 + key.len());
-        request.extend_from_slice(&u32::try_from(8 + key.len()).unwrap_or(0).to_be_bytes());
-        request.extend_from_slice(&80_877_102u32.to_be_bytes());
-        request.extend_from_slice(key);
-        let sent = async {
-            let mut stream = self.target.dial().await.ok()?;
-            stream.write_all(&request).await.ok()?;
-            let mut end = [0; 1];
-            // The server closes without a word once it has signalled the backend.
-            let _ = stream.read(&mut end).await;
-            Some(())
+        let home = |target: &Target, project: Option<&Project>, inside: &str| {
+            pool.home(database, target, generation, |endpoint| {
+                let place = self.names.sql(self.protocol, &tenant.org, inside);
+                let of = |generation| self.names.password(self.protocol.label(), &tenant.org, generation);
+                let others =
+                    [generation.checked_sub(1), generation.checked_add(1)].into_iter().flatten().map(of).collect();
+                // A branch at Neon has the same databases by the same names, on a host of its own.
+                let carried = match project {
+                    Some(project) => format!("{} at {}", place.database, project.host),
+                    None => place.database.clone(),
+                };
+                let (logical, project, password) = (database.into(), project.cloned(), of(generation));
+                Home { endpoint, project, logical, generation, database: carried.into(), place, password, others }
+            })
         };
-        matches!(tokio::time::timeout(CANCEL_TIMEOUT, sent).await, Ok(Some(())))
+        match &self.ground {
+            Ground::Server { target, .. } => Some(home(target, None, database)),
+            Ground::Projects(projects) => {
+                let (inside, place) = at_branch(tenant, database)?;
+                Some(home(&projects.target(&place.host), Some(place), inside))
+            }
+        }
     }
 
     /// Ends a backend that swallows cancels.
-    pub async fn terminate(&self, pid: u32, role: &str) -> bool {
+    pub async fn terminate(&self, pid: u32, home: &Home) -> bool {
         let Ok(pid) = i32::try_from(pid) else { return false };
-        self.maintenance.terminate(pid, role).await.unwrap_or(false)
+        match (&self.ground, &home.project) {
+            (Ground::Server { maintenance, .. }, _) => {
+                maintenance.terminate(pid, &home.place.role).await.unwrap_or(false)
+            }
+            (Ground::Projects(projects), Some(place)) => projects.terminate(place, pid, &home.place.role).await,
+            (Ground::Projects(_), None) => false,
+        }
     }
 
-    /// Measures the tenant's databases now.
+    /// Measures the tenant's databases now; of projects at Neon, takes what was measured there last, which wakes
+    /// nobody. There the server itself is what refuses at once.
     ///
     /// # Errors
     /// What the server said.
-    pub async fn measure(&self, slot: &Slot) -> Result<u64, AdminError> {
+    pub async fn measure(&self, slot: &Slot) -> Result<u64, GroundError> {
         let tenant = Arc::clone(&slot.policy().tenant);
+        let bytes = match &self.ground {
+            Ground::Server { maintenance, .. } => self.on_server(maintenance, &tenant).await.map_err(told)?,
+            Ground::Projects(projects) => projects.bytes(&tenant).await.map_err(told)?,
+        };
+        slot.set_stored(self.protocol, bytes);
+        Ok(bytes)
+    }
+
+    async fn on_server(&self, maintenance: &Maintenance, tenant: &Tenant) -> Result<u64, AdminError> {
         let mut bytes = 0;
         for database in std::iter::once(DEFAULT_NAME).chain(tenant.databases.iter().map(String::as_str)) {
             let place = self.names.sql(self.protocol, &tenant.org, database);
-            bytes += self.maintenance.database_bytes(&place.database).await?;
+            bytes += maintenance.database_bytes(&place.database).await?;
             if self.protocol == Protocol::Neon {
                 for branch in &tenant.routes.neon.branches {
                     let place = self.names.sql(self.protocol, &tenant.org, &format!("{database}@{}", branch.name));
-                    bytes += self.maintenance.database_bytes(&place.database).await?;
+                    bytes += maintenance.database_bytes(&place.database).await?;
                 }
             }
         }
-        slot.set_stored(self.protocol, bytes);
         Ok(bytes)
     }
 
@@ -231,7 +280,7 @@ impl Upstream {
         for pool in self.pools() {
             let Some(limits) = pool.stale_ceilings() else { continue };
             let tenant = Arc::clone(&pool.slot().policy().tenant);
-            match self.provisioner.ensure(&tenant, &self.names, limits.sql(self.protocol)).await {
+            match self.follow(&tenant, &limits).await {
                 Ok(_) => pool.set_ceilings(limits),
                 Err(error) => {
                     tracing::warn!(org = %tenant.org, %error, "the role's own limits could not follow its tier");
@@ -242,14 +291,26 @@ impl Upstream {
         }
     }
 
+    async fn follow(&self, tenant: &Tenant, limits: &Limits) -> Result<(), GroundError> {
+        match &self.ground {
+            Ground::Server { provisioner, .. } => {
+                let done = provisioner.ensure(tenant, &self.names, limits.sql(self.protocol)).await;
+                done.map(drop).map_err(told)
+            }
+            Ground::Projects(projects) => projects.settle(tenant, limits).await.map_err(told),
+        }
+    }
+
     async fn end_hoarders(&self) {
+        // In a project of its own a tenant keeps nobody from a lock.
+        let Ground::Server { maintenance, .. } = &self.ground else { return };
         let role = |pool: &Arc<Pool>| self.names.sql(self.protocol, pool.slot().org(), DEFAULT_NAME).role;
         let roles: Vec<String> = self.pools().iter().map(role).collect();
         // A server without clients may sleep.
         if roles.is_empty() {
             return;
         }
-        match self.maintenance.end_hoarders(&roles).await {
+        match maintenance.end_hoarders(&roles).await {
             Ok(None) => {}
             Ok(Some(who)) => tracing::warn!(%who, "ended a session that held too many of the server's locks"),
             Err(error) => tracing::debug!(%error, "could not look for who holds too many locks"),

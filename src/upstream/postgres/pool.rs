@@ -24,17 +24,18 @@ use std::{
 use parking_lot::Mutex;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, ReadBuf},
-    sync::{Notify, Semaphore, oneshot},
+    sync::{Notify, oneshot},
 };
 
 use super::{
     connection::Connection,
     dial::Target,
+    endpoint::Endpoint,
     login::{self, ConnectError},
 };
 use crate::{
     quota::{Permit, Place, Slot, clock},
-    tenant::{Limits, Namespace, Protocol, Status, namespace::Password},
+    tenant::{Limits, Namespace, Project, Protocol, Status, namespace::Password},
     upstream::scram::Keys,
     wire::postgres::{self as wire, HEAD, backend, frontend::TERMINATE},
 };
@@ -49,9 +50,6 @@ const SOILED_IDLE: Duration = Duration::from_secs(1);
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 
-/// A server that was reached this recently is awake: the shortest time after which one goes to sleep is a minute.
-const AWAKE: Duration = Duration::from_secs(30);
-
 /// Bytes an idle server may have sent before we look; more, and it is closed.
 const IDLE_READ: usize = 4096;
 
@@ -65,9 +63,14 @@ pub struct Patience {
     pub waking: Duration,
 }
 
-/// Where a client's connections lead: role, database, password. One for all clients of a database ([`Pool::home`]).
-#[derive(Debug, PartialEq, Eq)]
+/// Where a client's connections lead: server, role, database, password. One for all clients of a database
+/// ([`Pool::home`]).
+#[derive(Debug)]
 pub struct Home {
+    /// The server.
+    pub endpoint: Arc<Endpoint>,
+    /// The project at Neon that it belongs to, where it does.
+    pub project: Option<Project>,
     /// The database as the tenant calls it.
     pub logical: Box<str>,
     /// The generation of the tenant's credentials that the password is of.
@@ -78,7 +81,7 @@ pub struct Home {
     pub password: Password,
     /// The passwords of the generations next to it: while the credentials are being rotated the server may have either.
     pub others: Vec<Password>,
-    /// The database as connections carry it.
+    /// The database as connections carry it: one word for one database on one server.
     pub database: Arc<str>,
 }
 
@@ -184,20 +187,16 @@ pub struct Pool {
     slot: Arc<Slot>,
     /// What its connections are counted as.
     protocol: Protocol,
-    target: Target,
     budget: Arc<Budget>,
     keys: Mutex<Option<Keys>>,
     patience: Patience,
-    /// One at a time while the server may be asleep.
-    waking: Semaphore,
-    /// When it was last seen awake.
-    awake: Mutex<Option<Instant>>,
     /// The numbers that the role's own limits follow; and who is told that they don't any more.
     ceilings: Mutex<Arc<Limits>>,
     stale: Arc<Notify>,
     /// The server knows none of the role's passwords: a tenant can give its own role another one, by accident too.
     locked_out: AtomicBool,
     homes: Mutex<Vec<Arc<Home>>>,
+    endpoints: Mutex<Vec<Arc<Endpoint>>>,
     state: Mutex<State>,
 }
 
@@ -317,12 +316,11 @@ impl Drop for Turn {
 }
 
 impl Pool {
-    /// A pool of connections to `target` for the tenant of `slot`, counted as `protocol`'s. `stale` is notified when the role's own limits no
-    /// longer follow the tier ([`Self::stale_ceilings`]).
+    /// A pool of connections for the tenant of `slot`, counted as `protocol`'s. `stale` is notified when the role's own
+    /// limits no longer follow the tier ([`Self::stale_ceilings`]).
     pub fn new(
         slot: Arc<Slot>,
         protocol: Protocol,
-        target: Target,
         budget: Arc<Budget>,
         patience: Patience,
         stale: Arc<Notify>,
@@ -333,13 +331,11 @@ impl Pool {
             locked_out: AtomicBool::new(false),
             slot,
             protocol,
-            target,
             budget,
             keys: Mutex::default(),
             patience,
-            waking: Semaphore::new(1),
-            awake: Mutex::new(None),
             homes: Mutex::default(),
+            endpoints: Mutex::default(),
             state: Mutex::default(),
         });
         pool.budget.pool_count.fetch_add(1, Ordering::Relaxed);
@@ -348,11 +344,6 @@ impl Pool {
         pools.push(Arc::downgrade(&pool));
         drop(pools);
         pool
-    }
-
-    /// Where its connections lead.
-    pub fn target(&self) -> &Target {
-        &self.target
     }
 
     /// What its connections are counted as.
@@ -365,16 +356,40 @@ impl Pool {
         &self.slot
     }
 
-    /// Where connections to the logical `database` lead under this generation of the tenant's credentials: as known,
-    /// else as `make` says.
-    pub fn home(&self, database: &str, generation: u32, make: impl FnOnce() -> Home) -> Arc<Home> {
+    /// The server at `target`, one for all connections of this pool to it.
+    pub fn endpoint(&self, target: &Target) -> Arc<Endpoint> {
+        let mut endpoints = self.endpoints.lock();
+        if let Some(known) = endpoints.iter().find(|it| it.target().address() == target.address()) {
+            return Arc::clone(known);
+        }
+        // Bounded by those in use.
+        endpoints.retain(|endpoint| Arc::strong_count(endpoint) > 1);
+        let endpoint = Arc::new(Endpoint::new(target.clone()));
+        endpoints.push(Arc::clone(&endpoint));
+        endpoint
+    }
+
+    /// Where connections to the logical `database` on the server at `target` lead under this generation of the
+    /// tenant's credentials: as known, else as `make` says.
+    pub fn home(
+        &self,
+        database: &str,
+        target: &Target,
+        generation: u32,
+        make: impl FnOnce(Arc<Endpoint>) -> Home,
+    ) -> Arc<Home> {
         let mut homes = self.homes.lock();
-        if let Some(known) = homes.iter().find(|home| *home.logical == *database && home.generation == generation) {
+        let is_it = |home: &Home| {
+            *home.logical == *database
+                && home.generation == generation
+                && home.endpoint.target().address() == target.address()
+        };
+        if let Some(known) = homes.iter().find(|home| is_it(home)) {
             return Arc::clone(known);
         }
         // Bounded by those in use.
         homes.retain(|home| Arc::strong_count(home) > 1);
-        let home = Arc::new(make());
+        let home = Arc::new(make(self.endpoint(target)));
         homes.push(Arc::clone(&home));
         home
     }
@@ -467,19 +482,17 @@ impl Pool {
     /// thing and waking another: a compute that starts takes as long as it takes.
     async fn connect(self: &Arc<Self>, home: &Home, places: Places, deadline: Instant) -> Result<Lease, ConnectError> {
         let deadline = deadline.max(Instant::now() + self.patience.waking);
-        let _turn = match self.is_awake() {
-            true => None,
-            false => tokio::time::timeout_at(deadline.into(), self.waking.acquire()).await.ok().and_then(Result::ok),
-        };
+        let endpoint = &home.endpoint;
+        let _turn = if self.patience.waking.is_zero() { None } else { endpoint.turn(deadline).await };
         let mut passwords = std::iter::once(&home.password).chain(&home.others);
         let mut password = passwords.next().unwrap_or(&home.password);
         let mut pause = RETRY_MIN;
         loop {
             let left = deadline.saturating_duration_since(Instant::now()).max(RETRY_MIN);
-            let login = login::Login { place: &home.place, password, keys: &self.keys };
-            let error = match login::connect(&self.target, &login, self.patience.connect.min(left)).await {
+            let login = login::Login { place: &home.place, database: &home.database, password, keys: &self.keys };
+            let error = match login::connect(endpoint.target(), &login, self.patience.connect.min(left)).await {
                 Ok(connection) => {
-                    *self.awake.lock() = Some(Instant::now());
+                    endpoint.is_up();
                     return Ok(Lease { held: Some(Box::new(Held { connection, places })) });
                 }
                 Err(error) => error,
@@ -500,17 +513,12 @@ impl Pool {
             metrics::counter!("dynabase_upstream_errors_total", "protocol" => self.protocol.label(), "step" => error.step())
                 .increment(1);
             if !(wrong || error.retry()) || Instant::now() + pause >= deadline {
-                tracing::warn!(org = %self.slot.org(), upstream = %self.target.address(), %error, "could not connect upstream");
+                tracing::warn!(org = %self.slot.org(), upstream = %endpoint.target().address(), %error, "could not connect upstream");
                 return Err(error);
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RETRY_MAX);
         }
-    }
-
-    /// Whether the server need not be woken: it never sleeps, or was awake a moment ago.
-    fn is_awake(&self) -> bool {
-        self.patience.waking.is_zero() || self.awake.lock().is_some_and(|at| at.elapsed() < AWAKE)
     }
 
     fn give(mut held: Box<Held>) {

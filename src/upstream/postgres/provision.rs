@@ -42,6 +42,16 @@ pub struct Provisioner {
     admin: Admin,
     /// Of which home.
     protocol: Protocol,
+    passwords: Passwords,
+}
+
+/// How a server is told a role's password.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Passwords {
+    /// As what PostgreSQL would keep of it.
+    Verifier,
+    /// As it is: Neon takes no other ("Neon only supports being given plaintext passwords"). Its connection is TLS.
+    Plain,
 }
 
 /// What [`Provisioner::ensure`] found to do.
@@ -97,12 +107,17 @@ impl From<AdminError> for ProvisionError {
 impl Provisioner {
     /// Works with this login, on the tenants' main homes.
     pub fn new(admin: Admin) -> Self {
-        Self { admin, protocol: Protocol::Postgres }
+        Self { admin, protocol: Protocol::Postgres, passwords: Passwords::Verifier }
     }
 
     /// Works with this login, on the tenants' Neon homes.
     pub fn of_neon_homes(admin: Admin) -> Self {
-        Self { admin, protocol: Protocol::Neon }
+        Self { admin, protocol: Protocol::Neon, passwords: Passwords::Verifier }
+    }
+
+    /// Works with this login, the owner's of a tenant's project at Neon.
+    pub fn of_project(admin: Admin) -> Self {
+        Self { admin, protocol: Protocol::Neon, passwords: Passwords::Plain }
     }
 
     /// Makes the tenant's role and all of its databases what they should be.
@@ -173,8 +188,8 @@ impl Provisioner {
         let client = self.open().await?;
         lock(&client, tenant_lock(&role)).await?;
         if role_exists(&client, &role).await? {
-            let verifier = scram_verifier(&names.password(self.protocol.label(), &tenant.org, generation));
-            let change = format!("alter role {} password '{verifier}'", quoted(&role));
+            let secret = self.secret(&names.password(self.protocol.label(), &tenant.org, generation));
+            let change = format!("alter role {} password '{secret}'", quoted(&role));
             run(&client, "setting the role's password", &change).await?;
         }
         Ok(())
@@ -199,6 +214,14 @@ impl Provisioner {
             }
         }
         Ok(held)
+    }
+
+    /// What the server is told of a password; nothing in it ends a literal (derived ones are base64url).
+    fn secret(&self, password: &Password) -> String {
+        match self.passwords {
+            Passwords::Verifier => scram_verifier(password),
+            Passwords::Plain => password.expose().to_owned(),
+        }
     }
 
     pub(super) async fn open(&self) -> Result<Connection, ProvisionError> {
@@ -257,8 +280,8 @@ impl Provisioner {
             report.created_role = true;
         }
         strip(client, role).await?;
-        let verifier = scram_verifier(password);
-        let login = format!("alter role {name} login connection limit {} password '{verifier}'", limits.connections);
+        let secret = self.secret(password);
+        let login = format!("alter role {name} login connection limit {} password '{secret}'", limits.connections);
         run(client, "setting the role's login", &login).await?;
         let outer = |inner: Duration| (inner + OUTER_GRACE).as_millis();
         for (setting, value) in [

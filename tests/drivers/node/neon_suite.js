@@ -441,12 +441,12 @@ const cases = {
     for (const attack of [`SET ROLE "${other.me}"`, `SET SESSION AUTHORIZATION "${other.me}"`, `SET ROLE postgres`, 'CREATE ROLE x SUPERUSER', "COPY (SELECT 1) TO PROGRAM 'true'", 'CREATE DATABASE x', `ALTER DATABASE "${other.db}" RENAME TO y`]) {
       await assert.rejects(theirs.query(attack), (error) => Boolean(error.code), attack);
     }
-    // The main home is another database than the Neon home.
-    const main = new pg.Client({ connectionString: tenant('acme').urls.postgres, ssl: false });
+    // The main home is another database than the Neon home; acme has its Postgres port at the latter.
+    const main = new pg.Client({ connectionString: tenant('globex').urls.postgres, ssl: false });
     await main.connect();
     const home = (await main.query('SELECT current_database() AS db')).rows[0].db;
     await main.end();
-    assert.notEqual(home, other.db);
+    assert.notEqual(home, db);
     await mine.query(`DROP TABLE ${table}`);
   },
 
@@ -476,6 +476,22 @@ const cases = {
     assert.equal((await rest('DELETE', '/preview')).status, 204);
     await refused(neon(there)`SELECT 1`, '3D000');
     await sql.query(`DROP TABLE ${table}`);
+  },
+
+  one_home_by_every_way_in: async () => {
+    // acme's Postgres port leads to its Neon home; initech's to a database of its own.
+    const table = unique();
+    for (const org of ['acme', 'initech']) {
+      const sql = neon(url(org));
+      await sql.query(`CREATE TABLE ${table} (i int)`);
+      await sql.query(`INSERT INTO ${table} VALUES (7)`);
+      const client = new pg.Client({ connectionString: tenant(org).urls.postgres, ssl: false });
+      await client.connect();
+      if (org === 'acme') assert.deepEqual((await client.query(`SELECT i FROM ${table}`)).rows, [{ i: 7 }]);
+      else await refused(client.query(`SELECT i FROM ${table}`), '42P01');
+      await client.end();
+      await sql.query(`DROP TABLE ${table}`);
+    }
   },
 
   drizzle_over_both: async () => {
@@ -517,6 +533,31 @@ const cases = {
     assert.deepEqual(await db.selectFrom(name).select('name').execute(), [{ name: 'Ada' }]);
     await db.schema.dropTable(name).execute();
     await db.destroy();
+  },
+
+  prisma_s_adapters: async () => {
+    // What Prisma's client calls: both of its adapters for this driver, and the errors that it has words of its own for.
+    const { PrismaNeon, PrismaNeonHttp } = require('@prisma/adapter-neon');
+    const query = (sql, ...args) => ({ sql, args, argTypes: args.map(() => ({ scalarType: 'string', arity: 'scalar' })) });
+    const name = unique();
+    const overHttp = await new PrismaNeonHttp(url('initech'), {}).connect();
+    const overSocket = await new PrismaNeon({ connectionString: url('initech'), max: 2 }).connect();
+    await overHttp.executeRaw(query(`CREATE TABLE ${name} (id int PRIMARY KEY, name text)`));
+    // Over HTTP the driver's own error goes through; over a socket it becomes one of Prisma's kinds.
+    for (const [id, adapter, twice] of [[1, overHttp, (error) => error.code === '23505'], [2, overSocket, (error) => error.cause?.kind === 'UniqueConstraintViolation']]) {
+      assert.equal(await adapter.executeRaw(query(`INSERT INTO ${name} VALUES ($1::int, $2)`, String(id), 'Ada')), 1);
+      const found = await adapter.queryRaw(query(`SELECT id, name FROM ${name} WHERE id = $1::int`, String(id)));
+      assert.deepEqual([found.columnNames, found.rows], [['id', 'name'], [[id, 'Ada']]]);
+      await assert.rejects(adapter.executeRaw(query(`INSERT INTO ${name} VALUES ($1::int, 'x')`, String(id))), twice);
+    }
+    const tx = await overSocket.startTransaction('SERIALIZABLE');
+    await tx.executeRaw(query(`INSERT INTO ${name} VALUES (3, 'gone')`));
+    // As Prisma's engine ends one: the statement, then the word to the adapter.
+    await tx.executeRaw(query('ROLLBACK'));
+    await tx.rollback();
+    assert.deepEqual((await overSocket.queryRaw(query(`SELECT count(*)::int AS n FROM ${name}`))).rows, [[2]]);
+    await overSocket.dispose();
+    await overHttp.executeRaw(query(`DROP TABLE ${name}`));
   },
 
   the_case_file: async () => {

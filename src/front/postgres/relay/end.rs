@@ -124,7 +124,7 @@ impl Relay {
             drop(lease);
         } else {
             let (upstream, home) = (Arc::clone(self.upstream()), Arc::clone(&self.home));
-            tokio::spawn(async move { link::abandon(&upstream, lease, &home.place.role).await });
+            tokio::spawn(async move { link::abandon(&upstream, lease, &home).await });
         }
     }
 }

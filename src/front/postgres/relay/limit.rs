@@ -108,9 +108,8 @@ impl Relay {
         if self.cancelling.is_some() || self.conversation.ledger().is_settled() || link.key.is_empty() {
             return;
         }
-        let upstream = Arc::clone(self.upstream());
-        let key = link.key.clone();
-        self.cancelling = Some(tokio::spawn(async move { upstream.cancel(&key).await }));
+        let (home, key) = (Arc::clone(&self.home), link.key.clone());
+        self.cancelling = Some(tokio::spawn(async move { home.endpoint.cancel(&key).await }));
     }
 
     /// The deadline has passed: of a statement, of a pause inside a transaction, or of the grace of a stop.
@@ -154,7 +153,7 @@ impl Relay {
         if let Some(link) = &self.link
             && let Some(pid) = link.pid()
         {
-            self.upstream().terminate(pid, &self.home.place.role).await;
+            self.upstream().terminate(pid, &self.home).await;
         }
         Err(self.end(&Refusal::OverLimit(refusal)).await)
     }

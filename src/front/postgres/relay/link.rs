@@ -121,7 +121,12 @@ pub(super) async fn begin(
     let mode = options.pool_mode.unwrap_or(policy.limits.postgres.pool_mode);
     let pool = upstream.pool(session.slot());
     let limits = policy.limits.sql(pool.protocol());
-    let home = upstream.home(&pool, &policy.tenant, &options.database);
+    let Some(home) = upstream.home(&pool, &policy.tenant, &options.database) else {
+        tracing::error!(org = %session.slot().org(), "its record names no place at Neon for this database: `dynabase tenant provision` makes what is missing");
+        let refusal = Refusal::UpstreamDown;
+        count_refusal(session.protocol(), &refusal);
+        return Err((refuse::fatal(&refusal), refusal.kind()));
+    };
     let shared = server.shared(&home.database);
 
     let bare = shared.intern(options.settings);
@@ -279,7 +284,7 @@ async fn prepare(connection: &mut Connection, queries: &[String], deadline: Inst
 
 /// Ends what a client that has gone left running, and waits until the server has closed. A cancel that comes before
 /// the statement has begun does nothing, so it is sent again; a statement that swallows cancels loses its backend.
-pub(super) async fn abandon(upstream: &Upstream, mut lease: Lease, role: &str) {
+pub(super) async fn abandon(upstream: &Upstream, mut lease: Lease, home: &Home) {
     let goodbye = async {
         lease.stream.write_all(&frontend::TERMINATE).await?;
         lease.stream.shutdown().await
@@ -288,9 +293,9 @@ pub(super) async fn abandon(upstream: &Upstream, mut lease: Lease, role: &str) {
     let _ = tokio::time::timeout(super::limit::CANCEL_GRACE, goodbye).await;
     for attempt in 0..=CANCELS {
         if attempt < CANCELS {
-            upstream.cancel(&lease.key).await;
+            home.endpoint.cancel(&lease.key).await;
         } else if let Some(pid) = lease.pid() {
-            upstream.terminate(pid, role).await;
+            upstream.terminate(pid, home).await;
         }
         let mut rest = [0; 4096];
         let ended = async { while lease.stream.read(&mut rest).await.is_ok_and(|n| n > 0) {} };

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 /// What a compute is like.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Compute {
     /// Smallest size in compute units.
     #[serde(rename = "autoscaling_limit_min_cu")]
@@ -119,7 +120,7 @@ pub struct Usage {
 }
 
 /// An endpoint.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct Endpoint {
     /// Its id.
     pub id: String,
@@ -133,6 +134,9 @@ pub struct Endpoint {
     /// `init`, `active` or `idle`.
     #[serde(default)]
     pub current_state: String,
+    /// Its compute.
+    #[serde(flatten)]
+    pub compute: Compute,
 }
 
 /// A branch.
