@@ -6,6 +6,7 @@
 CARGO ?= cargo
 FUZZ_SECONDS ?= 600
 CHAOS_RUNS ?= 1000
+MOVES ?= 200
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 
 help:
@@ -77,9 +78,10 @@ bench-redis:
 	$(CARGO) build --release --bin dynabase
 	python3 benches/redis.py
 
-# make chaos   CHAOS_RUNS (1000) tier transitions killed at random, every step of a life killed once, and the larger walks of the model; some 20 minutes
+# make chaos   CHAOS_RUNS (1000) tier transitions killed at random, every step of a life and a move killed once, 200 moves under writers, and the larger walks of the model; some 20 minutes
 .PHONY: chaos
 chaos: tools
 	$(CARGO) test --lib transition::state -- --ignored --nocapture
 	DYNABASE_CHAOS_RUNS=$(CHAOS_RUNS) $(CARGO) test --test integration transition::random_kills -- --nocapture
 	DYNABASE_CHAOS_RUNS=$(CHAOS_RUNS) $(CARGO) test --test integration life::killed -- --nocapture
+	DYNABASE_CHAOS_RUNS=$(MOVES) $(CARGO) test --test integration moving:: -- --nocapture

@@ -7,6 +7,7 @@ mod doctor;
 mod floors;
 mod life;
 mod mongo;
+mod moving;
 mod neon;
 mod neon_api;
 mod postgres;
