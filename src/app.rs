@@ -174,6 +174,7 @@ impl App {
             let settings = front::mongo::Config { login_timeout: config.listen.handshake_timeout, issuer };
             let upstream_parts = Arc::clone(&upstream);
             let server = front::mongo::Server::new(Arc::clone(&gate), upstream, tls.clone(), settings, drain.clone())?;
+            server.follow_moves();
             mongodb = Some((upstream_parts, Arc::clone(&server)));
             fronts.push((Front::Mongodb(server), &config.listen.mongodb));
         }

@@ -9,6 +9,7 @@ mod floors;
 mod http_tls;
 mod life;
 mod mongo;
+mod moving;
 mod neon;
 mod neon_api;
 mod neon_projects;

@@ -31,8 +31,7 @@ mod owner;
 
 use deed::Change;
 pub use deed::{Deed, Deletion};
-use owner::is_dead;
-pub use owner::this_process;
+pub use owner::{is_dead, this_process};
 
 /// The field of an organisation's document.
 pub(super) const STAMP: &str = "transition";

@@ -43,6 +43,11 @@ impl Gate {
         Self { verifier, table, meters, allow_plaintext }
     }
 
+    /// The epoch of an organisation's policy in this process, if there is one.
+    pub fn epoch(&self, org: &OrgId) -> Option<u64> {
+        self.table.resident(org).map(|slot| slot.policy().tenant.epoch)
+    }
+
     /// Whether a credential may be asked for over `transport`; to be asked before the client is invited to send one.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use super::{
     Refused,
     life::{Errand, Purging},
-    participant::{Look, Participant, Participants, ReadBack, Trouble},
+    participant::{Look, Participant, Participants, ReadBack, Trouble, moves},
     state::{SEATS, State},
     work::Work,
 };
@@ -28,6 +28,9 @@ use crate::{
 
 /// Longest time for preparing, all participants together. These are shorter in tests, which wait for them.
 const PREPARE_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 1_500 } else { 60_000 });
+
+/// The same where a tenant's documents are moved.
+const MOVE_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 1_500 } else { 1_800_000 });
 
 /// Longest look at one participant before anything begins.
 pub(super) const LOOK_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 20_000 });
@@ -237,6 +240,7 @@ impl Coordinator {
         if !over.is_empty() && !request.force {
             return Err(Refused::Over(over));
         }
+        let moves = moves(&tenant, &self.limits(tenant.tier), &to);
         let participants = Protocol::ALL
             .into_iter()
             .zip(looks)
@@ -267,7 +271,7 @@ impl Coordinator {
             owner: self.0.owner.clone(),
             fence: 0,
             lease_until_ms: lease(LEASE),
-            deadline_ms: lease(PREPARE_WITHIN),
+            deadline_ms: lease(if moves.is_some() { MOVE_WITHIN } else { PREPARE_WITHIN }),
             cancel: false,
             began_ms: now_ms(),
             closed_ms: None,
@@ -376,15 +380,12 @@ impl Coordinator {
     }
 }
 
-/// Data stays where it is: what the old tier said about its place is said by the record from the commit on, where the new
-/// tier would say otherwise. Another place takes a move of its own.
+/// A database on PostgreSQL stays where it is: what the old tier said about its place is said by the record from the commit
+/// on, where the new tier would say otherwise. Documents on MongoDB move with the tier ([`moves`]).
 fn pins(tenant: &Tenant, from: &Limits, to: &Limits) -> Routes {
-    let (home, isolation) = (from.postgres.home, from.mongodb.isolation);
-    Routes {
-        postgres: (tenant.routes.postgres.is_none() && home != to.postgres.home).then_some(home),
-        mongodb: (tenant.routes.mongodb.is_none() && isolation != to.mongodb.isolation).then_some(isolation),
-        ..Routes::default()
-    }
+    let home = from.postgres.home;
+    let postgres = (tenant.routes.postgres.is_none() && home != to.postgres.home).then_some(home);
+    Routes { postgres, ..Routes::default() }
 }
 
 /// `<org>.<epoch after>.<random>`.

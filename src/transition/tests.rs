@@ -299,12 +299,12 @@ async fn the_older_of_two_coordinators_changes_nothing_any_more() {
 }
 
 #[tokio::test]
-async fn data_stays_where_it_is() {
+async fn databases_stay_where_they_are() {
     let world = World::new().await;
     assert_eq!(world.run().await, Ok(Phase::Done));
-    // FREE keeps documents in shared collections, PRO in databases of their own: nothing has moved them.
+    // Documents move with the tier, so that the record need not say where they are.
     let routes = world.catalog.get(&world.org).await.expect("there").tenant.routes;
-    assert_eq!(routes.mongodb, Some(crate::tenant::Isolation::Filter));
+    assert_eq!(routes.mongodb, None);
 }
 
 #[tokio::test]

@@ -29,6 +29,12 @@ const CALL_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else {
 /// where it stopped.
 const LIFE_CALL_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 120_000 });
 
+/// The same where documents are moved: most of it is copying, and a call that is repeated begins it anew.
+const MOVE_CALL_WITHIN: Duration = Duration::from_secs(600);
+
+/// Longest wait for what is kept up for a moment only; within a lease, which is not renewed meanwhile.
+const SEAL_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 10_000 });
+
 /// How often a sign of life is given; also how soon it is seen that a transition was called off.
 const RENEW_EVERY: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 2_000 });
 
@@ -224,21 +230,11 @@ impl Work {
 
     fn call(&mut self, seat: usize, call: Call) {
         let (Some(participant), Some(terms)) = (self.coordinator.participant(seat), &self.terms) else { return };
-        let Terms { tenant, from, to } = terms;
-        let part = &mut self.entry.participants[seat];
-        part.calls += 1;
-        let order = Order {
-            tenant: tenant.clone(),
-            from: Arc::clone(from),
-            to_tier: self.entry.to,
-            to: Arc::clone(to),
-            force: self.entry.force,
-            prior: part.prior.clone(),
-            fence: self.entry.fence,
-            progress: self.progress[seat].clone(),
-        };
+        let order = self.order(seat, terms);
+        self.entry.participants[seat].calls += 1;
         let deed = self.entry.deed;
         let within = match deed {
+            Deed::Tier if order.moves().is_some() && seat == Protocol::Mongodb as usize => MOVE_CALL_WITHIN,
             Deed::Tier => CALL_WITHIN,
             _ => LIFE_CALL_WITHIN,
         };
@@ -313,9 +309,51 @@ impl Work {
         Ok(())
     }
 
+    fn order(&self, seat: usize, terms: &Terms) -> Order {
+        let Terms { tenant, from, to } = terms;
+        Order {
+            tenant: tenant.clone(),
+            from: Arc::clone(from),
+            to_tier: self.entry.to,
+            to: Arc::clone(to),
+            force: self.entry.force,
+            prior: self.entry.participants[seat].prior.clone(),
+            fence: self.entry.fence,
+            progress: self.progress[seat].clone(),
+        }
+    }
+
+    /// Has every database do what can be kept up for a moment only. Says why it can't be committed, if it can't.
+    async fn seal(&mut self) -> Result<Option<String>, LedgerFault> {
+        let Some(terms) = self.terms.as_ref().filter(|_| self.entry.deed == Deed::Tier) else { return Ok(None) };
+        for (seat, database) in Protocol::ALL.into_iter().enumerate() {
+            let Some(participant) = self.coordinator.participant(seat) else { continue };
+            if self.state.steps[seat] == Step::Absent {
+                continue;
+            }
+            let order = self.order(seat, terms);
+            let late = || Err(Trouble::Unknown(format!("no answer in {SEAL_WITHIN:?}")));
+            match tokio::time::timeout(SEAL_WITHIN, participant.seal(&order)).await.unwrap_or_else(|_| late()) {
+                Ok(()) => {}
+                Err(Trouble::Overtaken) => return Err(LedgerFault::Overtaken),
+                Err(trouble) => return Ok(Some(format!("{}: {trouble}", database.label()))),
+            }
+        }
+        Ok(None)
+    }
+
     async fn decide(&mut self, decision: Decision) -> Result<(), LedgerFault> {
         // The journal first, so that a reason is not lost with the process.
         self.save().await?;
+        if decision == Decision::Commit
+            && let Some(why) = self.seal().await?
+        {
+            self.entry.reason.get_or_insert(why);
+            // No commit is asked for: an abort is.
+            self.events.push_back(Event::Outdated);
+            return Ok(());
+        }
+        self.note_progress();
         reach("before the decision");
         let decided = self.coordinator.catalog().decide(&self.entry, decision).await;
         reach("after the decision");

@@ -11,7 +11,7 @@ pub fn this_process() -> String {
 }
 
 /// Whether `owner` was a process of this machine that has ended. `false` when nobody can say.
-pub(super) fn is_dead(owner: &str) -> bool {
+pub fn is_dead(owner: &str) -> bool {
     let Some((place, began_then)) = owner.rsplit_once('-') else { return false };
     let Some((place, pid)) = place.rsplit_once('-') else { return false };
     let (Ok(pid), Ok(began_then)) = (pid.parse::<u32>(), began_then.parse::<u64>()) else { return false };

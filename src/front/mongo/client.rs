@@ -365,6 +365,15 @@ impl Client {
         }
         let (Some(session), Some(tenancy)) = (&self.session, &self.tenancy) else { return After::Close };
         let tenancy = Arc::clone(tenancy);
+        // Before its way is chosen: where its documents are may be about to change.
+        let entered = match continues(message.body) {
+            true => Some(tenancy.threshold.pass()),
+            false => self.server.registry.thresholds.enter(&tenancy.threshold).await,
+        };
+        let Some(_inside) = entered else {
+            tracing::warn!(conn = self.id, "a request waited too long for the tenant's documents to be moved");
+            return self.answer(asked, &refuse::render(&Refusal::UpstreamDown, Repeat::Plain)).await;
+        };
         let way = tenancy.way(&self.server.upstream);
         let max_time = session.slot().policy().limits.mongodb.timeout;
         let org = session.slot().org().clone();
@@ -496,4 +505,12 @@ impl Client {
         self.session = None;
         self.expired = None;
     }
+}
+
+/// Whether a request is a further one of a transaction.
+fn continues(body: Document<'_>) -> bool {
+    let is = |key, wanted| {
+        body.get(key).ok().flatten().is_some_and(|it: bson::Element<'_>| it.bool().unwrap_or(false) == wanted)
+    };
+    is("autocommit", false) && !is("startTransaction", true)
 }

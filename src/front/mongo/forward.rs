@@ -208,7 +208,14 @@ async fn hold(
     };
     Ok(Some(match starts {
         Some((id, number)) => {
-            let open = Open { number, _turn: turn, client: client.id, way: Arc::clone(way), used_ms: clock::now_ms() };
+            let open = Open {
+                number,
+                _turn: turn,
+                _inside: tenancy.threshold.pass(),
+                client: client.id,
+                way: Arc::clone(way),
+                used_ms: clock::now_ms(),
+            };
             Held { _turn: None, transaction: Some((id, open)) }
         }
         None => Held { _turn: Some(turn), ..none },

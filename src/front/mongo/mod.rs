@@ -18,6 +18,7 @@ mod refuse;
 pub mod reply;
 pub mod rewrite;
 mod tenancy;
+mod threshold;
 mod turn;
 
 use std::{
@@ -108,12 +109,20 @@ impl Server {
         });
     }
 
-    /// Ends transactions and cursors that nobody uses. Runs until it is dropped.
+    /// From now on requests go on only while the notices of moves are read, which [`Self::run_maintenance`] does.
+    pub fn follow_moves(&self) {
+        self.registry.thresholds.follow();
+    }
+
+    /// Ends transactions and cursors that nobody uses, and follows the notices of moves. Runs until it is dropped.
     pub async fn run_maintenance(&self) {
-        loop {
-            tokio::time::sleep(SWEEP_EVERY).await;
-            self.registry.sweep(&self.upstream).await;
-        }
+        let sweep = async {
+            loop {
+                tokio::time::sleep(SWEEP_EVERY).await;
+                self.registry.sweep(&self.upstream).await;
+            }
+        };
+        tokio::join!(sweep, self.registry.thresholds.run(&self.upstream, &self.gate));
     }
 }
 

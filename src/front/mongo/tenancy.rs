@@ -20,6 +20,7 @@ use parking_lot::Mutex;
 use super::{
     large::Rooms,
     mask::Mask,
+    threshold::{Inside, Threshold, Thresholds},
     turn::{Turn, Turns},
 };
 use crate::{
@@ -95,6 +96,8 @@ pub struct Open {
     pub number: i64,
     /// Its turn, held until it ends.
     pub _turn: Turn,
+    /// It is inside until it ends.
+    pub _inside: Inside,
     /// The client that used it last.
     pub client: u64,
     /// The way it went.
@@ -120,6 +123,8 @@ pub struct Tenancy {
     pub mask: Mask,
     /// Its room for large messages.
     pub rooms: Rooms,
+    /// Where its requests may have to wait.
+    pub threshold: Arc<Threshold>,
     slot: Arc<Slot>,
     way: ArcSwap<Way>,
     clients: AtomicU32,
@@ -130,13 +135,14 @@ pub struct Tenancy {
 }
 
 impl Tenancy {
-    fn new(upstream: &Upstream, slot: &Arc<Slot>) -> Option<Self> {
+    fn new(upstream: &Upstream, slot: &Arc<Slot>, thresholds: &Thresholds) -> Option<Self> {
         let org = slot.org();
         let mask = Mask::new(&upstream.mask("mongodb sessions", org), &upstream.mask("mongodb cursors", org)).ok()?;
         Some(Self {
             turns: Turns::new(Arc::clone(slot)),
             mask,
             rooms: Rooms::of_tenant(),
+            threshold: thresholds.of(org),
             slot: Arc::clone(slot),
             way: ArcSwap::from_pointee(Way::new(upstream, slot)),
             clients: AtomicU32::new(0),
@@ -261,7 +267,11 @@ impl Tenancy {
 
 /// Every tenant that has a client.
 #[derive(Debug, Default)]
-pub struct Registry(DashMap<OrgId, Arc<Tenancy>>);
+pub struct Registry {
+    tenancies: DashMap<OrgId, Arc<Tenancy>>,
+    /// Of tenants without a client, too.
+    pub thresholds: Thresholds,
+}
 
 impl Registry {
     /// A client of a tenant came.
@@ -269,17 +279,17 @@ impl Registry {
     /// # Errors
     /// `None`: the cipher can't be made.
     pub fn enter(&self, upstream: &Upstream, slot: &Arc<Slot>) -> Option<Arc<Tenancy>> {
-        let entry = self.0.entry(slot.org().clone());
+        let entry = self.tenancies.entry(slot.org().clone());
         let tenancy = match entry {
             // A slot that was let go and made anew has limits and permits of its own.
             dashmap::Entry::Occupied(at) if Arc::ptr_eq(&at.get().slot, slot) => Arc::clone(at.get()),
             dashmap::Entry::Occupied(mut at) => {
-                let tenancy = Arc::new(Tenancy::new(upstream, slot)?);
+                let tenancy = Arc::new(Tenancy::new(upstream, slot, &self.thresholds)?);
                 at.insert(Arc::clone(&tenancy));
                 tenancy
             }
             dashmap::Entry::Vacant(at) => {
-                let tenancy = Arc::new(Tenancy::new(upstream, slot)?);
+                let tenancy = Arc::new(Tenancy::new(upstream, slot, &self.thresholds)?);
                 at.insert(Arc::clone(&tenancy));
                 tenancy
             }
@@ -294,7 +304,7 @@ impl Registry {
             return;
         }
         // Under the entry's lock: a client that comes now either was counted before or makes a new one.
-        self.0.remove_if(tenancy.slot.org(), |_, present| {
+        self.tenancies.remove_if(tenancy.slot.org(), |_, present| {
             Arc::ptr_eq(present, tenancy) && present.clients.load(Ordering::Acquire) == 0
         });
         if tenancy.clients.load(Ordering::Acquire) == 0 {
@@ -304,7 +314,7 @@ impl Registry {
 
     /// Ends what tenants left unused.
     pub async fn sweep(&self, upstream: &Upstream) {
-        let all: Vec<Arc<Tenancy>> = self.0.iter().map(|entry| Arc::clone(entry.value())).collect();
+        let all: Vec<Arc<Tenancy>> = self.tenancies.iter().map(|entry| Arc::clone(entry.value())).collect();
         for tenancy in all {
             tenancy.sweep(upstream).await;
         }

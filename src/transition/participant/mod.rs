@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::{
     catalog::Over,
-    tenant::{Limits, Protocol, Tenant, Tier},
+    tenant::{Isolation, Limits, Protocol, Tenant, Tier},
     upstream::postgres::Mark,
 };
 
@@ -54,6 +54,12 @@ pub struct Order {
     pub fence: u64,
     /// Where it says how far it is.
     pub progress: Progress,
+}
+
+/// Between which places a tenant's documents on MongoDB move with its tier. Where its record names the place they stay.
+pub fn moves(tenant: &Tenant, from: &Limits, to: &Limits) -> Option<(Isolation, Isolation)> {
+    let (from, to) = (from.mongodb.isolation, to.mongodb.isolation);
+    (tenant.routes.mongodb.is_none() && from != to).then_some((from, to))
 }
 
 /// How far a long call is, for people: the last word counts. Cheap to clone.
@@ -100,6 +106,11 @@ pub struct Holding {
 }
 
 impl Order {
+    /// Between which places the tenant's documents on MongoDB move; `None`: they stay.
+    pub fn moves(&self) -> Option<(Isolation, Isolation)> {
+        moves(&self.tenant, &self.from, &self.to)
+    }
+
     fn mark(&self, stage: u8) -> Mark {
         Mark { fence: self.fence, stage }
     }
@@ -162,6 +173,12 @@ pub trait Participant: Send + Sync {
 
     /// Makes room for the new limits beside the old ones.
     fn prepare<'a>(&'a self, order: &'a Order) -> Reply<'a, ()>;
+
+    /// The last thing before the commit, once every database has prepared: what can be kept up for a moment only. It is
+    /// given back by `finish` or `restore`.
+    fn seal<'a>(&'a self, _order: &'a Order) -> Reply<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
 
     /// Brings it to the new limits, and reads back that it is there.
     fn finish<'a>(&'a self, order: &'a Order) -> Reply<'a, ()>;

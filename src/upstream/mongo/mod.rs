@@ -8,7 +8,9 @@
 pub mod account;
 mod config;
 pub mod connection;
+mod hold;
 mod holdings;
+mod moving;
 mod pool;
 mod standing;
 
@@ -25,7 +27,9 @@ use dashmap::DashMap;
 pub use account::Account;
 pub use config::{Config, Login, Target};
 pub use connection::{Error, Reply};
+pub use hold::{Hold, STALE};
 pub use holdings::Held;
+pub use moving::{Known, Move, MoveError, Round};
 pub use pool::{Lease, Pool};
 pub use standing::Standing;
 

@@ -8,11 +8,12 @@ use serde::{Deserialize, Serialize};
 use super::{
     Error, Upstream,
     account::{decode, run},
+    holdings::number,
 };
 use crate::tenant::{OrgId, Tier, tier::MongodbLimits};
 
 /// The platform's own database: no tenant's name can be it.
-const DATABASE: &str = "dynabase_platform";
+pub(super) const DATABASE: &str = "dynabase_platform";
 
 const COLLECTION: &str = "standings";
 
@@ -68,6 +69,18 @@ impl Upstream {
         let Some(found) = batch.first().and_then(|found| found.as_document()) else { return Ok(None) };
         let read = bson::deserialize_from_document(found.clone());
         read.map(Some).map_err(|_| Error::Protocol("a standing that is not what was written"))
+    }
+
+    /// The fence of who wrote a tenant's caps last.
+    pub(super) async fn standing_fence(&self, org: &OrgId) -> Result<Option<u64>, Error> {
+        let ask = doc! {
+            "find": COLLECTION, "filter": { "_id": self.names.base(org) }, "projection": { "fence": 1 }, "limit": 1,
+            "$db": DATABASE,
+        };
+        let told = decode(&run(self, ask).await?)?;
+        let batch = told.get_document("cursor").and_then(|cursor| cursor.get_array("firstBatch"));
+        let batch = batch.map_err(|_| Error::Protocol("a cursor without a batch"))?;
+        Ok(batch.first().and_then(|found| number(found.as_document()?, "fence")))
     }
 
     /// Keeps a tenant's caps, not where somebody newer than `fence` and `stage` has. Says whether it did.
