@@ -39,7 +39,7 @@ use crate::{
     wire::mongo::{
         self, CHECKSUM_PRESENT, HEADER_BYTES, Header, MESSAGE_MAX_BYTES, Message, OP_COMPRESSED, OP_MSG, OP_QUERY,
         Query,
-        bson::Document,
+        bson::{self, Document},
         compress::{self, Compressor},
     },
 };
