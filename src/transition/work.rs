@@ -30,7 +30,7 @@ const CALL_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else {
 const LIFE_CALL_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 120_000 });
 
 /// The same where documents are moved: most of it is copying, and a call that is repeated begins it anew.
-const MOVE_CALL_WITHIN: Duration = Duration::from_secs(600);
+const MOVE_CALL_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 600_000 });
 
 /// Longest wait for what is kept up for a moment only; within a lease, which is not renewed meanwhile.
 const SEAL_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 10_000 });
