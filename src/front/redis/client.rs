@@ -121,6 +121,11 @@ impl Subscriptions {
     pub fn count(&self) -> usize {
         self.channels.len() + self.patterns.len() + self.shards.len()
     }
+
+    /// Bytes of all their names.
+    pub fn bytes(&self) -> usize {
+        [&self.channels, &self.patterns, &self.shards].into_iter().flatten().map(|name| name.len()).sum()
+    }
 }
 
 /// What an admitted client has.
@@ -188,6 +193,8 @@ pub struct Client {
     pub(super) subscriber: Option<Own>,
     pub(super) subscriptions: Subscriptions,
     pub(super) watching: bool,
+    /// Bytes of the commands that made it watch.
+    pub(super) watched: usize,
     pub(super) tracking: Option<Tracking>,
     pub(super) queue: Option<Queue>,
     pub(super) replies: Replies,
@@ -242,6 +249,7 @@ impl Client {
             subscriber: None,
             subscriptions: Subscriptions::default(),
             watching: false,
+            watched: 0,
             tracking: None,
             queue: None,
             replies: Replies::On,
@@ -645,7 +653,7 @@ impl Client {
     }
 
     /// Makes the shared connection, or remembers that there is none.
-    async fn connect(&mut self) {
+    pub(super) async fn connect(&mut self) {
         let Some(tenancy) = &self.tenancy else { return };
         match tenancy.place.shared(&tenancy.database, self.version).await {
             Ok(link) => self.shared = Some(link),
