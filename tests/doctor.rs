@@ -115,6 +115,28 @@ fn a_fault_of_redis_and_mongodb_is_named() {
 }
 
 #[test]
+fn a_redis_that_believes_payloads_is_warned_of() {
+    for (value, expected) in [("no", true), ("clients", false)] {
+        let port = free_port().to_string();
+        let server = Command::new("redis-server")
+            .args(["--port", &port, "--bind", "127.0.0.1", "--save", "", "--sanitize-dump-payload", value])
+            .stdout(std::process::Stdio::null())
+            .spawn();
+        let mut server = server.expect("redis-server is installed");
+        while std::net::TcpStream::connect(format!("127.0.0.1:{port}")).is_err() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let (_, findings) = Setup { redis: Some(format!("redis://127.0.0.1:{port}")), ..Setup::good() }.run();
+        let _ = server.kill();
+        let _ = server.wait();
+        let warned = findings.iter().any(|(of, state, said)| {
+            of == "redis" && state == "warning" && said.contains("sanitize-dump-payload is off")
+        });
+        assert_eq!(warned, expected, "{value}: {findings:?}");
+    }
+}
+
+#[test]
 fn a_fault_of_neon_and_convex_is_named_and_what_is_good_called_so() {
     let url = |part: &str, url: &str| format!("[upstream.{part}]\nurl = \"{url}\"\n");
     let nobody = free_port();

@@ -344,6 +344,13 @@ async fn redis(config: &Config, findings: &mut Findings) {
             "CONFIG SET maxmemory-policy noeviction",
         );
     }
+    if !server.sanitizes {
+        findings.warning(
+            PART,
+            "sanitize-dump-payload is off or not told: a made-up payload would end the server, so RESTORE is refused",
+            "CONFIG SET sanitize-dump-payload clients, and restart dynabase",
+        );
+    }
     if server.databases <= 16 {
         findings.warning(
             PART,

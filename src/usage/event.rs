@@ -70,6 +70,11 @@ pub fn pinned(protocol: Protocol, reason: &'static str) {
     counter!("dynabase_pins_total", "protocol" => protocol.label(), "reason" => reason).increment(1);
 }
 
+/// Counts a script that kept a Redis busy and was told to end.
+pub fn script_stopped(outcome: Outcome) {
+    counter!("dynabase_redis_scripts_stopped_total", "outcome" => outcome.label()).increment(1);
+}
+
 /// Counts a reload of the catalog.
 pub fn catalog_reloaded(outcome: Outcome) {
     counter!("dynabase_catalog_reloads_total", "outcome" => outcome.label()).increment(1);
@@ -81,7 +86,7 @@ pub fn keys_reloaded(outcome: Outcome) {
 }
 
 /// Every series counted through the facade anywhere in this crate, with its help text.
-const DESCRIPTIONS: [(&str, &str); 17] = [
+const DESCRIPTIONS: [(&str, &str); 18] = [
     ("dynabase_refusals_total", "Refusals told to clients."),
     ("dynabase_token_faults_total", "Credentials refused, by what was wrong with them."),
     ("dynabase_connections_ended_total", "Connections that ended, by the side that ended them."),
@@ -101,6 +106,10 @@ const DESCRIPTIONS: [(&str, &str); 17] = [
     ("dynabase_convex_sockets_ended_total", "Convex sockets that ended, by the reason."),
     ("dynabase_tier_transitions_total", "Tier transitions that came to an end, by how."),
     ("dynabase_mongodb_large_refused_total", "Large MongoDB messages for which there was no room in time."),
+    (
+        "dynabase_redis_scripts_stopped_total",
+        "Scripts that kept a Redis busy for too long, by whether they could be ended.",
+    ),
     ("dynabase_tls_errors_total", "Failed TLS handshakes with clients."),
 ];
 

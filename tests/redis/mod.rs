@@ -3,6 +3,7 @@
 mod basic;
 mod differential;
 mod drivers;
+mod hostile;
 mod killed;
 mod kinds;
 mod large;

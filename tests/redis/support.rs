@@ -68,7 +68,7 @@ impl Redis {
         let mut command = Command::new("redis-server");
         command
             .args(["--port", &port.to_string(), "--save", "", "--appendonly", "no"])
-            .args(["--bind", "127.0.0.1", "--dir"])
+            .args(["--sanitize-dump-payload", "clients", "--bind", "127.0.0.1", "--dir"])
             .arg(folder)
             .args(options)
             .stdout(Stdio::null());

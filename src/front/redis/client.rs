@@ -116,6 +116,11 @@ impl Subscriptions {
     pub fn count(&self) -> usize {
         self.channels.len() + self.patterns.len() + self.shards.len()
     }
+
+    /// Bytes of all their names.
+    pub fn bytes(&self) -> usize {
+        [&self.channels, &self.patterns, &self.shards].into_iter().flatten().map(|name| name.len()).sum()
+    }
 }
 
 /// What an admitted client has.
@@ -187,6 +192,8 @@ pub struct Client {
     pub(super) subscriber: Option<Own>,
     pub(super) subscriptions: Subscriptions,
     pub(super) watching: bool,
+    /// Bytes of the commands that made it watch.
+    pub(super) watched: usize,
     pub(super) tracking: Option<Tracking>,
     pub(super) queue: Option<Queue>,
     pub(super) replies: Replies,
@@ -245,6 +252,7 @@ impl Client {
             subscriber: None,
             subscriptions: Subscriptions::default(),
             watching: false,
+            watched: 0,
             tracking: None,
             queue: None,
             replies: Replies::On,

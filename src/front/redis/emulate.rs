@@ -88,10 +88,10 @@ fn scan(words: &[&[u8]], prefix: &[u8]) -> Vec<Vec<u8>> {
     for pair in words[2..].chunks_exact(2) {
         let (option, value) = (pair[0], pair[1]);
         out.push(option.to_vec());
-        if option.eq_ignore_ascii_case(b"MATCH") {
+        if super::keys::is_option(option, "MATCH") {
             matches = true;
             out.push([prefix, value].concat());
-        } else if option.eq_ignore_ascii_case(b"COUNT") && super::keys::number(value).is_some_and(|n| n > PAGE_MAX) {
+        } else if super::keys::is_option(option, "COUNT") && super::keys::number(value).is_some_and(|n| n > PAGE_MAX) {
             out.push(PAGE_MAX.to_string().into());
         } else {
             out.push(value.to_vec());

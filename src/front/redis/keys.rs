@@ -87,8 +87,14 @@ fn counted(at: usize, args: &[Arg], bytes: &[u8], found: &mut Found) {
     found.keys.extend(first..last);
 }
 
+/// Whether the server takes an argument for this option: it compares strings of C, which end at a zero byte.
+pub fn is_option(text: &[u8], word: &str) -> bool {
+    let len = memchr::memchr(0, text).unwrap_or(text.len());
+    text[..len].eq_ignore_ascii_case(word.as_bytes())
+}
+
 fn is(arg: Option<&Arg>, bytes: &[u8], word: &str) -> bool {
-    arg.is_some_and(|arg| arg.of(bytes).eq_ignore_ascii_case(word.as_bytes()))
+    arg.is_some_and(|arg| is_option(arg.of(bytes), word))
 }
 
 fn streams(row: &Row, args: &[Arg], bytes: &[u8], found: &mut Found) {
@@ -197,6 +203,10 @@ mod tests {
     fn options_are_read_as_the_server_reads_them() {
         for (line, expected) in [
             ("SORT k GET STORE STORE d", vec!["k", "STORE", "d"]),
+            ("SORT k STORE\0 d", vec!["k", "d"]),
+            ("SORT k store\0xyz d", vec!["k", "d"]),
+            ("GEORADIUS k 1 1 1 m STOREDIST\0 d", vec!["k", "d"]),
+            ("XREAD COUNT\0 1 STREAMS\0 a b 0 0", vec!["a", "b"]),
             ("SORT k BY nosort GET # GET w_*->f", vec!["k", "w_*->f"]),
             ("XREADGROUP GROUP streams c COUNT 1 STREAMS a b > >", vec!["a", "b"]),
             ("XREAD COUNT 1 BLOCK 0 STREAMS a 0", vec!["a"]),

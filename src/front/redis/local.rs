@@ -87,7 +87,7 @@ impl Client {
             }
             "client|setname" => {
                 if !self.set_name(words[2]) {
-                    return self.fail("ERR Client names cannot contain spaces, newlines or special characters.");
+                    return self.fail(super::slow::BAD_NAME);
                 }
                 out.extend_from_slice(b"+OK\r\n");
             }
@@ -307,17 +307,16 @@ impl Client {
 
     /// The server checks the wrapped script; the client gets the SHA-1 of its own.
     async fn load_script(&mut self, body: &[u8]) {
-        // It may be the client's first command, or the connection was just retired.
+        let Some(tenancy) = &self.tenancy else { return };
+        let (sha, script) = match script::remember(&tenancy.database, body) {
+            Ok(known) => known,
+            Err(script::Refused(text)) => return self.fail(&text),
+        };
+        // It may be the first command of all.
         if self.current().is_none_or(|link| link.is_closed()) && self.own.is_none() {
             self.connect().await;
+            self.down = None;
         }
-        let Some(tenancy) = &self.tenancy else { return };
-        if body.len() > script::SCRIPT_MAX_BYTES {
-            return self.fail("ERR the script is too long");
-        }
-        let Some((sha, script)) = script::remember(&tenancy.database, body) else {
-            return self.fail("OOM too many different scripts: use EVALSHA with arguments, or SCRIPT FLUSH");
-        };
         let Some(link) = self.current() else {
             return self.fail(&refuse::render(&Refusal::UpstreamDown).0);
         };

@@ -2,7 +2,8 @@
 //!
 //! [`Server::serve`] is one client from its first byte to its last: `client` holds the conversation, `commands` says
 //! what becomes of each command, `keys` where its keys stand, `request` writes it on with the tenant's prefix and
-//! limits (`rewrite` moves the bytes), `stream` sends large ones on in pieces, `slow` does what needs more than that (logging in, blocking; `subscribe`,
+//! limits (`rewrite` moves the bytes), `stream` sends large ones on in pieces, `script` wraps what is to run in the server
+//! (`lua` reads it), `slow` does what needs more than that (logging in, blocking; `subscribe`,
 //! `tracking` and `service` are parts of it), `local` answers what the server must not be asked.
 
 mod client;
@@ -10,6 +11,7 @@ pub mod commands;
 mod emulate;
 pub mod keys;
 mod local;
+mod lua;
 mod memory;
 mod refuse;
 mod registry;

@@ -1,24 +1,76 @@
-local redis,_G,loadstring,load@NAME@=(function(R,G,rawloadstring,rawload)
+local redis,_G,loadstring,load,collectgarbage,dynabase_tick,dynabase_end=(function(R,G,rawloadstring,rawcollect)
 local P,C='@P@','@C@'
-local up,find,sub,byte=string.upper,string.find,string.sub,string.byte
+local string=string
+local up,find,sub,byte,match,gmatch=string.upper,string.find,string.sub,string.byte,string.match,string.gmatch
+local type,error,xpcall,next,rawget,rawequal,getmetatable=type,error,xpcall,next,rawget,rawequal,getmetatable
+local tonumber,select,unpack,ceil=tonumber,select,unpack,math.ceil
 local n,L=#P,ARGV[#ARGV]
 ARGV[#ARGV]=nil
-local cap,ttl=string.match(L,'^(%d+) (%d+)$')
-cap,ttl=tonumber(cap),tonumber(ttl)
-local made=0
+local cap,ttl,left=match(L,'^(%d+) (%d+) (%d+)$')
+cap,ttl,left=tonumber(cap),tonumber(ttl),tonumber(left)
+local made,ticks=0,0
 for i=1,#KEYS do KEYS[i]=sub(KEYS[i],n+1) end
 local S='@S@'
+local real=''
+local function tick()
+ ticks=ticks+1
+ if ticks>@TICKS@ then error({err='@STOP@'}) end
+end
 local function own(v) if type(v)=='string' and sub(v,1,n)==P then return sub(v,n+1) end return v end
 local function put(a,i,j,s) for x=i,j,s or 1 do local v=a[x] if type(v)=='string' or type(v)=='number' then a[x]=P..v end end end
-local function word(a,i) return type(a[i])=='string' and up(a[i]) or '' end
+local function word(a,i)
+ local v=a[i]
+ if type(v)~='string' then return '' end
+ local z=find(v,'\0',1,true)
+ if z then v=sub(v,1,z-1) end
+ return up(v)
+end
+local function size(v) v=tonumber(v) if v and v>0 then return v end return 0 end
+local function weight(a,z,c)
+ local w=0
+ for i=2,z do local v=a[i] if type(v)=='string' then w=w+#v end end
+ if c=='SETRANGE' then w=w+size(a[3])
+ elseif c=='SETBIT' then w=w+size(a[3])/8
+ elseif c=='BITFIELD' then
+  local most=0
+  for i=3,z-1 do
+   local t,o=a[i],a[i+1]
+   if type(t)=='string' and type(o)~='nil' then
+    local bits=match(t,'^[iu](%d+)$')
+    if bits then
+     o=tostring(o)
+     local b=byte(o)==35 and size(sub(o,2))*size(bits) or size(o)
+     if b>most then most=b end
+    end
+   end
+  end
+  w=w+most/8
+ elseif c=='PFADD' or c=='PFMERGE' then w=w+12288 end
+ return w
+end
+local function held(a,d1,d2,ds)
+ local t=0
+ for x=d1,d2,ds do
+  if a[x] then local u=R.pcall('MEMORY','USAGE',a[x],'SAMPLES',0) if type(u)=='number' then t=t+u end end
+ end
+ return t
+end
+local function refuse(raise,text) local o={err=text} if raise then error(o) end return o end
 local function run(raise,...)
  local a,z={...},select('#',...)
+ ticks=ticks+@CALL@
+ if ticks>@TICKS@ then error({err='@STOP@'}) end
+ local c=type(a[1])=='string' and up(a[1]) or ''
  local f=raise and R.call or R.pcall
- local c=word(a,1)
  if c=='GET' or c=='HGET' or c=='HGETALL' then put(a,2,2) return f(unpack(a,1,z)) end
  local _,e=find(S,' '..c..':',1,true)
  if not e then put(a,2,2) return f(unpack(a,1,z)) end
- local k,m=byte(S,e+1,e+2)
+ local k,m,g=byte(S,e+1,e+3)
+ if g==43 then
+  local w=weight(a,z,c)
+  if w>left then return refuse(raise,'@OOMMEMORY@') end
+  left=left-w
+ end
  local store
  if k==107 then put(a,2,2)
  elseif k==97 then put(a,2,z)
@@ -32,7 +84,7 @@ local function run(raise,...)
  elseif k==100 then put(a,2,2) put(a,4,3+(tonumber(a[3]) or z))
  elseif k==112 then if a[2] then a[2]=C..a[2] end
  elseif k==103 then put(a,2,2)
- elseif k==115 then for i=2,z do if word(a,i)=='STREAMS' and not (word(a,2)=='GROUP' and i<5) then put(a,i+1,i+math.ceil((z-i)/2)) break end end
+ elseif k==115 then for i=2,z do if word(a,i)=='STREAMS' and not (word(a,2)=='GROUP' and i<5) then put(a,i+1,i+ceil((z-i)/2)) break end end
  elseif k==114 then put(a,2,2) for i=5,z-1 do local w=word(a,i) if w=='STORE' or w=='STOREDIST' then put(a,i+1,i+1) store=i+1 end end
  elseif k==116 then put(a,2,2) local i=3 while i<=z do local w=word(a,i) if w=='STORE' or w=='BY' or w=='GET' then put(a,i+1,i+1) if w=='STORE' then store=i+1 end i=i+1 elseif w=='LIMIT' then i=i+2 end i=i+1 end
  elseif k==104 then local seen for i=3,z-1 do if word(a,i)=='MATCH' then put(a,i+1,i+1) seen=true end end if not seen then a[z+1]='MATCH' a[z+2]=P..'*' z=z+2 end
@@ -46,14 +98,17 @@ local function run(raise,...)
  local new=0
  if cap>0 and d2>0 and m~=84 then
   for x=d1,d2,ds do if a[x] and R.call('EXISTS',a[x])==0 then new=new+1 end end
-  if new>0 and @HELD@+new>cap then
-   local o={err='@OOM@'}
-   if raise then error(o) end
-   return o
-  end
+  if new>0 and @HELD@+new>cap then return refuse(raise,'@OOM@') end
  end
- local r=f(unpack(a,1,z))
- if type(r)~='table' or not r.err then made=made+new end
+ local derived=g==43 and d2>0 and (m==83 or c=='RESTORE' or (m==70 and k~=107 and k~=99))
+ local before=derived and held(a,d1,d2,ds)
+ local r=R.pcall(unpack(a,1,z))
+ if type(r)=='table' and r.err then
+  local w=match(r.err,'^%u+')
+  if w and not find(real,' '..w..' ',1,true) then real=real..' '..w..' ' end
+  if raise then error(r) end
+ else made=made+new end
+ if derived then left=left+before-held(a,d1,d2,ds) end
  if ttl>0 and d2>0 then for x=d1,d2,ds do if a[x] then R.call('EXPIRE',a[x],ttl,'LT') end end end
  if type(r)=='table' then
   if k==103 then for i=1,#r do r[i]=own(r[i]) end
@@ -63,17 +118,65 @@ local function run(raise,...)
  elseif k==121 then r=own(r) end
  return r
 end
-local W=setmetatable({call=function(...) return run(true,...) end,pcall=function(...) return run(false,...) end},{__index=R,__metatable=false})
-local E=setmetatable({redis=W},{__index=G,__metatable=false})
+local nothing=function() return false end
+local W=setmetatable({call=function(...) return run(true,...) end,pcall=function(...) return run(false,...) end,log=nothing,set_repl=nothing,breakpoint=nothing,debug=nothing},{__index=function(_,k) if k=='call' or k=='pcall' or k=='log' or k=='set_repl' or k=='breakpoint' or k=='debug' then return nil end return R[k] end,__metatable=false})
+local E=setmetatable({redis=W},{__index=function(_,k) if k=='redis' or k=='_G' or k=='loadstring' or k=='load' or k=='collectgarbage' then return nil end return G[k] end,__metatable=false})
+local function collect(o) if o=='count' then return rawcollect(o) end return 0 end
 local function loader(s,name)
  if type(s)~='string' or byte(s)==27 then return nil,'only text can be loaded' end
+ for w in gmatch('while repeat for function','%a+') do if find(s,'%f[%w_]'..w..'%f[^%w_]') then return nil,'no loop and no function can be loaded' end end
  local f,e=rawloadstring(s,name)
  if not f then return f,e end
- f,e=rawloadstring('return function(redis,_G,loadstring,load) return function(...) '..s..'\nend end',name)
+ f,e=rawloadstring('return function(redis,_G,loadstring,load,collectgarbage) return function(...) '..s..'\nend end',name)
  if not f then return f,e end
- return f()(W,E,E.loadstring,E.load)
+ f=f()(W,E,E.loadstring,E.load,collect)
+ return function(...) tick() return f(...) end
 end
-E.loadstring,E.load=loader,loader
+E.loadstring,E.load,E.collectgarbage=loader,loader,collect
 E._G=E
-return W,E,loader,loader@MADE@
-end)(redis,_G,loadstring,load)
+local function honest(text)
+ local w=match(text,'^%u+')
+ if w and find(' MOVED ASK READONLY CLUSTERDOWN MASTERDOWN LOADING NOSCRIPT ',' '..w..' ',1,true) and not find(real,' '..w..' ',1,true) then return 'ERR '..text end
+ return text
+end
+local items,bytes=@ITEMS@,@BYTES@
+local function clean(v,depth)
+ if type(v)=='string' then bytes=bytes-#v end
+ if items<0 or bytes<0 then error({err='@LARGE@'}) end
+ if type(v)~='table' then return v end
+ if depth>@DEPTH@ then error({err='ERR reached lua stack limit'}) end
+ if getmetatable(v)~=nil then local o={} for k,w in next,v do o[k]=w end v=o end
+ for k,w in next,v do
+  items=items-1
+  local t=type(k)
+  if t=='string' then bytes=bytes-#k
+  elseif t=='table' and not rawequal(clean(k,depth+1),k) then error({err='ERR a key of a reply has a metatable'}) end
+  t=type(w)
+  if t=='string' then bytes=bytes-#w
+  elseif t=='table' then
+   local x=clean(w,depth+1)
+   if not rawequal(x,w) then v[k]=x end
+  end
+ end
+ if items<0 or bytes<0 then error({err='@LARGE@'}) end
+ return v
+end
+local function same(v) return v end
+local function finish(f)
+ local ok,r=xpcall(f,same)
+ if ticks>@TICKS@ then error({err='@STOP@'}) end
+ if ok and type(r)=='table' then local v=r ok,r=xpcall(function() return clean(v,0) end,same) end
+ local t=type(r)
+ if ok then
+  if t=='table' then local e=rawget(r,'err') if type(e)=='string' then r.err=honest(e) end end
+  @RETURN@
+ end
+ if t=='table' then
+  local e=rawget(r,'err')
+  error({err=type(e)=='string' and honest(e) or 'ERR @NOTEXT@',ignore_error_stats_update=rawget(r,'ignore_error_stats_update')==true or nil})
+ end
+ if t=='string' or t=='number' or t=='boolean' or t=='nil' then error(r,0) end
+ error('@NOTEXT@',0)
+end
+return W,E,loader,loader,collect,tick,finish
+end)(redis,_G,loadstring,collectgarbage)

@@ -18,6 +18,9 @@ pub enum After {
 /// Before anybody is admitted.
 pub const NOAUTH: &str = "NOAUTH Authentication required.";
 
+/// Where the server would believe any payload.
+pub const RESTORE: &str = "NOPERM RESTORE needs a server that looks into payloads (sanitize-dump-payload clients)";
+
 /// The error line of a refusal, and whether the connection ends with it.
 pub fn render(refusal: &Refusal) -> (String, After) {
     let text = |text: &str| text.to_owned();

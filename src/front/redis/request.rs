@@ -49,6 +49,9 @@ const SCRIPT_KEYS: u64 = 64;
 /// Most arguments of a command that goes through the guard: Lua can't unpack more.
 pub(super) const GUARDED_ARGS_MAX: usize = 7000;
 
+/// Bytes of `WATCH` commands between two transactions: the server keeps every name.
+const WATCHED_MAX_BYTES: usize = 1 << 20;
+
 /// Bytes that a created key costs beyond its name and value, for the estimate between two measurements.
 const KEY_OVERHEAD_BYTES: u64 = 64;
 
@@ -311,8 +314,13 @@ impl<'a> Burst<'a> {
                     Ok(())
                 }
                 ("watch", _) if self.client.own.is_none() => Self::hold(row),
+                ("watch", _) if self.client.watched.saturating_add(bytes.len()) > WATCHED_MAX_BYTES => {
+                    self.error("ERR too many watched keys");
+                    Ok(())
+                }
                 _ => {
                     self.client.watching = row.name == "watch";
+                    self.client.watched = if self.client.watching { self.client.watched + bytes.len() } else { 0 };
                     self.forward(row, bytes, args, policy)
                 }
             },
@@ -341,6 +349,10 @@ impl<'a> Burst<'a> {
             Policy::Script => self.script(row, bytes, args, policy),
             Policy::Pattern => self.pattern(row, bytes, args),
             Policy::Publish => self.publish(bytes, args),
+            Policy::Forward if row.name == "restore" && !self.client.server.upstream.sanitizes() => {
+                self.reject(refuse::RESTORE);
+                Ok(())
+            }
             Policy::Forward | Policy::Block | Policy::Sort | Policy::Watch => {
                 keys::find(row, args, bytes, &mut self.client.found);
                 if row.policy == Policy::Sort && self.client.found.follows {
@@ -393,6 +405,7 @@ impl<'a> Burst<'a> {
     }
 
     fn unwatch(&mut self) {
+        self.client.watched = 0;
         if std::mem::take(&mut self.client.watching)
             && let Some(state) = &mut self.state
         {
@@ -405,6 +418,7 @@ impl<'a> Burst<'a> {
     fn exec(&mut self, queue: Queue) {
         let Some(lost) = self.scripts_lost() else { return };
         self.client.watching = false;
+        self.client.watched = 0;
         let Some(state) = &mut self.state else { return };
         for (sha, text) in &queue.scripts {
             if state.must_load(sha, lost) {
@@ -750,7 +764,7 @@ impl<'a> Burst<'a> {
             let mut patterns = Vec::new();
             let mut at = 2;
             while at < args.len() {
-                if args[at].of(bytes).eq_ignore_ascii_case(b"MATCH") && at + 1 < args.len() {
+                if keys::is_option(args[at].of(bytes), "MATCH") && at + 1 < args.len() {
                     patterns.push(at + 1);
                 }
                 at += 2;
@@ -798,14 +812,10 @@ impl<'a> Burst<'a> {
                 Some(script) => script,
                 None => return self.wrong_script(),
             }
-        } else if text.len() > script::SCRIPT_MAX_BYTES {
-            return self.wrong("ERR the script is too long");
         } else {
             match script::remember(&database, text) {
-                Some((_, script)) => script,
-                None => {
-                    return self.wrong("OOM too many different scripts: use EVALSHA with arguments, or SCRIPT FLUSH");
-                }
+                Ok((_, script)) => script,
+                Err(script::Refused(text)) => return self.wrong(&text),
             }
         };
         if tenancy.place.memory() > limits.memory && !self.client.measured {
@@ -820,6 +830,7 @@ impl<'a> Burst<'a> {
             }
             database.ledger.shrink();
         }
+        let room = limits.memory.saturating_sub(tenancy.place.memory());
         let memory_left = tenancy.place.memory() <= limits.memory;
         // Over the memory cap a script may still read and delete: no key is left for it to create.
         let cap = match (memory_left, database.alone) {
@@ -830,6 +841,7 @@ impl<'a> Burst<'a> {
         };
         let expected = if database.alone { UNKNOWN } else { SCRIPT_KEYS };
         let ttl = limits.max_ttl.map_or(0, |ttl| ttl.as_secs());
+        tenancy.place.runs_script(quota::clock::now_ms());
         database.ledger.reserve(expected);
         database.ledger.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         database.ledger.grown.store(true, Ordering::Relaxed);
@@ -864,7 +876,7 @@ impl<'a> Burst<'a> {
                 put_bulk(out, arg.of(bytes));
             }
         }
-        put_bulk(out, format!("{cap} {ttl}").as_bytes());
+        put_bulk(out, format!("{cap} {ttl} {room}").as_bytes());
         if database.alone {
             self.queued_or_expected(Shape::Raw, expected, 0);
         } else {

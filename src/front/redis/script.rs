@@ -4,33 +4,62 @@
 //! prelude (`prelude.lua`) that takes the prefix off `KEYS`, gives the script a `redis` whose `call` and `pcall` put
 //! it on every key, and applies the tier's limits to every key that is created. That is a convenience and a limit;
 //! the wall is the tenant's ACL user, as which every script runs.
+//!
+//! All tenants' scripts share one server, which runs one at a time, so the prelude also stands between a script and the
+//! server itself:
+//!
+//! ```text
+//!   text ── lua::confine ──▶ body of a function of ours, a tick in every loop and function
+//!   ticks, calls ──▶ more than a number ──▶ error          (no script runs for ever)
+//!   error(anything) ──▶ caught ──▶ a plain text ──▶ raised again   (the server follows no table of a script's)
+//!   return anything ──▶ metatables taken off, counted, weighed     (nor does it while it replies)
+//! ```
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, atomic::Ordering};
 
 use aws_lc_rs::digest;
 
 use super::{
     commands::{self, Keys, Made, Policy, TTL},
-    refuse,
+    lua, refuse,
 };
 use crate::upstream::redis::{Database, Script};
 
 /// Scripts of one logical database that are known at once; the server keeps every script that it was ever sent.
 const SCRIPTS_MAX: usize = 4096;
 
-/// What a prelude that counts adds to its names and values.
-const LEARNING: [&str; 2] = [",dynabase_made", ",function() return made end"];
+/// Bytes of them, as wrapped: more than any application's, little enough for every tenant to have as many.
+const SCRIPTS_MAX_BYTES: usize = 8 << 20;
+
+/// Turns of loops and calls of functions in one script: some tenths of a second of the server's time, three seconds if
+/// each of them catches an error.
+const TICKS_MAX: u64 = 3_000_000;
+
+/// What one call of `redis.call` counts as: it takes at least so many times as long as a turn of a loop.
+const CALL_TICKS: u64 = 10;
+
+/// Elements of one reply of a script: a second of the server's time if each is a table.
+const REPLY_MAX_ITEMS: u64 = 1_000_000;
+
+/// Bytes of the strings in it.
+const REPLY_MAX_BYTES: u64 = 128 << 20;
+
+/// Tables inside tables in it: a little more than the server's own limit, which has its own error.
+const REPLY_MAX_DEPTH: u64 = 9_000;
+
+/// What a script gets that used up its ticks.
+const STOPPED: &str = "ERR Script killed: it ran for too long";
 
 /// Longest script in bytes.
-pub const SCRIPT_MAX_BYTES: usize = 1 << 20;
+const SCRIPT_MAX_BYTES: usize = 1 << 20;
 
 const PRELUDE: &str = include_str!("prelude.lua");
 const GUARD: &str = include_str!("guard.lua");
 const LEARNING_GUARD: &str = include_str!("learning_guard.lua");
 
-/// The text of the OOM error that scripts raise; they do not know the tier.
-fn oom() -> String {
-    refuse::oom("all keys of the tier").replace('\'', "\\'")
+/// The text of an OOM error that scripts raise; they do not know the tier.
+fn oom(what: &str) -> String {
+    refuse::oom(&format!("all {what} of the tier")).replace('\'', "\\'")
 }
 
 /// SHA-1 as Redis names scripts.
@@ -53,8 +82,9 @@ pub fn hex(sha: &[u8; 20]) -> [u8; 40] {
     text
 }
 
-/// What the prelude knows of commands: ` NAME:xy` for every command that is not simply "one key, creates none";
-/// `x` says where the keys stand, `y` which of them it may create. Built once from the table.
+/// What the prelude knows of commands: ` NAME:xyz` for every command that is not simply "one key, creates none, takes no
+/// memory"; `x` says where the keys stand, `y` which of them it may create, `z` whether it takes memory. Built once from
+/// the table.
 fn classes() -> &'static str {
     static CLASSES: OnceLock<String> = OnceLock::new();
     CLASSES.get_or_init(|| {
@@ -93,11 +123,14 @@ fn classes() -> &'static str {
             };
             // The prelude sees a container's name only; all its subcommands with a key have it at 2.
             match sub {
-                Some("create") if name == "xgroup" => text.push_str("XGROUP:cF "),
-                Some("encoding" | "usage" | "stream") => text.push_str(&format!("{}:c- ", name.to_uppercase())),
+                Some("create") if name == "xgroup" => text.push_str("XGROUP:cF+ "),
+                Some("encoding" | "usage" | "stream") => text.push_str(&format!("{}:c-- ", name.to_uppercase())),
                 Some(_) => {}
-                None if row.policy == Policy::Container || (keys == 'k' && made == '-') => {}
-                None => text.push_str(&format!("{}:{keys}{made} ", name.to_uppercase())),
+                None if row.policy == Policy::Container || (keys == 'k' && made == '-' && !row.grows()) => {}
+                None => {
+                    let grows = if row.grows() { '+' } else { '-' };
+                    text.push_str(&format!("{}:{keys}{made}{grows} ", name.to_uppercase()));
+                }
             }
         }
         text
@@ -105,31 +138,41 @@ fn classes() -> &'static str {
 }
 
 /// Wraps a script for one logical database.
-fn wrap(database: &Database, body: &[u8]) -> Box<[u8]> {
-    let (held, more) = if database.alone { ("R.call('DBSIZE')", ["", ""]) } else { ("made+1", LEARNING) };
+fn wrap(database: &Database, body: &[u8]) -> Result<Box<[u8]>, Refused> {
+    // The number of keys that it created comes back beside its reply.
+    let (held, reply) = if database.alone {
+        ("R.call('DBSIZE')", "return r")
+    } else {
+        ("made+1", "if r==nil then r=false end return {made,r}")
+    };
     let prelude = PRELUDE
         .replace('\n', " ")
         .replace("@HELD@", held)
-        .replace("@NAME@", more[0])
-        .replace("@MADE@", more[1])
+        .replace("@RETURN@", reply)
         .replace("@P@", &String::from_utf8_lossy(&database.prefix))
         .replace("@C@", &String::from_utf8_lossy(&database.channels))
         .replace("@S@", classes())
-        .replace("@OOM@", &oom());
+        .replace("@OOM@", &oom("keys"))
+        .replace("@OOMMEMORY@", &oom("memory"))
+        .replace("@TICKS@", &TICKS_MAX.to_string())
+        .replace("@CALL@", &CALL_TICKS.to_string())
+        .replace("@ITEMS@", &REPLY_MAX_ITEMS.to_string())
+        .replace("@BYTES@", &REPLY_MAX_BYTES.to_string())
+        .replace("@DEPTH@", &REPLY_MAX_DEPTH.to_string())
+        .replace("@STOP@", STOPPED)
+        .replace("@LARGE@", "ERR the reply of the script is too large")
+        .replace("@NOTEXT@", "the script raised a value that is no text");
     // A shebang line has to stay the first; the prelude adds no line, so that line numbers in errors stay right.
     let (head, rest) = match body.strip_prefix(b"#!").and_then(|_| body.iter().position(|b| *b == b'\n')) {
         Some(at) => body.split_at(at + 1),
         None => (&[][..], body),
     };
-    if database.alone {
-        return [head, prelude.as_bytes(), rest].concat().into();
-    }
-    // The number of keys that it created comes back beside its reply.
-    let (open, close) = (
-        "local function dynabase_main(...) ",
-        "\nend local r=dynabase_main() if r==nil then r=false end return {dynabase_made(),r}",
-    );
-    [head, prelude.as_bytes(), open.as_bytes(), rest, close.as_bytes()].concat().into()
+    let rest = lua::confine(rest).map_err(|lua::Refused { line, text }| {
+        let line = line + usize::from(!head.is_empty());
+        Refused(format!("ERR Error compiling script (new function): user_script:{line}: {text}"))
+    })?;
+    let (open, close) = ("local function dynabase_main(...) ", "\nend return dynabase_end(dynabase_main)");
+    Ok([head, prelude.as_bytes(), open.as_bytes(), &rest, close.as_bytes()].concat().into())
 }
 
 /// The script that applies the limits to one command, exactly, in the server.
@@ -146,23 +189,36 @@ pub fn learning_guard() -> &'static Script {
 }
 
 fn ours(text: &str) -> Script {
-    let text = text.replace('\n', " ").replace("@OOM@", &oom());
+    let text = text.replace('\n', " ").replace("@OOM@", &oom("keys"));
     Script { sha: hex(&sha1(text.as_bytes())), text: text.into_bytes().into() }
 }
 
-/// Remembers a script of a tenant's client and gives it as the server shall know it; `None` when there are too many.
-pub fn remember(database: &Database, body: &[u8]) -> Option<([u8; 20], Arc<Script>)> {
+/// Why a script is not taken: the error to give.
+#[derive(Debug)]
+pub struct Refused(pub String);
+
+/// Remembers a script of a tenant's client and gives it as the server shall know it.
+///
+/// # Errors
+/// It can't be a script, or there are too many.
+pub fn remember(database: &Database, body: &[u8]) -> Result<([u8; 20], Arc<Script>), Refused> {
     let sha = sha1(body);
     if let Some(script) = find(database, &sha) {
-        return Some((sha, script));
+        return Ok((sha, script));
     }
-    let text = wrap(database, body);
+    if body.len() > SCRIPT_MAX_BYTES {
+        return Err(Refused("ERR the script is too long".to_owned()));
+    }
+    let text = wrap(database, body)?;
     let script = Arc::new(Script { sha: hex(&sha1(&text)), text });
     let mut scripts = database.scripts.lock();
-    if scripts.len() >= SCRIPTS_MAX {
-        return None;
+    let bytes: usize = scripts.values().map(|known| known.text.len()).sum();
+    if scripts.len() >= SCRIPTS_MAX || bytes + script.text.len() > SCRIPTS_MAX_BYTES {
+        let text = "OOM too many different scripts: use EVALSHA with arguments, or SCRIPT FLUSH";
+        return Err(Refused(text.to_owned()));
     }
-    Some((sha, Arc::clone(scripts.entry(sha).or_insert(script))))
+    database.script_bytes.fetch_add(script.text.len() as u64, Ordering::Relaxed);
+    Ok((sha, Arc::clone(scripts.entry(sha).or_insert(script))))
 }
 
 /// The script that a tenant's clients know by this SHA-1.
@@ -178,32 +234,32 @@ mod tests {
     fn the_prelude_knows_every_command_that_is_not_plain() {
         let classes = classes();
         for expected in [
-            " SET:kF ",
-            " MSET:eE ",
-            " DEL:a- ",
-            " LMOVE:bL ",
-            " ZUNIONSTORE:dF ",
-            " BITOP:fF ",
-            " XREAD:s- ",
-            " PUBLISH:p- ",
-            " SCAN:h- ",
-            " KEYS:g- ",
-            " EXPIRE:kT ",
-            " SORT:tS ",
-            " OBJECT:c- ",
-            " XGROUP:cF ",
-            " XINFO:c- ",
-            " ZMPOP:n- ",
-            " RANDOMKEY:y- ",
-            " PING:0- ",
-            " DBSIZE:0- ",
-            " BZMPOP:m- ",
-            " GEORADIUS:rS ",
-            " MEMORY:c- ",
+            " SET:kF+ ",
+            " MSET:eE+ ",
+            " DEL:a-- ",
+            " LMOVE:bL+ ",
+            " ZUNIONSTORE:dF+ ",
+            " BITOP:fF+ ",
+            " XREAD:s-- ",
+            " PUBLISH:p-- ",
+            " SCAN:h-- ",
+            " KEYS:g-- ",
+            " EXPIRE:kT- ",
+            " SORT:tS+ ",
+            " OBJECT:c-- ",
+            " XGROUP:cF+ ",
+            " XINFO:c-- ",
+            " ZMPOP:n-- ",
+            " RANDOMKEY:y-- ",
+            " PING:0-- ",
+            " DBSIZE:0-- ",
+            " BZMPOP:m-- ",
+            " GEORADIUS:rS+ ",
+            " MEMORY:c-- ",
         ] {
             assert!(classes.contains(expected), "{expected} in {classes}");
         }
-        assert!(!classes.contains(" GET:"));
+        assert!(classes.contains(" LSET:k-+ ") && !classes.contains(" GET:"));
         assert!(PRELUDE.lines().all(|line| !line.contains("--")), "a comment would swallow the rest of the line");
     }
 }

@@ -20,6 +20,12 @@ use crate::{
     wire::resp::{put_array, put_bulk, put_error, put_head, put_integer},
 };
 
+/// Longest name of a client in bytes: its tenant's other clients see it.
+const CLIENT_NAME_MAX_BYTES: usize = 1 << 10;
+
+/// What is said of a name that may not be one.
+pub(super) const BAD_NAME: &str = "ERR Client names cannot contain spaces, newlines or special characters.";
+
 impl Client {
     /// Runs a held command; nothing is outstanding.
     pub(super) async fn slow(&mut self, held: Held) {
@@ -141,6 +147,7 @@ impl Client {
         self.end_subscriptions();
         self.shared = None;
         self.watching = false;
+        self.watched = 0;
         self.replies = Replies::On;
     }
 
@@ -176,6 +183,10 @@ impl Client {
                 return self.fail(&format!("ERR Syntax error in HELLO option '{text}'"));
             }
         }
+        // Nothing is changed by a command that fails.
+        if name.is_some_and(|name| !is_client_name(name)) {
+            return self.fail(BAD_NAME);
+        }
         if let Some((user, credential)) = login
             && let Err(refusal) = self.log_in(Some(user), credential).await
         {
@@ -188,10 +199,8 @@ impl Client {
                  the same time",
             );
         }
-        if let Some(name) = name
-            && !self.set_name(name)
-        {
-            return self.fail("ERR Client names cannot contain spaces, newlines or special characters.");
+        if let Some(name) = name {
+            self.set_name(name);
         }
         if version != self.version {
             if self.subscriptions.count() > 0 {
@@ -230,7 +239,7 @@ impl Client {
 
     /// Gives the client a name; false when it may not be one.
     pub(super) fn set_name(&mut self, name: &[u8]) -> bool {
-        if !name.iter().all(|b| (b'!'..=b'~').contains(b)) {
+        if !is_client_name(name) {
             return false;
         }
         if let Some(card) = &self.card {
@@ -332,6 +341,10 @@ impl Client {
         self.request.reset();
         result
     }
+}
+
+fn is_client_name(name: &[u8]) -> bool {
+    name.len() <= CLIENT_NAME_MAX_BYTES && name.iter().all(|b| (b'!'..=b'~').contains(b))
 }
 
 /// Whether the logical user of a login is one that the credential may use.

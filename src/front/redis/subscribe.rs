@@ -17,6 +17,9 @@ use crate::{
 /// Most names that one client listens to.
 const SUBSCRIPTIONS_MAX: usize = 10_000;
 
+/// Bytes of them: the server keeps every name, as we do.
+const NAMES_MAX_BYTES: usize = 1 << 20;
+
 /// A channel or pattern as the client names it, and as the server does.
 struct Name {
     own: Box<[u8]>,
@@ -29,7 +32,8 @@ impl Client {
         let Some(tenancy) = &self.tenancy else { return };
         let names: Vec<Box<[u8]>> = held.args[1..].iter().map(|arg| arg.of(&held.bytes).into()).collect();
         let subscribes = matches!(held.row.name, "subscribe" | "psubscribe" | "ssubscribe");
-        if subscribes && self.subscriptions.count() + names.len() > SUBSCRIPTIONS_MAX {
+        let bytes = self.subscriptions.bytes() + names.iter().map(|name| name.len()).sum::<usize>();
+        if subscribes && (self.subscriptions.count() + names.len() > SUBSCRIPTIONS_MAX || bytes > NAMES_MAX_BYTES) {
             return self.fail("ERR too many subscriptions");
         }
         if self.subscriber.is_none() {

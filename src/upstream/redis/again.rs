@@ -1,6 +1,10 @@
-//! Commands that a node of a cluster has not run because their slot is elsewhere, run again where it says. The link
-//! waits meanwhile: replies stay in order, and a command is never run twice, since `MOVED` and `ASK` mean that it was
-//! not run at all.
+//! Commands that a node of a cluster has not run because their slot is elsewhere, run again where the cluster says. The
+//! link waits meanwhile: replies stay in order, and a command is never run twice, since `MOVED` and `ASK` mean that it
+//! was not run at all.
+//!
+//! A reply can hold words that a tenant chose, so none is believed: it makes us ask the nodes that we know
+//! ([`Nodes::elsewhere`](super::nodes::Nodes::elsewhere)), and nobody is dialled, let alone told a password, whom they
+//! don't name.
 
 use std::{
     future::Future,
@@ -10,7 +14,7 @@ use std::{
 };
 
 use super::{
-    Place, Version,
+    MOVING_PAUSE, Place, Version,
     dial::{self, DialError},
     nodes,
 };
@@ -37,19 +41,25 @@ pub struct Elsewhere {
     pub once: bool,
     /// The slot.
     pub slot: u16,
-    /// The address.
+    /// The address that it names: a claim, not a place to go to.
     pub address: Arc<str>,
+    /// Who said so.
+    pub here: Arc<str>,
 }
 
 impl Elsewhere {
-    /// Reads an error of the node `here`, which leaves its own host out.
-    pub fn parse(error: &[u8], here: &str) -> Option<Self> {
+    /// Reads an error of the node `here`, which leaves its own host out. About any other slot than `own` nobody was
+    /// asked: such words are somebody's text.
+    pub fn parse(error: &[u8], here: &Arc<str>, own: u16) -> Option<Self> {
         let (once, slot, place) = nodes::redirection(error)?;
+        if slot != own {
+            return None;
+        }
         let address = match place.strip_prefix(':') {
-            Some(port) => format!("{}:{port}", here.rsplit_once(':').map_or(here, |(host, _)| host)).into(),
+            Some(port) => format!("{}:{port}", here.rsplit_once(':').map_or(&**here, |(host, _)| host)).into(),
             None => place.into(),
         };
-        Some(Self { once, slot, address })
+        Some(Self { once, slot, address, here: Arc::clone(here) })
     }
 }
 
@@ -71,12 +81,13 @@ async fn visit(
     (loads, loaded): (Vec<u8>, usize),
     group: Group,
 ) -> Result<Vec<Vec<u8>>, DialError> {
-    for _ in 0..HOPS_MAX {
-        let Some(place) = place.upgrade() else { return Err(DialError::Slow) };
-        if !to.once {
-            place.moved(to.slot, &to.address);
+    for hop in 0..HOPS_MAX {
+        if hop > 0 {
+            tokio::time::sleep(MOVING_PAUSE).await;
         }
-        let mut stream = place.visit(&to.address, version).await?;
+        let Some(place) = place.upgrade() else { return Err(DialError::Slow) };
+        let address = place.upstream.nodes.elsewhere(&to).await?;
+        let mut stream = place.visit(&address, version).await?;
         let mut requests = loads.clone();
         let mut ours = loaded;
         if to.once {
@@ -86,7 +97,7 @@ async fn visit(
         requests.extend_from_slice(&group.bytes);
         let mut answers = dial::exchange(&mut stream, &requests, ours + group.frames).await?;
         answers.drain(..ours);
-        match answers.iter().find_map(|answer| Elsewhere::parse(answer, &to.address)) {
+        match answers.iter().find_map(|answer| Elsewhere::parse(answer, &address, to.slot)) {
             Some(next) => to = next,
             None => return Ok(answers),
         }

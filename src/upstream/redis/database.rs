@@ -1,6 +1,6 @@
 //! One logical database of a tenant: its prefix, its ledger, its connections.
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::AtomicU64};
 
 use hashbrown::HashMap;
 use parking_lot::Mutex;
@@ -29,6 +29,8 @@ pub struct Database {
     pub user: String,
     /// Scripts of the tenant by the SHA-1 that its clients know them by.
     pub scripts: Mutex<HashMap<[u8; 20], Arc<Script>>>,
+    /// Bytes of different scripts of all tenants so far, for the one who looks after the server's cache.
+    pub script_bytes: Arc<AtomicU64>,
     pub(super) shared: [Slot; 2],
     pub(super) idle: Mutex<Vec<(Version, Arc<Link>)>>,
 }

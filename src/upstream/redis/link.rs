@@ -796,11 +796,11 @@ impl Task<'_> {
                 return Err(io::Error::other("the server serves no more"));
             }
             frame = UNAVAILABLE;
-        } else if let Some(elsewhere) = Elsewhere::parse(frame, &self.home.address) {
+        } else if let Some(elsewhere) = Elsewhere::parse(frame, &self.home.address, self.home.slot) {
             // What a connection of one client holds can't be taken elsewhere: the client connects again.
             if !shared {
                 if let (false, Some(place)) = (elsewhere.once, self.home.place.upgrade()) {
-                    place.moved(elsewhere.slot, &elsewhere.address);
+                    place.doubt(&self.home.address);
                 }
                 return Err(io::Error::other("the slot is elsewhere"));
             }
@@ -915,7 +915,8 @@ impl Task<'_> {
                 match made {
                     Some(made) => {
                         let reserved = i64::try_from(*reserved).unwrap_or(i64::MAX);
-                        self.link.ledger.learned(reserved.saturating_sub(made));
+                        // Nobody gives keys back by creating fewer than none.
+                        self.link.ledger.learned(reserved.saturating_sub(made.max(0)));
                     }
                     None => self.link.ledger.shrink(),
                 }

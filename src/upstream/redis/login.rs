@@ -31,11 +31,13 @@ impl Place {
         rules.push(format!(">{}", password.expose()));
         rules.extend(self.space.key_patterns());
         rules.push(self.space.channel_pattern());
-        let known = self
-            .upstream
-            .allowed
-            .iter()
-            .filter(|name| server.commands.contains(**name) && !(self.is_shared() && WHOLE.contains(name)));
+        // A user may be exempt from the server's look into its payloads.
+        rules.push("sanitize-payload".to_owned());
+        let known = self.upstream.allowed.iter().filter(|name| {
+            server.commands.contains(**name)
+                && !(self.is_shared() && WHOLE.contains(name))
+                && (server.sanitizes || **name != "restore")
+        });
         rules.extend(known.map(|name| format!("+{name}")));
         let mut ask = Vec::new();
         put_array(&mut ask, 3 + rules.len());

@@ -9,6 +9,7 @@ mod again;
 mod config;
 mod database;
 pub mod dial;
+mod guard;
 pub mod held;
 pub mod ledger;
 pub mod link;
@@ -23,8 +24,8 @@ mod standing;
 mod walk;
 
 use std::{
-    collections::HashSet,
-    sync::{Arc, Weak},
+    collections::{HashMap, HashSet},
+    sync::{Arc, Weak, atomic::AtomicU64},
     time::Duration,
 };
 
@@ -90,6 +91,9 @@ pub struct Server {
     pub databases: u32,
     /// `notify-keyspace-events`.
     pub notifications: String,
+    /// `sanitize-dump-payload`: whether it looks into what a client gives to `RESTORE`. Where it does not, or does not
+    /// say so, a made-up payload can end it for everybody.
+    pub sanitizes: bool,
 }
 
 /// The way to one Redis: a server, the master that Sentinel names, or a cluster. One per process.
@@ -103,6 +107,10 @@ pub struct Upstream {
     kept: Cache<OrgId, Arc<Place>>,
     idle: Mutex<Vec<(Arc<str>, Stream)>>,
     server: OnceCell<Server>,
+    /// Servers that are looked after while scripts run there, and when the last one was sent.
+    guarded: Mutex<HashMap<Arc<str>, tokio::time::Instant>>,
+    /// Bytes of different scripts of tenants so far.
+    script_bytes: Arc<AtomicU64>,
     /// Held by the walk over a database under way; when the next may begin.
     walking: tokio::sync::Mutex<tokio::time::Instant>,
 }
@@ -118,6 +126,8 @@ impl Upstream {
             kept: Cache::builder().max_capacity(KEEP_MAX).time_to_idle(KEEP).build(),
             idle: Mutex::default(),
             server: OnceCell::new(),
+            guarded: Mutex::default(),
+            script_bytes: Arc::default(),
             walking: tokio::sync::Mutex::new(tokio::time::Instant::now()),
         })
     }
@@ -134,7 +144,8 @@ impl Upstream {
                 resp::put_request(&mut ask, &[b"COMMAND"]);
                 resp::put_request(&mut ask, &[b"CONFIG", b"GET", b"databases"]);
                 resp::put_request(&mut ask, &[b"CONFIG", b"GET", b"notify-keyspace-events"]);
-                let answers = self.platform(&ask, 4).await?;
+                resp::put_request(&mut ask, &[b"CONFIG", b"GET", b"sanitize-dump-payload"]);
+                let answers = self.platform(&ask, 5).await?;
                 dial::refused(&answers[1])?;
                 let info = String::from_utf8_lossy(&answers[0]).into_owned();
                 let version = info
@@ -147,7 +158,9 @@ impl Upstream {
                 let commands = dial::strings(&answers[1]).into_iter().map(|name| name.to_lowercase()).collect();
                 let databases = dial::strings(&answers[2]).get(1).and_then(|n| n.parse().ok()).unwrap_or(1);
                 let notifications = dial::strings(&answers[3]).into_iter().nth(1).unwrap_or_default();
-                Ok(Server { version, commands, databases, notifications })
+                let sanitizes =
+                    dial::strings(&answers[4]).get(1).is_some_and(|value| value == "yes" || value == "clients");
+                Ok(Server { version, commands, databases, notifications, sanitizes })
             })
             .await
     }
@@ -160,6 +173,11 @@ impl Upstream {
     /// Which keyspace events the server sends, if it is known already.
     pub fn notifications(&self) -> &str {
         self.server.get().map_or("", |server| &server.notifications)
+    }
+
+    /// Whether the server is known to look into what `RESTORE` is given.
+    pub fn sanitizes(&self) -> bool {
+        self.server.get().is_some_and(|server| server.sanitizes)
     }
 
     /// Runs requests as the platform's user and gives that many replies. The connection is in database 0 before and
@@ -175,15 +193,15 @@ impl Upstream {
     }
 
     /// The same on the server of a slot. A cluster's node that is not it any more is found out by its answer, and the
-    /// requests, none of which it has run, go where it says.
+    /// requests, none of which it has run, go where the cluster says then.
     async fn platform_of(&self, slot: u16, requests: &[u8], replies: usize) -> Result<Vec<Vec<u8>>, DialError> {
         for _ in 0..HOPS_MAX {
             let address = self.nodes.address(slot).await?;
             let answers = self.platform_at(&address, requests, replies).await?;
-            match answers.iter().find_map(|answer| again::Elsewhere::parse(answer, &address)) {
+            match answers.iter().find_map(|answer| again::Elsewhere::parse(answer, &address, slot)) {
                 None => return Ok(answers),
                 Some(to) if to.once => tokio::time::sleep(MOVING_PAUSE).await,
-                Some(to) => self.nodes.moved(to.slot, &to.address),
+                Some(_) => self.nodes.doubt(&address),
             }
         }
         Err(DialError::Refused("the slot is being moved".to_owned()))

@@ -4,9 +4,12 @@
 //! ```text
 //!   address(slot) ── known? ──▶ address
 //!                └─ ask: Sentinel "get-master-addr-by-name" · any node "CLUSTER SLOTS"
-//!   a connection fails, a server says READONLY or MOVED ──▶ failed / moved ──▶ asked again
+//!   a connection fails, a server says READONLY or MOVED ──▶ failed / doubt ──▶ asked again
 //!   once a second: asked anyway; a change reaches every connection through `watch`
 //! ```
+//!
+//! Only what was configured, and what those named in answer to our own question, is ever dialled: an address in a
+//! reply to a tenant's command is none of these.
 //!
 //! What was known stays known while nobody answers: a lost Sentinel or node takes nothing away from a working server.
 
@@ -22,6 +25,7 @@ use tokio::sync::watch;
 
 use super::{
     Target,
+    again::Elsewhere,
     dial::{self, CONNECT_TIMEOUT, DialError},
 };
 use crate::{
@@ -76,6 +80,8 @@ pub struct Nodes {
     view: watch::Sender<Arc<View>>,
     /// The view is in doubt.
     doubtful: AtomicBool,
+    /// The known node that raised the doubt, to be asked first: it is the one that knows more.
+    doubter: parking_lot::Mutex<Option<Arc<str>>>,
     asking: tokio::sync::Mutex<()>,
     followed: AtomicBool,
 }
@@ -91,6 +97,7 @@ impl Nodes {
             target,
             view: watch::Sender::new(Arc::new(view)),
             doubtful: AtomicBool::new(false),
+            doubter: parking_lot::Mutex::default(),
             asking: tokio::sync::Mutex::new(()),
             followed: AtomicBool::new(false),
         })
@@ -99,6 +106,11 @@ impl Nodes {
     /// How and as whom to connect.
     pub fn target(&self) -> &Target {
         &self.target
+    }
+
+    /// The server of a slot as far as it is known without asking.
+    pub fn known(&self, slot: u16) -> Option<Arc<str>> {
+        self.view.borrow().of(slot).cloned()
     }
 
     /// Whether the server is a cluster.
@@ -141,22 +153,59 @@ impl Nodes {
         }
     }
 
-    /// A node said that a slot is elsewhere.
-    pub fn moved(&self, slot: u16, address: &str) {
-        if !self.is_cluster() {
-            return;
+    /// The node `here` said that a slot is elsewhere: who is who is asked again, it first.
+    pub fn doubt(&self, here: &Arc<str>) {
+        if self.is_cluster() {
+            *self.doubter.lock() = Some(Arc::clone(here));
+            self.doubtful.store(true, Ordering::Release);
         }
-        self.view.send_if_modified(|view| {
-            if view.of(slot).is_some_and(|known| **known == *address) {
-                return false;
+    }
+
+    /// Where a slot is that a node says is elsewhere. Its words are a reason to ask and no more: the address given is
+    /// one that known nodes name in answer to our own question.
+    ///
+    /// # Errors
+    /// Nobody could be asked, or the cluster does not say the same.
+    pub async fn elsewhere(&self, to: &Elsewhere) -> Result<Arc<str>, DialError> {
+        if !self.is_cluster() {
+            return Err(DialError::Refused("it is no cluster".to_owned()));
+        }
+        if to.once {
+            let known = self.view.borrow().0.iter().any(|(_, _, address)| *address == to.address);
+            // A node that is being given its first slot serves none yet.
+            if known || tokio::time::timeout(CONNECT_TIMEOUT, self.is_member(to)).await.unwrap_or(Ok(false))? {
+                return Ok(Arc::clone(&to.address));
             }
-            // First found, first taken: this stands before the range until the whole view is asked for again.
-            let mut ranges = vec![(slot, slot, Arc::from(address))];
-            ranges.extend(view.0.iter().filter(|(first, last, _)| (*first, *last) != (slot, slot)).cloned());
-            *view = Arc::new(View(ranges));
-            true
-        });
-        self.doubtful.store(true, Ordering::Release);
+            return Err(DialError::Refused("the cluster has no such node".to_owned()));
+        }
+        self.doubt(&to.here);
+        self.look().await?;
+        match self.view.borrow().of(to.slot) {
+            Some(address) if *address != to.here => Ok(Arc::clone(address)),
+            _ => Err(DialError::Refused("the cluster says that the slot is where it was".to_owned())),
+        }
+    }
+
+    /// Whether the node that names another counts it to its cluster.
+    async fn is_member(&self, to: &Elsewhere) -> Result<bool, DialError> {
+        if !self.is_known(&to.here) {
+            return Ok(false);
+        }
+        let mut ask = Vec::new();
+        let logins = self.target.put_login(&mut ask);
+        put_request(&mut ask, &[b"CLUSTER", b"NODES"]);
+        let mut stream = self.target.connect(&to.here).await?;
+        let answers = dial::exchange(&mut stream, &ask, logins + 1).await?;
+        answers.iter().try_for_each(|answer| dial::refused(answer))?;
+        let listed = dial::strings(&answers[logins]);
+        Ok(listed.first().is_some_and(|list| lists(list, &to.address)))
+    }
+
+    /// Whether an address was configured, or named by one that was.
+    fn is_known(&self, address: &str) -> bool {
+        self.target.address == address
+            || self.target.others.iter().any(|other| other == address)
+            || self.view.borrow().0.iter().any(|(_, _, known)| **known == *address)
     }
 
     /// Asks who is who.
@@ -167,6 +216,8 @@ impl Nodes {
             return Ok(());
         }
         let mut places: Vec<String> = Vec::new();
+        let doubter = self.doubter.lock().take();
+        places.extend(doubter.filter(|here| self.is_known(here)).map(|here| here.to_string()));
         if self.is_cluster() {
             places.extend(before.0.iter().map(|(_, _, address)| address.to_string()));
         }
@@ -271,6 +322,16 @@ fn slots(answer: &[u8], asked: &str) -> Option<View> {
     (!view.is_empty()).then_some(View(view))
 }
 
+/// Whether the reply of `CLUSTER NODES` (`id ip:port@bus[,host] flags …` per line) lists an address.
+fn lists(reply: &str, address: &str) -> bool {
+    reply.lines().any(|line| {
+        let Some((place, rest)) = line.split(' ').nth(1).and_then(|field| field.split_once('@')) else { return false };
+        let Some((ip, port)) = place.rsplit_once(':') else { return false };
+        let hosts = std::iter::once(ip).chain(rest.split(',').nth(1));
+        hosts.filter(|host| !host.is_empty()).any(|host| join(host, port) == address)
+    })
+}
+
 /// The slot of a key: CRC16 (XMODEM) of what stands between its first `{` and the next `}`, or of all of it.
 pub fn slot(key: &[u8]) -> u16 {
     let tag = memchr::memchr(b'{', key)
@@ -340,25 +401,25 @@ mod tests {
     }
 
     #[test]
-    fn what_a_node_says_of_one_slot_is_taken_at_once() {
-        let target = Target {
-            address: "h:1".into(),
-            others: Vec::new(),
-            via: Via::Cluster,
-            tls: crate::net::ClientTls::new(crate::net::TlsMode::Disable, None).expect("none"),
-            user: None,
-            password: None,
-        };
-        let nodes = Nodes::new(target);
-        nodes.view.send_replace(Arc::new(View::single("h:1")));
-        let mut watch = nodes.watch();
-        watch.mark_unchanged();
-        nodes.moved(7, "h:2");
-        assert!(watch.has_changed().expect("open"));
-        assert_eq!(nodes.view.borrow().of(7).map(|a| &**a), Some("h:2"));
-        assert_eq!(nodes.view.borrow().of(8).map(|a| &**a), Some("h:1"));
-        watch.mark_unchanged();
-        nodes.moved(7, "h:2");
-        assert!(!watch.has_changed().expect("open"), "no news");
+    fn the_members_of_a_cluster() {
+        let reply = "07c3 127.0.0.1:30004@31004,host-4 slave e7d1 0 1 4 connected\n\
+            67ed 127.0.0.1:30002@31002 master - 0 1 2 connected 5461-10922\n\
+            e7d1 :30001@31001 myself,master - 0 0 1 connected\nx ::1:7@8 master - 0 0 1 connected\n";
+        for address in ["127.0.0.1:30004", "host-4:30004", "127.0.0.1:30002", "[::1]:7"] {
+            assert!(lists(reply, address), "{address}");
+        }
+        for address in ["127.0.0.1:31004", "evil:30004", "127.0.0.1:3000", "", ":30001", "master:5461"] {
+            assert!(!lists(reply, address), "{address}");
+        }
+    }
+
+    #[test]
+    fn words_about_another_slot_are_text() {
+        let here: Arc<str> = "h:1".into();
+        let parse = |error: &[u8], own| Elsewhere::parse(error, &here, own).map(|to| to.address);
+        assert_eq!(parse(b"-MOVED 7 h:2\r\n", 7).as_deref(), Some("h:2"));
+        assert_eq!(parse(b"-MOVED 7 :3\r\n", 7).as_deref(), Some("h:3"));
+        assert_eq!(parse(b"-MOVED 8 h:2\r\n", 7), None);
+        assert_eq!(parse(b"-ASK 8 h:2\r\n", 7), None);
     }
 }

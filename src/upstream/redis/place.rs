@@ -34,6 +34,9 @@ const BACKOFF_MIN_MS: u64 = 50;
 /// The longest such pause.
 const BACKOFF_MAX_MS: u64 = 2_000;
 
+/// How long it is not said again that a server runs a tenant's scripts, in milliseconds.
+const GUARD_PAUSE_MS: u64 = 1_000;
+
 /// Gives the physical database of a tenant's logical one, taking a free one on first use: never one that holds keys.
 /// Physical database 0 is the platform's own.
 const ALLOT: &str = r"local i = redis.call('HGET', KEYS[1], ARGV[1])
@@ -72,6 +75,8 @@ pub struct Place {
     opening: tokio::sync::Mutex<bool>,
     /// Bytes in memory as last measured.
     memory: AtomicU64,
+    /// When the server was last said to run a script, in coarse milliseconds.
+    guarded_ms: AtomicU64,
     /// Held while the keys are counted by a walk.
     pub counting: tokio::sync::Mutex<()>,
     /// When the last measurement began, in coarse milliseconds; held while measuring.
@@ -93,6 +98,7 @@ impl Place {
             databases: Mutex::default(),
             opening: tokio::sync::Mutex::new(false),
             memory: AtomicU64::new(0),
+            guarded_ms: AtomicU64::new(0),
             counting: tokio::sync::Mutex::new(()),
             measuring: tokio::sync::Mutex::new(0),
         })
@@ -122,9 +128,9 @@ impl Place {
         &self.upstream.walking
     }
 
-    /// A node of the cluster said that a slot is at `address`.
-    pub(super) fn moved(&self, slot: u16, address: &str) {
-        self.upstream.nodes.moved(slot, address);
+    /// The node `here` said that the slot is elsewhere.
+    pub(super) fn doubt(&self, here: &Arc<str>) {
+        self.upstream.nodes.doubt(here);
     }
 
     /// The server at `address` failed, or is no master any more.
@@ -243,6 +249,7 @@ impl Place {
             channels: self.space.channel_prefix().into(),
             user: self.space.user.clone(),
             scripts: Mutex::default(),
+            script_bytes: Arc::clone(&self.upstream.script_bytes),
             shared: Default::default(),
             idle: Mutex::default(),
         });
@@ -433,6 +440,15 @@ impl Place {
         let mut answers = self.ask(&ask, 3).await?;
         dial::refused(&answers[0])?;
         Ok(answers.swap_remove(1))
+    }
+
+    /// One of the tenant's scripts is about to be sent: its server is looked after meanwhile.
+    pub fn runs_script(&self, now_ms: u64) {
+        let last = self.guarded_ms.load(Ordering::Relaxed);
+        if last == 0 || now_ms.saturating_sub(last) > GUARD_PAUSE_MS {
+            self.guarded_ms.store(now_ms.max(1), Ordering::Relaxed);
+            self.upstream.guard(self.slot);
+        }
     }
 
     /// Keeps a new sample of the tenant's memory.

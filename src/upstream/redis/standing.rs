@@ -18,6 +18,9 @@ use crate::{
     wire::resp::{self, put_request},
 };
 
+/// Elements of a key that are weighed.
+const WEIGHED: u64 = 1000;
+
 /// Keys measured per database when its memory is estimated.
 const SAMPLE: usize = 500;
 
@@ -167,7 +170,7 @@ impl Upstream {
             // Other tenants' keys are there too.
             let place = Place::new(Arc::clone(self), org, 0);
             for tally in place.tally(SAMPLE).await?.values() {
-                let (seen, bytes) = place.weigh(&tally.sample).await?;
+                let (seen, bytes) = place.weigh(&tally.sample, WEIGHED).await?;
                 usage.keys += tally.keys;
                 usage.bytes += bytes / seen.max(1) * tally.keys;
             }

@@ -170,15 +170,18 @@ impl Place {
         Ok(exact)
     }
 
-    /// How many bytes these keys take together, and how many of them are still there.
+    /// How many bytes these keys take together, of each so many elements weighed (0: all), and how many are still there.
     ///
     /// # Errors
     /// The server can't be asked.
-    pub async fn weigh(&self, names: &[Vec<u8>]) -> Result<(u64, u64), DialError> {
+    pub async fn weigh(&self, names: &[Vec<u8>], elements: u64) -> Result<(u64, u64), DialError> {
+        let elements = elements.to_string();
         let (mut seen, mut bytes) = (0, 0);
         for names in names.chunks(WEIGHED) {
             let mut ask = Vec::new();
-            names.iter().for_each(|name| put_request(&mut ask, &[b"MEMORY", b"USAGE", name]));
+            for name in names {
+                put_request(&mut ask, &[b"MEMORY", b"USAGE", name, b"SAMPLES", elements.as_bytes()]);
+            }
             for answer in self.ask(&ask, names.len()).await? {
                 if let Some(size) = dial::integer(&answer) {
                     seen += 1;
