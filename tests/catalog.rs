@@ -441,11 +441,9 @@ fn a_tenant_is_made_shown_suspended_and_deleted_in_all_databases() {
         let told = open.mongo(doc! { "count": "made", "$db": "app" });
         assert_eq!(told.get_i32("n").ok(), Some(1), "its data stays: {told}");
 
-        let (code, _, err) = house.proxy.command(&words("delete", org), &[]);
+        let (code, _, err) = house.proxy.command(&["tenant", "delete", org, "--now"], &[]);
         assert!(code == Some(2) && err.contains("--yes"), "{err}");
-        let mut words = words("delete", org);
-        words.push("--yes");
-        house.done(&words);
+        house.done(&["tenant", "delete", org, "--now", "--yes"]);
         open.has_ended();
         let (code, _, err) = house.proxy.command(&["tenant", "show", org], &[]);
         assert!(code == Some(1) && err.contains(org), "{err}");

@@ -29,6 +29,7 @@ use super::{
     refuse::{self, After, Answer, Repeat},
     rewrite::{self, Request, Scope, Verdict},
     tenancy::Tenancy,
+    threshold,
 };
 use crate::{
     net::{Peer, Stream, limit::Unauthenticated},
@@ -39,7 +40,7 @@ use crate::{
     wire::mongo::{
         self, CHECKSUM_PRESENT, HEADER_BYTES, Header, MESSAGE_MAX_BYTES, Message, OP_COMPRESSED, OP_MSG, OP_QUERY,
         Query,
-        bson::{self, Document},
+        bson::Document,
         compress::{self, Compressor},
     },
 };
@@ -366,7 +367,7 @@ impl Client {
         let (Some(session), Some(tenancy)) = (&self.session, &self.tenancy) else { return After::Close };
         let tenancy = Arc::clone(tenancy);
         // Before its way is chosen: where its documents are may be about to change.
-        let entered = match continues(message.body) {
+        let entered = match threshold::continues(message.body) {
             true => Some(tenancy.threshold.pass()),
             false => self.server.registry.thresholds.enter(&tenancy.threshold).await,
         };
@@ -505,12 +506,4 @@ impl Client {
         self.session = None;
         self.expired = None;
     }
-}
-
-/// Whether a request is a further one of a transaction.
-fn continues(body: Document<'_>) -> bool {
-    let is = |key, wanted| {
-        body.get(key).ok().flatten().is_some_and(|it: bson::Element<'_>| it.bool().unwrap_or(false) == wanted)
-    };
-    is("autocommit", false) && !is("startTransaction", true)
 }

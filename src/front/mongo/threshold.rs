@@ -20,6 +20,7 @@ use crate::{
     session::Gate,
     tenant::OrgId,
     upstream::mongo::{Error, STALE, Upstream},
+    wire::mongo::bson::{self, Document},
 };
 
 /// Longest wait of one request; a move takes its pause of some tenths of a second once.
@@ -31,6 +32,14 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// Between two signs of life.
 const BEAT_EVERY_MS: u64 = 1_000;
+
+/// Whether a request is a further one of a transaction.
+pub fn continues(body: Document<'_>) -> bool {
+    let is = |key, wanted| {
+        body.get(key).ok().flatten().is_some_and(|it: bson::Element<'_>| it.bool().unwrap_or(false) == wanted)
+    };
+    is("autocommit", false) && !is("startTransaction", true)
+}
 
 /// One tenant's.
 #[derive(Debug, Default)]

@@ -304,12 +304,12 @@ impl Upstream {
     async fn end_hoarders(&self) {
         // In a project of its own a tenant keeps nobody from a lock.
         let Ground::Server { maintenance, .. } = &self.ground else { return };
-        let role = |pool: &Arc<Pool>| self.names.sql(self.protocol, pool.slot().org(), DEFAULT_NAME).role;
-        let roles: Vec<String> = self.pools().iter().map(role).collect();
-        // A server without clients may sleep.
-        if roles.is_empty() {
+        // Nobody connected holds nothing; and what may sleep is not kept awake by looking.
+        if self.connections() == 0 || !self.patience.waking.is_zero() {
             return;
         }
+        let role = |pool: &Arc<Pool>| self.names.sql(self.protocol, pool.slot().org(), DEFAULT_NAME).role;
+        let roles: Vec<String> = self.pools().iter().map(role).collect();
         match maintenance.end_hoarders(&roles).await {
             Ok(None) => {}
             Ok(Some(who)) => tracing::warn!(%who, "ended a session that held too many of the server's locks"),
