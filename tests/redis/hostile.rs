@@ -510,3 +510,39 @@ async fn a_script_can_be_loaded_first_and_scripts_have_a_size_together() {
     assert_eq!(client.line("SCRIPT FLUSH").await, "+OK");
     assert_eq!(client.run(&["EVAL", &format!("return 7 --{long}"), "0"]).await, ":7");
 }
+
+/// The server forgets no script by itself: its cache is emptied once much was sent there, and nobody notices.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_servers_cache_of_scripts_is_emptied() {
+    let house = House::start().await;
+    let mut other = house.client("hooli").await;
+    let sha = other.run(&["SCRIPT", "LOAD", "return redis.call('INCR','n')"]).await;
+    let sha = sha.trim_matches('"').to_owned();
+    let mut called = 0;
+    let mut client = house.client("umbrella").await;
+    let long = "x".repeat(1_000_000);
+    for i in 0..280 {
+        // Its own account is small, and is emptied by a command that does not reach the server.
+        if i % 8 == 0 {
+            assert_eq!(client.line("SCRIPT FLUSH").await, "+OK");
+            called += 1;
+            assert_eq!(other.run(&["EVALSHA", &sha, "0"]).await, format!(":{called}"));
+        }
+        assert_eq!(client.run(&["EVAL", &format!("return {i} --{long}"), "0"]).await, format!(":{i}"));
+    }
+    let mut admin = house.admin().await;
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        let told = admin.line("INFO memory").await;
+        let cached = told.split("number_of_cached_scripts:").nth(1).and_then(|rest| rest.split('\\').next());
+        if cached.and_then(|text| text.parse::<u32>().ok()).expect("it is told") < 250 {
+            break;
+        }
+        assert!(std::time::Instant::now() < deadline, "{cached:?} scripts");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // One call may have been on its way.
+    let reply = other.run(&["EVALSHA", &sha, "0"]).await;
+    assert!(reply == format!(":{}", called + 1) || reply.starts_with("-NOSCRIPT"), "{reply}");
+    assert!(other.run(&["EVALSHA", &sha, "0"]).await.starts_with(':'));
+}

@@ -312,6 +312,7 @@ impl Client {
             Ok(known) => known,
             Err(script::Refused(text)) => return self.fail(&text),
         };
+        tenancy.place.runs_script(clock::now_ms());
         // It may be the first command of all.
         if self.current().is_none_or(|link| link.is_closed()) && self.own.is_none() {
             self.connect().await;

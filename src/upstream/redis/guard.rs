@@ -48,7 +48,7 @@ impl Upstream {
         }
     }
 
-    /// Empties one server's cache of scripts; who calls one that was loaded before loads it again.
+    /// A server's cache of scripts was emptied: who calls one that was loaded before loads it again.
     fn scripts_are_lost(&self) {
         for place in self.places.iter().filter_map(|entry| entry.upgrade()) {
             for database in place.all() {
