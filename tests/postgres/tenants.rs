@@ -150,25 +150,3 @@ async fn sqlx_with_a_pool_of_ten_on_one_connection() {
     org.settles(1);
     assert!(org.backends() <= 1);
 }
-
-#[test]
-fn one_tenant_does_not_take_all_of_the_servers_locks() {
-    let server = Own::start();
-    let proxy = Proxy::before(&server.place, &Setup::default());
-    let (greedy, other) = (proxy.tenant("greedy", Tier::Free), proxy.tenant("other", Tier::Free));
-    // Few are nobody's business.
-    let mut modest = greedy.wire();
-    modest.ask("select count(pg_advisory_lock(i)) from generate_series(1, 500) i");
-    // More than there are: the statement fails, and what it has got so far stays with its session.
-    let mut first = greedy.wire();
-    assert_eq!(first.code("select count(pg_advisory_lock(i)) from generate_series(1000, 900000) i"), "53200");
-    until("others get locks again", || {
-        let client = Wire::login(proxy.address(), &other.token(), &[]);
-        client.is_ok_and(|mut client| client.code("create table if not exists t (x int)").is_empty())
-    });
-    until("the log says whom it ended", || proxy.log().contains("too many of the server's locks"));
-    assert_eq!(
-        modest.ask("select count(*) from pg_locks where pid = pg_backend_pid() and locktype = 'advisory'"),
-        "500"
-    );
-}

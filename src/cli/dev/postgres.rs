@@ -317,7 +317,7 @@ impl Launch<'_> {
             // Relative to the data folder, where the server works.
             "unix_socket_directories=.".to_owned(),
             format!("max_connections={MAX_CONNECTIONS}"),
-            // One table for all tenants: large enough that a dump of many tables is no hoarder.
+            // One table of locks for all tenants.
             "max_locks_per_transaction=128".into(),
             "log_destination=stderr".to_owned(),
             "logging_collector=off".to_owned(),

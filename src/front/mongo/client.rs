@@ -22,6 +22,7 @@ use tokio::time::Sleep;
 
 use super::{
     Server,
+    asked::{Asked, Form},
     commands::{self, Emulate, Found, Treat},
     inbox::{Arrived, Gone, Inbox},
     large::{self, RECEIVED_WITHIN, Room},
@@ -62,31 +63,6 @@ const COMPRESSED_MIN_BYTES: usize = 256;
 
 /// What a body usually grows by when it is rewritten.
 const GROWTH_BYTES: usize = 256;
-
-/// How an answer goes back.
-#[derive(Clone, Copy, Debug)]
-pub struct Asked {
-    /// The request's number.
-    pub id: i32,
-    form: Form,
-    compressor: Option<Compressor>,
-}
-
-impl Asked {
-    /// As a message that is not compressed.
-    pub fn message(id: i32) -> Self {
-        Self { id, form: Form::Message, compressor: None }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
-    Message,
-    /// The client wants none.
-    Silent,
-    /// Legacy.
-    Query,
-}
 
 /// One client.
 pub struct Client {

@@ -17,7 +17,8 @@ use ::bson::{Document as Tree, doc};
 
 use super::{
     Server,
-    client::{Asked, Client},
+    asked::Asked,
+    client::Client,
     commands::{Home, ReplyRule},
     large::{LARGE_BYTES, Room},
     mask::Mask,

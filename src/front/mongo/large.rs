@@ -15,7 +15,8 @@ use std::{sync::Arc, time::Duration};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{
-    client::{Asked, Client},
+    asked::Asked,
+    client::Client,
     inbox::Skipped,
     refuse::{self, After},
 };

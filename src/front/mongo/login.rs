@@ -7,7 +7,8 @@
 use std::sync::{Arc, atomic::Ordering};
 
 use super::{
-    client::{Asked, Client},
+    asked::Asked,
+    client::Client,
     commands::Emulate,
     refuse::{self, After, Answer, Repeat},
 };

@@ -6,6 +6,7 @@
 //! server must not be asked. `tenancy` is what all clients of a tenant share; `mask` hides the server's names of
 //! sessions and cursors.
 
+mod asked;
 mod client;
 pub mod commands;
 mod forward;

@@ -40,9 +40,6 @@ use crate::{
 /// How often pools are tidied.
 const TIDY_EVERY: Duration = Duration::from_secs(1);
 
-/// How often it is looked who holds too many of the server's locks: so long may a tenant keep others from theirs.
-const HOARDERS_EVERY: Duration = Duration::from_secs(2);
-
 /// Where tenants' homes lie.
 #[derive(Debug)]
 enum Ground {
@@ -265,13 +262,7 @@ impl Upstream {
                 self.sample().await;
             }
         };
-        let watch = async {
-            loop {
-                tokio::time::sleep(HOARDERS_EVERY).await;
-                self.end_hoarders().await;
-            }
-        };
-        tokio::join!(tidy, follow, sample, watch);
+        tokio::join!(tidy, follow, sample);
     }
 
     /// Brings the roles' own limits to those of a tier that was changed in the catalog. Until then the server refuses
@@ -298,22 +289,6 @@ impl Upstream {
                 done.map(drop).map_err(told)
             }
             Ground::Projects(projects) => projects.settle(tenant, limits).await.map_err(told),
-        }
-    }
-
-    async fn end_hoarders(&self) {
-        // In a project of its own a tenant keeps nobody from a lock.
-        let Ground::Server { maintenance, .. } = &self.ground else { return };
-        // Nobody connected holds nothing; and what may sleep is not kept awake by looking.
-        if self.connections() == 0 || !self.patience.waking.is_zero() {
-            return;
-        }
-        let role = |pool: &Arc<Pool>| self.names.sql(self.protocol, pool.slot().org(), DEFAULT_NAME).role;
-        let roles: Vec<String> = self.pools().iter().map(role).collect();
-        match maintenance.end_hoarders(&roles).await {
-            Ok(None) => {}
-            Ok(Some(who)) => tracing::warn!(%who, "ended a session that held too many of the server's locks"),
-            Err(error) => tracing::debug!(%error, "could not look for who holds too many locks"),
         }
     }
 

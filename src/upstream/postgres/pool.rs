@@ -506,7 +506,9 @@ impl Pool {
                     continue;
                 }
                 // Set anew by the maintenance, and tried again meanwhile.
-                self.locked_out.store(true, Ordering::Release);
+                if !self.locked_out.swap(true, Ordering::AcqRel) {
+                    tracing::warn!(org = %self.slot.org(), %error, "the role has another password: ours is set anew");
+                }
                 self.stale.notify_one();
                 password = &home.password;
             }
