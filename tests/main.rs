@@ -3,6 +3,7 @@
 mod catalog;
 mod confinement;
 mod convex;
+mod convex_door;
 mod dev;
 mod doctor;
 mod floors;

@@ -80,6 +80,70 @@ fn sql(port: u16, org: &Org<'_>, query: &str) -> Value {
     answer["rows"].clone()
 }
 
+/// Most memory that the process has ever had, in kilobytes.
+fn peak_kb(proxy: &Proxy) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", proxy.pid())).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("its peak");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+#[test]
+fn an_answer_over_its_size_is_refused_before_it_is_held() {
+    let proxy = Proxy::start(&setup(&postgres::shared().url));
+    let port = door(&proxy);
+    let org = tenant(&proxy, "neon_wide", Tier::Free);
+    let columns: Vec<String> = (0..1500).map(|n| format!("c{n} int")).collect();
+    sql(port, &org, &format!("create table w ({})", columns.join(",")));
+    assert_eq!(sql(port, &org, "select repeat('x', 5000000) as x")[0]["x"].as_str().map(str::len), Some(5_000_000));
+    let before = peak_kb(&proxy);
+    let login = format!("POST /sql HTTP/1.1\r\nNeon-Connection-String: postgres://app:{}@x/app", org.token());
+    // Nothing but heads of results, of which each is far below the limit.
+    let heads = json!({"queries": vec![json!({"query": "select * from w"}); 400]});
+    // One row; and one error.
+    let row = json!({"query": "select repeat('x', 150000000)"});
+    let error = json!({"query": "do $$ begin raise exception '%', repeat('x', 50000000); end $$"});
+    for (asked, code) in [(heads, "54000"), (row, "54000"), (error, "P0001")] {
+        let (status, answer) = ask(port, &login, &asked.to_string());
+        assert!(answer.len() < 128 * 1024, "{code}: {} bytes", answer.len());
+        let answer: Value = serde_json::from_str(&answer).expect("JSON");
+        assert_eq!((status, &answer["code"]), (400, &json!(code)), "{answer}");
+    }
+    let grown = peak_kb(&proxy).saturating_sub(before);
+    assert!(grown < 40 * 1024, "{grown} kB more than before");
+    assert_eq!(sql(port, &org, "select 1 as one"), json!([{"one": 1}]));
+}
+
+#[test]
+fn a_stranger_s_body_is_not_waited_for() {
+    let proxy = Proxy::start(&setup(&postgres::shared().url));
+    let port = door(&proxy);
+    let org = tenant(&proxy, "neon_known", Tier::Free);
+    let refused = |password: &str, length: usize| {
+        let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("the door");
+        socket.set_read_timeout(Some(Duration::from_secs(10))).expect("set");
+        let string = format!("postgres://app:{password}@x/app");
+        write!(
+            socket,
+            "POST /sql HTTP/1.1\r\nHost: x\r\nNeon-Connection-String: {string}\r\nContent-Length: {length}\r\n\r\n{{"
+        )
+        .expect("sent");
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"}") {
+            let mut piece = [0; 4096];
+            match socket.read(&mut piece) {
+                Ok(n @ 1..) => answer.extend_from_slice(&piece[..n]),
+                _ => return None,
+            }
+        }
+        Some(String::from_utf8(answer).expect("text"))
+    };
+    let answer = refused("nobody", 1000).expect("an answer without the body");
+    assert!(answer.starts_with("HTTP/1.1 400") && answer.contains("\"code\":\"28P01\""), "{answer}");
+    // Whoever was let in is asked for what it has to say.
+    let answer = refused(&org.token(), 1).expect("an answer to the body");
+    assert!(answer.contains("could not parse the HTTP request body"), "{answer}");
+}
+
 #[test]
 fn every_array_type_of_the_server_is_an_array_here() {
     let rows = postgres::shared().sql(

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 
 use super::{
     Live, Permit, Place, Stop, clock,
-    rate::{DEBT_MAX, Present, Rate},
+    rate::{DEBT_MAX, Pace, Present, Rate},
 };
 use crate::{
     refusal::{Limit, Over},
@@ -60,6 +60,22 @@ impl Lane {
     }
 }
 
+/// Sync sockets of one tenant that are kept though there is no place for them: closing a few would make them come back
+/// at once, and many would be a way around the cap.
+const WAITING_MAX: u32 = 32;
+
+/// The part of a tenant's limits that requests without a credential get together, as a divisor: whoever knows a
+/// tenant's name can send them, and the tenant's own have to find room beside them.
+const GUESTS_PART: u32 = 2;
+
+/// What requests without a credential use of a tenant's Convex limits. All of it counts there too.
+#[derive(Debug, Default)]
+struct Guests {
+    sockets: Place,
+    writes: Place,
+    rate: Rate,
+}
+
 /// One tenant's live limits, counters and sessions.
 #[derive(Debug)]
 pub struct Slot {
@@ -69,6 +85,9 @@ pub struct Slot {
     lanes: [Lane; Protocol::ALL.len()],
     /// Convex queries subscribed over all sockets.
     subscriptions: Place,
+    /// Convex sockets over the cap.
+    waiting: Place,
+    guests: Guests,
     /// Bytes stored per protocol, as last sampled.
     stored: [AtomicU64; Protocol::ALL.len()],
     live: Mutex<HashMap<u64, Arc<Live>>>,
@@ -81,6 +100,8 @@ impl Slot {
             lanes: Protocol::ALL.map(|protocol| Lane::new(policy.limits.rate(protocol))),
             policy: ArcSwap::from_pointee(policy),
             subscriptions: Place::default(),
+            waiting: Place::default(),
+            guests: Guests::default(),
             stored: Default::default(),
             live: Mutex::default(),
         }
@@ -110,6 +131,19 @@ impl Slot {
                 retry_after: Some(wait),
             }
         })
+    }
+
+    /// Admits a Convex request without a credential, at its part of the rate.
+    pub fn admit_guest(&self, now_ns: u64, units: u64) -> Result<(), Over> {
+        let Pace { interval_ns, tolerance_ns } = self.lanes[Protocol::Convex as usize].pace.pace();
+        let part = Pace { interval_ns: interval_ns.saturating_mul(GUESTS_PART.into()), tolerance_ns };
+        self.guests.rate.admit(now_ns, units, part).map_err(|wait| {
+            let policy = self.policy.load();
+            let max = u64::from(policy.limits.rate(Protocol::Convex).units() / GUESTS_PART);
+            let tier = policy.tenant.tier;
+            Over { limit: Limit::Rate, tier, max, in_use: max + 1, retry_after: Some(wait) }
+        })?;
+        self.admit(Protocol::Convex, now_ns, units)
     }
 
     /// Charges `units` requests that were only counted after they ran.
@@ -158,6 +192,39 @@ impl Slot {
             in_use: self.connections(Protocol::Convex).into(),
             retry_after: None,
         })
+    }
+
+    /// Takes a place among the writes under way for a request without a credential, and one among all.
+    pub fn guest_write(self: &Arc<Self>) -> Result<[Permit<Slot>; 2], Over> {
+        let policy = self.policy.load();
+        let max = (policy.limits.convex.in_flight_writes / GUESTS_PART).max(1);
+        let part = Permit::take(self, |slot| &slot.guests.writes, max).ok_or_else(|| Over {
+            limit: Limit::InFlight,
+            tier: policy.tenant.tier,
+            max: max.into(),
+            in_use: self.guests.writes.taken().into(),
+            retry_after: None,
+        })?;
+        Ok([part, self.write()?])
+    }
+
+    /// Takes a client socket's place for a request without a credential: among them, and among all.
+    pub fn guest(self: &Arc<Self>, protocol: Protocol) -> Result<[Permit<Slot>; 2], Over> {
+        let policy = self.policy.load();
+        let max = (policy.limits.client_sockets(protocol) / GUESTS_PART).max(1);
+        let part = Permit::take(self, |slot| &slot.guests.sockets, max).ok_or_else(|| Over {
+            limit: Limit::ClientSockets,
+            tier: policy.tenant.tier,
+            max: max.into(),
+            in_use: self.guests.sockets.taken().into(),
+            retry_after: None,
+        })?;
+        Ok([part, self.client(protocol)?])
+    }
+
+    /// Takes a place for a Convex socket that is kept though it can't be served, if one is free.
+    pub fn wait(self: &Arc<Self>) -> Option<Permit<Slot>> {
+        Permit::take(self, |slot| &slot.waiting, WAITING_MAX)
     }
 
     /// Takes a client socket's place.

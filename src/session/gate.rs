@@ -8,7 +8,7 @@ use std::{
 use super::{Session, Visit};
 use crate::{
     identity::{Identity, Proof, Verifier},
-    quota::{Live, Table, clock},
+    quota::{Live, Permit, Slot, Table, clock},
     refusal::Refusal,
     tenant::{Expiry, OrgId, Protocol, Status},
     usage::Meters,
@@ -109,7 +109,8 @@ impl Gate {
     }
 
     /// Lets a request in that carries no credential by its protocol's design (a file by its unguessable address, a
-    /// webhook): for one short request to what the tenant itself made public, counted as the tenant's.
+    /// webhook): for one short request to what the tenant itself made public, counted as the tenant's, and among those
+    /// of its kind, which get a part of the tenant's limits.
     ///
     /// # Errors
     /// The first check that says no.
@@ -121,9 +122,20 @@ impl Gate {
         if slot.policy().tenant.status != Status::Active {
             return Err(Refusal::Suspended);
         }
-        let place = slot.client(protocol).map_err(Refusal::OverLimit)?;
+        let places = slot.guest(protocol).map_err(Refusal::OverLimit)?;
         let meter = self.meters.meter(slot.org(), protocol);
-        Ok(Visit { slot, meter, _place: place })
+        Ok(Visit { slot, meter, _places: places })
+    }
+
+    /// A place of `org`'s for a socket that is kept though it can't be served; `None` if there is none left.
+    ///
+    /// # Errors
+    /// The tenant is not known, or the catalog can't be asked.
+    ///
+    /// # Cancel safety
+    /// Dropping it before the end leaves nothing behind.
+    pub async fn wait(&self, org: &OrgId) -> Result<Option<Permit<Slot>>, Refusal> {
+        Ok(self.table.slot(org).await?.wait())
     }
 
     /// Takes a new credential for a session in its place, so that a token can be renewed at the cap of sockets.

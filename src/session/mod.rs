@@ -82,7 +82,7 @@ impl Session {
 pub struct Visit {
     slot: Arc<Slot>,
     meter: Arc<Meter>,
-    _place: Permit<Slot>,
+    _places: [Permit<Slot>; 2],
 }
 
 impl Visit {

@@ -168,7 +168,8 @@ impl Upstream {
             Ok(_) => host,
             Err(_) => "",
         });
-        let host = host.to_ascii_lowercase();
+        // A name with its root's dot is the same host.
+        let host = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
         OrgId::parse(host.strip_suffix(domain.as_str())?.strip_suffix('.')?)
     }
 

@@ -3,14 +3,15 @@
 //! The caller is admitted, the call is counted (a batch as many), the organisation is written in where the deployment is
 //! shared, and our own token takes the place of the caller's. The answer goes through as it comes; the request's places
 //! are held until its last byte has gone.
+//!
+//! # Invariants
+//! - A body that goes on as it comes keeps coming, or its request ends: it holds a place of its tenant's.
+//! - Whoever shows no credential has a part of the tenant's limits only, together with all others of that kind.
 
 use std::{
     io,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock, atomic::Ordering},
     task::{Context, Poll, ready},
     time::{Duration, SystemTime},
 };
@@ -23,6 +24,8 @@ use hyper::{
     header::{self, HeaderName, HeaderValue},
     http::uri::PathAndQuery,
 };
+
+use tokio::time::Sleep;
 
 use super::{
     Server,
@@ -49,6 +52,11 @@ const ENVELOPE_BYTES: u64 = 2000;
 
 /// Longest time for a body that is read whole.
 const BODY_WITHIN: Duration = Duration::from_secs(30);
+
+/// A body that goes on as it comes has to bring so many bytes, or end, each time that it was waited for so long. Shorter
+/// in tests, which wait for it.
+const PROGRESS_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 15_000 });
+const PROGRESS_BYTES: u64 = 4 * 1024;
 
 /// Headers that go on with a call or a file.
 const CALL_HEADERS: [HeaderName; 12] = [
@@ -119,9 +127,8 @@ struct Outgoing {
     units: u64,
     /// Whether it counts among the writes under way.
     write: bool,
-    /// What its body may have at most, and whether that turned out to be too little.
-    max_bytes: u64,
-    over: Arc<AtomicBool>,
+    /// What turned out to be wrong with its body.
+    fault: Arc<OnceLock<Refusal>>,
 }
 
 impl Server {
@@ -145,12 +152,18 @@ impl Server {
             _ => forwarded(request.headers(), client.peer, &CALL_HEADERS),
         };
         let outgoing = outgoing(endpoint, request, &deployment, &slot, caller.meter()).await?;
-        let place = match outgoing.write {
-            true => Some(slot.write().map_err(Refusal::OverLimit)?),
-            false => None,
+        let places = match (outgoing.write, &caller) {
+            (true, Caller::Known(..)) => vec![slot.write().map_err(Refusal::OverLimit)?],
+            (true, Caller::Nobody(..)) => slot.guest_write().map_err(Refusal::OverLimit)?.into(),
+            (false, _) => Vec::new(),
         };
-        slot.admit(Protocol::Convex, clock::now_ns(), outgoing.units).map_err(Refusal::OverLimit)?;
-        self.send(method, headers, outgoing, &deployment, caller, place).await
+        let now = clock::now_ns();
+        match &caller {
+            Caller::Known(..) => slot.admit(Protocol::Convex, now, outgoing.units),
+            Caller::Nobody(..) => slot.admit_guest(now, outgoing.units),
+        }
+        .map_err(Refusal::OverLimit)?;
+        self.send(method, headers, outgoing, &deployment, caller, places).await
     }
 
     /// Who asks: by token; without one only where the protocol has none, and only at a tenant's own host.
@@ -203,7 +216,7 @@ impl Server {
         outgoing: Outgoing,
         deployment: &Deployment,
         caller: Caller,
-        place: Option<Permit<Slot>>,
+        places: Vec<Permit<Slot>>,
     ) -> Result<Response<Body>, Refusal> {
         let authorization = match &caller {
             Caller::Known(session, credential) => {
@@ -226,8 +239,8 @@ impl Server {
         let meter = Arc::clone(caller.meter());
         meter.requests.fetch_add(outgoing.units, Ordering::Relaxed);
         let answer = self.upstream.request(request).await;
-        if outgoing.over.load(Ordering::Relaxed) {
-            return Err(Refusal::TooLarge { max_bytes: outgoing.max_bytes });
+        if let Some(fault) = outgoing.fault.get() {
+            return Err(*fault);
         }
         let answer = answer.map_err(|error| {
             tracing::warn!(org = %caller.slot().org(), %error, "convex deployment");
@@ -241,7 +254,7 @@ impl Server {
             parts.headers.remove(*name);
         }
         meter.errors.fetch_add(u64::from(parts.status.is_server_error()), Ordering::Relaxed);
-        let body = Answering { body, meter, _caller: caller, _place: place };
+        let body = Answering { body, meter, _caller: caller, _places: places };
         Ok(Response::from_parts(parts, body.boxed()))
     }
 }
@@ -285,7 +298,7 @@ async fn outgoing(
     let (parts, incoming) = request.into_parts();
     let path = parts.uri.path().to_owned();
     let asked = parts.uri.query().unwrap_or_default();
-    let over = Arc::new(AtomicBool::new(false));
+    let fault = Arc::default();
     let (path, body, units, write): (String, Sending, u64, bool) = match endpoint {
         Endpoint::QueryByUrl => (query_url(asked, &own)?, empty(), 1, false),
         Endpoint::Download => (path, empty(), 1, false),
@@ -293,11 +306,11 @@ async fn outgoing(
         Endpoint::Upload => {
             let token = query::pairs(asked).find(|(key, _)| key == "token").map(|(_, value)| query::encode(&value));
             let token = token.ok_or(Refusal::Malformed { what: "an upload needs its token" })?;
-            let body = arriving(incoming, &parts.headers, upload, &over, meter)?;
+            let body = arriving(incoming, &parts.headers, upload, &fault, meter)?;
             (format!("{path}?token={token}"), body, 1, true)
         }
         Endpoint::HttpAction => {
-            let body = arriving(incoming, &parts.headers, payload, &over, meter)?;
+            let body = arriving(incoming, &parts.headers, payload, &fault, meter)?;
             let path = if asked.is_empty() { path } else { format!("{path}?{asked}") };
             (path, body, 1, true)
         }
@@ -322,8 +335,7 @@ async fn outgoing(
         Endpoint::About | Endpoint::Keys | Endpoint::Preflight | Endpoint::Sync => return Err(Refusal::Internal),
     };
     let path = PathAndQuery::try_from(path).map_err(|_| Refusal::Malformed { what: "the path can't be read" })?;
-    let max_bytes = if endpoint == Endpoint::Upload { upload } else { payload };
-    Ok(Outgoing { path, body, units, write, max_bytes, over })
+    Ok(Outgoing { path, body, units, write, fault })
 }
 
 /// `/api/run` may call anything.
@@ -340,38 +352,68 @@ fn arriving(
     body: Incoming,
     headers: &HeaderMap,
     max_bytes: u64,
-    over: &Arc<AtomicBool>,
+    fault: &Arc<OnceLock<Refusal>>,
     meter: &Arc<Meter>,
 ) -> Result<Sending, Refusal> {
     let said = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if said.is_some_and(|said| said > max_bytes) || body.size_hint().lower() > max_bytes {
         return Err(Refusal::TooLarge { max_bytes });
     }
-    let (over, meter) = (Arc::clone(over), Arc::clone(meter));
-    Ok(Arriving { body, left: max_bytes, over, meter }.boxed_unsync())
+    Ok(Arriving::new(body, max_bytes, fault, meter).boxed_unsync())
 }
 
-/// A client's body, counted on its way: one that is longer than it may be breaks off.
-struct Arriving {
-    body: Incoming,
+/// A client's body, counted on its way: one that is longer than it may be, or no longer comes, breaks off.
+struct Arriving<B> {
+    body: B,
+    max_bytes: u64,
     left: u64,
-    over: Arc<AtomicBool>,
+    /// Bytes since `late` was set.
+    brought: u64,
+    /// When it is too slow, from the first time on that it was waited for.
+    late: Option<Pin<Box<Sleep>>>,
+    fault: Arc<OnceLock<Refusal>>,
     meter: Arc<Meter>,
 }
 
-impl HttpBody for Arriving {
+impl<B> Arriving<B> {
+    fn new(body: B, max_bytes: u64, fault: &Arc<OnceLock<Refusal>>, meter: &Arc<Meter>) -> Self {
+        let (fault, meter) = (Arc::clone(fault), Arc::clone(meter));
+        Self { body, max_bytes, left: max_bytes, brought: 0, late: None, fault, meter }
+    }
+
+    fn broken(&self, fault: Refusal) -> io::Error {
+        // The first one is what happened.
+        let _ = self.fault.set(fault);
+        io::Error::other("the client's body was broken off")
+    }
+}
+
+impl<B> HttpBody for Arriving<B>
+where
+    B: HttpBody<Data = Bytes> + Unpin,
+    B::Error: std::error::Error + Send + Sync + 'static,
+{
     type Data = Bytes;
     type Error = io::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
-        let Some(frame) = ready!(Pin::new(&mut self.body).poll_frame(cx)) else { return Poll::Ready(None) };
+        let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
+            let late = self.late.get_or_insert_with(|| Box::pin(tokio::time::sleep(PROGRESS_WITHIN)));
+            ready!(late.as_mut().poll(cx));
+            return Poll::Ready(Some(Err(self.broken(Refusal::Malformed { what: "the body did not come" }))));
+        };
+        let Some(frame) = frame else { return Poll::Ready(None) };
         let frame = frame.map_err(io::Error::other)?;
         let len = frame.data_ref().map_or(0, |data| data.len() as u64);
         let Some(left) = self.left.checked_sub(len) else {
-            self.over.store(true, Ordering::Relaxed);
-            return Poll::Ready(Some(Err(io::Error::other("longer than it may be"))));
+            let max_bytes = self.max_bytes;
+            return Poll::Ready(Some(Err(self.broken(Refusal::TooLarge { max_bytes }))));
         };
         self.left = left;
+        self.brought += len;
+        if self.brought >= PROGRESS_BYTES {
+            (self.brought, self.late) = (0, None);
+        }
         self.meter.bytes_in.fetch_add(len, Ordering::Relaxed);
         Poll::Ready(Some(Ok(frame)))
     }
@@ -390,7 +432,7 @@ struct Answering {
     body: Incoming,
     meter: Arc<Meter>,
     _caller: Caller,
-    _place: Option<Permit<Slot>>,
+    _places: Vec<Permit<Slot>>,
 }
 
 impl HttpBody for Answering {
@@ -417,6 +459,35 @@ impl HttpBody for Answering {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A client that sends `first`, then one byte each `every`, for ever.
+    async fn sent(first: &'static [u8], every: Duration) -> Option<Refusal> {
+        let (sender, mut receiver) = tokio::sync::mpsc::channel::<Bytes>(1);
+        let client = tokio::spawn(async move {
+            let mut next = Bytes::from_static(first);
+            while sender.send(next).await.is_ok() {
+                tokio::time::sleep(every).await;
+                next = Bytes::from_static(b"x");
+            }
+        });
+        let frames = futures_util::stream::poll_fn(move |cx| {
+            receiver.poll_recv(cx).map(|it| it.map(|data| Ok::<_, io::Error>(Frame::data(data))))
+        });
+        let fault = Arc::default();
+        let mut body = Arriving::new(http_body_util::StreamBody::new(frames), 1000, &fault, &Arc::default());
+        let reading = async { while let Some(Ok(_)) = body.frame().await {} };
+        tokio::time::timeout(Duration::from_secs(10), reading).await.expect("it does not go on for ever");
+        client.abort();
+        fault.get().copied()
+    }
+
+    #[tokio::test]
+    async fn a_body_that_stops_or_drips_is_given_up() {
+        let slow = Some(Refusal::Malformed { what: "the body did not come" });
+        assert_eq!(sent(b"x", Duration::from_secs(3600)).await, slow);
+        assert_eq!(sent(b"x", Duration::from_millis(20)).await, slow, "a byte now and then is no progress");
+        assert_eq!(sent(&[b'x'; 1001], Duration::ZERO).await, Some(Refusal::TooLarge { max_bytes: 1000 }));
+    }
 
     #[test]
     fn only_what_is_no_token_is_an_applications_own() {

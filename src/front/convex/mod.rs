@@ -44,7 +44,8 @@ use crate::{
     upstream::convex::Upstream,
 };
 
-/// Sync sockets whose client has not shown who it is: each keeps at most a megabyte of frames.
+/// Sync sockets whose client has not shown who it is: each reads at most a megabyte, and stays for a minute. Those of
+/// known tenants count with their tenant, served or not.
 const STRANGERS_MAX: usize = 1024;
 
 /// Serves Convex clients. One per process.
@@ -116,7 +117,7 @@ impl Server {
                 .map_err(|_| Refusal::Malformed { what: "the path can't be read" })?,
             headers: forwarded(request.headers(), client.peer, &SOCKET_HEADERS),
             host_org,
-            stranger,
+            stranger: Some(stranger),
         };
         // Owned by the connection: the door waits for the last clone of `client`.
         tokio::spawn(socket::serve(Arc::clone(self), upgrading, opening));

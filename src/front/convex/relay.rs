@@ -45,7 +45,7 @@ use crate::{
 const LOOK_EVERY: Duration = Duration::from_secs(30);
 
 /// A client that gave no sign of life for this long is gone; it is asked for one at each look.
-const SILENT_MAX: Duration = Duration::from_secs(90);
+pub(super) const SILENT_MAX: Duration = Duration::from_secs(90);
 
 /// How long before our own token ends a socket is asked to come back for a new one.
 const RENEW_BEFORE: Duration = Duration::from_secs(120);

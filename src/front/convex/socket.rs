@@ -3,6 +3,11 @@
 //! The token comes in a frame, after the upgrade: until then frames are kept, few and small. Then the caller is
 //! admitted, the deployment is dialled, and the kept frames go on in their order ([`super::relay`]). A client that
 //! can't be served is answered by a [`Responder`] in the deployment's stead, except where it should come back.
+//!
+//! # Invariants
+//! - A socket is counted among the strangers until its token is known to be good, and with its tenant from then on: in
+//!   a client's place, or among the few that wait for one.
+//! - No socket stays without a sign of life, and no stranger's for long.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -18,7 +23,7 @@ use super::{
     gauge::Gauge,
     line::{Gone, Line, Said},
     refuse::{self, RESTART, words},
-    relay::Relay,
+    relay::{Relay, SILENT_MAX},
     responder::Responder,
 };
 use crate::{
@@ -43,6 +48,9 @@ pub(super) const CLIENT_FRAME_MAX: usize = (16 << 20) + (64 << 10);
 /// Longest frame of a deployment; it cuts transitions into chunks of 5 MB, old clients get them whole.
 const UPSTREAM_FRAME_MAX: usize = 64 << 20;
 
+/// How long a client that shows no token is answered, after the wait for it.
+const STRANGER_FOR: Duration = Duration::from_secs(60);
+
 /// Between two signs of life of ours where there is no deployment to give them.
 const PING_EVERY: Duration = Duration::from_secs(15);
 
@@ -58,8 +66,8 @@ pub(super) struct Opening {
     pub headers: HeaderMap,
     /// The organisation that the host stands for.
     pub host_org: Option<OrgId>,
-    /// Its place among those who have not shown who they are.
-    pub stranger: OwnedSemaphorePermit,
+    /// Its place among those who have not shown who they are, until it has.
+    pub stranger: Option<OwnedSemaphorePermit>,
 }
 
 /// How a socket ends for its client.
@@ -135,7 +143,7 @@ pub(super) fn settings() -> tokio_tungstenite::tungstenite::protocol::WebSocketC
     websocket::settings(CLIENT_FRAME_MAX)
 }
 
-async fn converse(server: &Arc<Server>, line: &mut Line<Gauge>, opening: Opening) -> Result<Infallible, Ended> {
+async fn converse(server: &Arc<Server>, line: &mut Line<Gauge>, mut opening: Opening) -> Result<Infallible, Ended> {
     let greeting = greet(line, &opening).await?;
     let Some((token, base)) = &greeting.token else {
         let refusal = Refusal::BadToken(TokenFault::Malformed);
@@ -147,6 +155,7 @@ async fn converse(server: &Arc<Server>, line: &mut Line<Gauge>, opening: Opening
         Err(refusal @ Refusal::BadToken(_)) => return bad_token(server, &refusal, *base, &opening).await,
         Err(refusal) => return Err(Ended::refused(&refusal)),
     };
+    opening.stranger = None;
     let entered = server.sessions.enter((identity.org.clone(), greeting.session.as_str().into())).await;
     let session = match server.gate.admit(token.as_bytes(), Protocol::Convex).await {
         Ok(session) => session,
@@ -154,6 +163,13 @@ async fn converse(server: &Arc<Server>, line: &mut Line<Gauge>, opening: Opening
             return bad_token(server, &refusal, *base, &opening).await;
         }
         Err(refusal @ (Refusal::OverLimit(_) | Refusal::Suspended)) => {
+            let waiting = server.gate.wait(&identity.org).await.map_err(|refusal| Ended::refused(&refusal))?;
+            let Some(_waiting) = waiting else {
+                server.refused(&refusal, opening.client.id);
+                // With what makes clients come back in no hurry, whatever the reason is.
+                return Err(Ended::refused(&Refusal::Full));
+            };
+            opening.client.admitted();
             let token = token.clone();
             return respond(server, line, opening, greeting, &refusal, Some(token)).await;
         }
@@ -167,8 +183,7 @@ async fn converse(server: &Arc<Server>, line: &mut Line<Gauge>, opening: Opening
         return respond(server, line, opening, greeting, &refusal, Some(token)).await;
     };
     let settings = websocket::settings(UPSTREAM_FRAME_MAX);
-    let Opening { path, headers, stranger, client, .. } = opening;
-    drop(stranger);
+    let Opening { path, headers, client, .. } = opening;
     let upstream = match server.upstream.socket(&deployment, path, headers, settings).await {
         Ok(socket) => Line::new(socket),
         Err(error) => {
@@ -256,7 +271,9 @@ async fn respond(
     token: Option<String>,
 ) -> Result<Infallible, Ended> {
     server.refused(refusal, opening.client.id);
-    line.stream().open();
+    if token.is_some() {
+        line.stream().open();
+    }
     let mut responder = Responder::new(words(refusal));
     for text in &greeting.kept {
         let frame = convex::client(text).map_err(|error| malformed(error.what))?;
@@ -267,11 +284,19 @@ async fn respond(
     drop(greeting);
     let mut every = tokio::time::interval_at(Instant::now() + PING_EVERY, PING_EVERY);
     every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (begun, mut heard) = (Instant::now(), Instant::now());
     loop {
         let said = tokio::select! {
             said = line.next() => said?,
             _ = every.tick() => {
+                if heard.elapsed() >= SILENT_MAX {
+                    return Err(Ended::Gone("client_silent"));
+                }
+                if token.is_none() && begun.elapsed() >= STRANGER_FOR {
+                    return Err(Ended::refused(&Refusal::BadToken(TokenFault::Malformed)));
+                }
                 line.send(write::PING).await?;
+                line.ping().await?;
                 if let Some(token) = &token
                     && server.gate.admit(token.as_bytes(), Protocol::Convex).await.is_ok_and(|session| {
                         server.upstream.deployment(&session.slot().policy().tenant).is_some()
@@ -283,6 +308,7 @@ async fn respond(
             }
             () = opening.client.drain.started() => return Err(Ended::refused(&Refusal::Draining)),
         };
+        heard = Instant::now();
         let Said::Text(text) = said else { continue };
         let frame = convex::client(&text).map_err(|error| malformed(error.what))?;
         match frame {

@@ -1,18 +1,21 @@
 //! Neon as its clients see it: SQL over HTTP, Postgres over WebSocket.
 //!
 //! # The journey of a request
-//! `POST /sql`: [`login`] reads who asks for what from its headers, [`crate::wire::neon::request`] the queries from its
-//! body; [`sql`] opens a session inside the Postgres front, sends the queries in one go, and writes JSON while the
-//! server answers. A WebSocket becomes a byte stream, which the Postgres front serves as it serves a socket.
+//! `POST /sql`: [`login`] reads who asks for what from its headers, and the Postgres front lets the caller in; only then
+//! [`crate::wire::neon::request`] reads the queries from its body; [`sql`] begins the session, sends the queries in one go,
+//! and writes JSON while the server answers, as far as [`input`] has room for it. A WebSocket becomes a byte stream, which the Postgres front serves as it serves a socket.
 //!
 //! # Invariants
 //! - Every statement goes through the Postgres front's relay: limits, settings and what is kept between two clients
 //!   are decided there, once for all ways in.
+//! - The body of a caller who was not let in is never read.
+//! - All that is held of an answer, rows, heads and tags alike, counts towards what the tier allows for one.
 //! - A client that goes away has its statement cancelled.
 //!
 //! Entry point: [`Server::handle`].
 
 mod branches;
+mod input;
 mod login;
 mod refuse;
 mod sql;

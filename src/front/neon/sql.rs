@@ -3,16 +3,16 @@
 use std::{sync::Arc, time::Duration};
 
 use aws_lc_rs::rand;
-use bytes::{Buf, BytesMut};
 use hyper::{
     HeaderMap, Request, Response, StatusCode,
     body::Incoming,
     header::{self, HeaderName, HeaderValue},
 };
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWriteExt};
 
 use super::{
     Server,
+    input::{Failure, Input, types_question},
     login::{self, Begin, Login},
     refuse,
 };
@@ -29,7 +29,7 @@ use crate::{
         neon::{
             reply::{self, Columns, Shape},
             request::{self, PARAMS_MAX, Query},
-            value::{self, FIRST_OWN_OID, Kind},
+            value::Kind,
         },
         postgres::{
             backend::{self, Report, Severity, Status},
@@ -47,18 +47,6 @@ const BODY_WITHIN: Duration = Duration::from_secs(30);
 /// The headers that a browser may send.
 const ALLOWED: &str = "Authorization, Neon-Connection-String, Neon-Raw-Text-Output, Neon-Array-Mode, Neon-Pool-Opt-In, \
                        Neon-Batch-Isolation-Level, Neon-Batch-Read-Only, Neon-Batch-Deferrable";
-
-/// Why there is no result.
-enum Failure {
-    /// The server's ErrorResponse, or the relay's.
-    Server(Vec<u8>),
-    /// The answer is longer than it may be.
-    TooLarge,
-    /// COPY takes a conversation.
-    Copy,
-    /// The session ended without a word, or what was said is not the protocol.
-    Lost,
-}
 
 /// Answers a browser that asks what it may ask.
 pub fn preflight() -> Response<Body> {
@@ -99,6 +87,13 @@ async fn run(
     let (parts, incoming) = request.into_parts();
     let Login { options, credential, shape, begin } = login::read(&parts.headers).map_err(|text| bad(&text))?;
     server.postgres.may_carry(client.transport).map_err(|no| refuse::denied(&Denied::Refusal(no), &options))?;
+    // Nothing of a stranger's body is read, and a tenant has no more of them here than it may have clients.
+    let guest = server
+        .postgres
+        .enter(&credential, options.clone())
+        .await
+        .map_err(|denied| refuse::denied(&denied, &options))?;
+    client.admitted();
     let bytes = body::read(incoming, BODY_MAX, BODY_WITHIN).await.map_err(|error| match error {
         ReadError::TooLarge => {
             refuse::plain(StatusCode::PAYLOAD_TOO_LARGE, &format!("request is too large (max is {BODY_MAX} bytes)"))
@@ -117,11 +112,7 @@ async fn run(
         refuse::report(StatusCode::BAD_REQUEST, &report)
     })?;
     let database: Arc<str> = options.database.as_str().into();
-    let line = match server.postgres.open(&credential, options.clone(), client).await {
-        Ok(line) => line,
-        Err(denied) => return Err(refuse::denied(&denied, &options)),
-    };
-    client.admitted();
+    let line = guest.begin(&server.postgres, client);
     let shapes = queries
         .iter()
         .map(|query| Shape { arrays: query.array_mode.unwrap_or(shape.arrays), ..shape })
@@ -263,12 +254,22 @@ struct Part {
     tag: Vec<u8>,
 }
 
+impl Part {
+    /// Bytes of the answer that are known of it.
+    fn len(&self) -> usize {
+        self.columns.head_len() + self.json.len() + PART_BYTES
+    }
+}
+
+/// What a result takes beside its columns and rows: itself, and the words around it in the answer.
+const PART_BYTES: usize = size_of::<Part>() + 96;
+
 impl Asked<'_> {
     async fn run(&self, line: Line) -> Result<Vec<u8>, Failure> {
         let org = line.org.clone();
         line.talk(async |pipe| {
             let (mut reader, mut writer) = tokio::io::split(pipe);
-            let mut input = Input { reader: &mut reader, bytes: BytesMut::new() };
+            let mut input = Input::new(&mut reader, self.max);
             input.until_ready().await?;
             let mut parts = Vec::with_capacity(self.shapes.len());
             if !self.messages.is_empty() {
@@ -290,7 +291,9 @@ impl Asked<'_> {
                     return Err(Failure::Server(message));
                 }
             }
-            let unknown: Vec<u32> = parts.iter().flat_map(|part| part.columns.unknown()).collect();
+            let mut unknown: Vec<u32> = parts.iter().flat_map(|part| part.columns.unknown()).collect();
+            unknown.sort_unstable();
+            unknown.dedup();
             let waiting = parts.iter().any(|part: &Part| !part.waiting.is_empty());
             if waiting && !unknown.is_empty() {
                 let mut question = Vec::new();
@@ -318,7 +321,6 @@ impl Asked<'_> {
         // A batch's first statement begins its transaction and has no result.
         let mut beginning = self.is_batch;
         let mut failure = None;
-        let mut size = 0;
         let mut part = Part::default();
         loop {
             let message = input.message().await?;
@@ -327,6 +329,7 @@ impl Asked<'_> {
                 b'E' => failure = Some(message.to_vec()),
                 b'T' => {
                     part.columns = Columns::parse(&message).map_err(|_| Failure::Lost)?;
+                    input.charge(part.columns.size())?;
                     let unknown: Vec<u32> = part.columns.unknown().collect();
                     for oid in unknown {
                         let key = (org.clone(), Arc::clone(&self.database), oid);
@@ -337,10 +340,7 @@ impl Asked<'_> {
                 }
                 b'D' => {
                     let shape = self.shapes.get(parts.len()).copied().unwrap_or_default();
-                    size += message.len();
-                    if size > self.max {
-                        return Err(Failure::TooLarge);
-                    }
+                    input.charge(message.len())?;
                     if !shape.raw && part.columns.unknown().next().is_some() {
                         part.waiting.extend_from_slice(&message);
                         continue;
@@ -351,10 +351,7 @@ impl Asked<'_> {
                     }
                     part.rows += 1;
                     part.columns.put_row(&mut part.json, shape, &message).map_err(|_| Failure::Lost)?;
-                    size += (part.json.len() - before).saturating_sub(message.len());
-                    if size > self.max {
-                        return Err(Failure::TooLarge);
-                    }
+                    input.charge((part.json.len() - before).saturating_sub(message.len()))?;
                 }
                 b'C' | b'I' => {
                     let done = std::mem::take(&mut part);
@@ -362,6 +359,7 @@ impl Asked<'_> {
                         continue;
                     }
                     let tag = if message[0] == b'C' { backend::tag(&message).map_err(|_| Failure::Lost)? } else { b"" };
+                    input.charge(PART_BYTES + tag.len())?;
                     parts.push(Part { tag: tag.to_vec(), ..done });
                 }
                 b'G' | b'H' | b'W' => return Err(Failure::Copy),
@@ -376,11 +374,11 @@ impl Asked<'_> {
         if parts.len() != self.shapes.len() {
             return Err(Failure::Lost);
         }
-        let mut out = Vec::with_capacity(parts.iter().map(|part| part.json.len() + 512).sum());
+        let mut out = Vec::with_capacity(parts.iter().map(Part::len).sum());
         if self.is_batch {
             out.extend_from_slice(b"{\"results\":[");
         }
-        for (at, (part, shape)) in parts.iter().zip(self.shapes).enumerate() {
+        for (at, (part, shape)) in parts.into_iter().zip(self.shapes).enumerate() {
             if at > 0 {
                 out.push(b',');
             }
@@ -406,83 +404,4 @@ impl Asked<'_> {
         }
         Ok(out)
     }
-}
-
-/// What asks the database about its own types: number, element type, what separates elements.
-fn types_question(oids: &[u32]) -> String {
-    let list: Vec<String> = oids.iter().map(u32::to_string).collect();
-    format!(
-        "select t.oid::pg_catalog.int8, t.typelem::pg_catalog.int8, e.typdelim from pg_catalog.pg_type t \
-         join pg_catalog.pg_type e on e.oid operator(pg_catalog.=) t.typelem \
-         where t.typcategory operator(pg_catalog.=) 'A' and t.oid in ({})",
-        list.join(",")
-    )
-}
-
-/// Messages from the session.
-struct Input<'a, R> {
-    reader: &'a mut R,
-    bytes: BytesMut,
-}
-
-impl<R: AsyncRead + Unpin> Input<'_, R> {
-    async fn message(&mut self) -> Result<BytesMut, Failure> {
-        loop {
-            if let Some(found) = head(&self.bytes).map_err(|_| Failure::Lost)? {
-                if self.bytes.len() >= found.len {
-                    return Ok(self.bytes.split_to(found.len));
-                }
-                let missing = found.len - self.bytes.len();
-                self.bytes.reserve(missing.min(64 * 1024));
-            }
-            if self.reader.read_buf(&mut self.bytes).await.map_err(|_| Failure::Lost)? == 0 {
-                return Err(Failure::Lost);
-            }
-        }
-    }
-
-    /// Passes everything up to ReadyForQuery.
-    async fn until_ready(&mut self) -> Result<(), Failure> {
-        let mut failure = None;
-        loop {
-            let message = match self.message().await {
-                Ok(message) => message,
-                // The session's last words were its refusal.
-                Err(lost) => return Err(failure.unwrap_or(lost)),
-            };
-            match message[0] {
-                b'Z' => return failure.map_or(Ok(()), Err),
-                b'E' => failure = Some(Failure::Server(message.to_vec())),
-                _ => {}
-            }
-        }
-    }
-
-    /// Reads the answer to [`types_question`].
-    async fn types(&mut self) -> Result<Vec<(u32, Kind)>, Failure> {
-        let mut known = Vec::new();
-        loop {
-            let message = self.message().await?;
-            match message[0] {
-                b'Z' => return Ok(known),
-                b'E' => return Err(Failure::Server(message.to_vec())),
-                b'D' => known.extend(type_row(&message[7..])),
-                _ => {}
-            }
-        }
-    }
-}
-
-/// One row of the answer: three texts, each behind its length.
-fn type_row(mut rest: &[u8]) -> Option<(u32, Kind)> {
-    let mut text = || {
-        let len = usize::try_from(rest.split_first_chunk::<4>().map(|(len, _)| i32::from_be_bytes(*len))?).ok()?;
-        rest.advance(4);
-        let (text, behind) = rest.split_at_checked(len)?;
-        rest = behind;
-        std::str::from_utf8(text).ok()
-    };
-    let (oid, element, delimiter) = (text()?.parse().ok()?, text()?.parse().ok()?, *text()?.as_bytes().first()?);
-    let element = if element < FIRST_OWN_OID { value::element(element) } else { value::Element::Text };
-    Some((oid, Kind::Array(element, delimiter)))
 }

@@ -14,7 +14,9 @@ use super::{
 use crate::{
     front::http::Client,
     net::{Raw, Stream},
+    session::Session,
     tenant::{Limits, OrgId, Protocol},
+    upstream::postgres::Upstream,
 };
 
 /// Bytes under way in each direction before the side that writes has to wait.
@@ -81,27 +83,37 @@ impl Line {
     }
 }
 
-impl Server {
-    /// Admits a caller to its tenant's Neon home, as [`Protocol::Neon`], and begins a session.
-    pub(in crate::front) async fn open(
-        self: &Arc<Self>,
-        token: &[u8],
-        options: Options,
-        client: &Client,
-    ) -> Result<Line, Denied> {
-        let (session, upstream) = handshake::enter(self, token, Protocol::Neon, &options).await?;
+/// A caller that was let in and has its places, before it has said what it wants.
+pub struct Guest {
+    session: Session,
+    upstream: Arc<Upstream>,
+    options: Options,
+}
+
+impl Guest {
+    /// Begins its session.
+    pub fn begin(self, server: &Arc<Server>, client: &Client) -> Line {
+        let Self { session, upstream, options } = self;
         let org = session.slot().org().clone();
         let limits = Arc::clone(&session.slot().policy().limits);
         let (near, far) = duplex(PIPE);
         let admitted = Admitted { session, upstream, options, minor: 0, early: Vec::new() };
         let stream = Stream::Plain(Raw::Memory(near));
-        let begun = relay::begin(Arc::clone(self), (client.id, client.peer), stream, admitted, relay::Told::Nothing);
+        let begun = relay::begin(Arc::clone(server), (client.id, client.peer), stream, admitted, relay::Told::Nothing);
         let relay = async move {
             if let Some(relay) = begun.await {
                 relay.run().await;
             }
         };
         let session = Running { relay: Some(Box::pin(relay)), kept: Some(client.clone()) };
-        Ok(Line { pipe: far, session, org, limits })
+        Line { pipe: far, session, org, limits }
+    }
+}
+
+impl Server {
+    /// Admits a caller to its tenant's Neon home, as [`Protocol::Neon`].
+    pub(in crate::front) async fn enter(&self, token: &[u8], options: Options) -> Result<Guest, Denied> {
+        let (session, upstream) = handshake::enter(self, token, Protocol::Neon, &options).await?;
+        Ok(Guest { session, upstream, options })
     }
 }

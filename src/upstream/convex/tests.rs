@@ -55,7 +55,16 @@ fn a_host_names_a_tenant_only_below_the_domain() {
     let org = |host| upstream.host_org(host).map(|org| org.to_string());
     assert_eq!(org("acme.convex.example.com").as_deref(), Some("acme"));
     assert_eq!(org("ACME.Convex.Example.Com:8080").as_deref(), Some("acme"));
-    for other in ["convex.example.com", ".convex.example.com", "a.b.convex.example.com", "acmeconvex.example.com", ""] {
+    assert_eq!(org("acme.convex.example.com.").as_deref(), Some("acme"), "with the root's dot");
+    assert_eq!(org("acme.convex.example.com.:8080").as_deref(), Some("acme"));
+    for other in [
+        "acme.convex.example.com..",
+        "convex.example.com",
+        ".convex.example.com",
+        "a.b.convex.example.com",
+        "acmeconvex.example.com",
+        "",
+    ] {
         assert_eq!(org(other), None, "{other}");
     }
 }

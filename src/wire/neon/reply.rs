@@ -18,6 +18,9 @@ pub struct Shape {
     pub raw: bool,
 }
 
+/// The words around the columns in an answer's beginning, in bytes.
+const HEAD_WORDS: usize = 24;
+
 /// The columns of a result.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Columns {
@@ -69,6 +72,17 @@ impl Columns {
             columns.kinds.push(value::kind(oid));
         }
         Ok(columns)
+    }
+
+    /// Bytes that it takes.
+    pub fn size(&self) -> usize {
+        let keys: usize = self.keys.iter().map(|key| key.capacity() + size_of::<Vec<u8>>()).sum();
+        keys + self.fields.len() + self.oids.len() * (size_of::<u32>() + size_of::<Option<Kind>>())
+    }
+
+    /// Bytes of the answer's beginning.
+    pub fn head_len(&self) -> usize {
+        self.fields.len() + HEAD_WORDS
     }
 
     /// The types that only the database knows.
