@@ -19,6 +19,10 @@ pub const MARK: char = '~';
 /// The index that every collection has.
 pub const ID: &str = "_id_";
 
+/// The platform's own index of a shared collection, over `{org_id: 1, _id: 1}`: without one a tenant's query would walk
+/// over everybody's documents. It does not end in a tenant's mark: none sees it or can name it.
+pub const PLATFORM: &str = "org_id_1__id_1";
+
 /// What an index may say. `storageEngine` is the operator's, `prepareUnique` a step of the server's own.
 const KNOWN: [&str; 23] = [
     "key",
@@ -152,7 +156,7 @@ fn put_id(index: Document<'_>, key: Document<'_>, out: &mut Vec<u8>) -> Result<(
             b"name" => bson::put_str(out, "name", ID),
             b"ns" | b"dropDups" | b"clustered" | b"background" | b"unique" => {}
             b"collation" if collation(&element)? == Collation::Simple => {}
-            other => return Err(cannot(&format!("{} is not for the _id index", String::from_utf8_lossy(other)))),
+            other => return Err(cannot(format!("{} is not for the _id index", String::from_utf8_lossy(other)))),
         }
     }
     Ok(())
