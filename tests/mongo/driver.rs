@@ -88,6 +88,53 @@ async fn a_tenant_has_its_share_of_a_shared_collections_indexes() {
     }
 }
 
+/// A shared collection has an index of the platform's, which no tenant sees, names or loses; and a collection that others
+/// have is not there for who has nothing in it.
+#[tokio::test]
+async fn what_others_have_in_a_shared_database_is_not_there() {
+    let house = House::before(mongo::shared().port).await;
+    let raw = mongo::shared().client().await.database("shared_app").collection::<Document>("theirs");
+    let (one, other) = (house.url("globex"), house.url("acme"));
+    let client = Client::with_uri_str(one).await.expect("a URL");
+    let mine = client.default_database().expect("it names one").collection::<Document>("theirs");
+    mine.insert_many((0..20).map(|n| doc! { "_id": format!("theirs{n}") })).await.expect("inserted");
+    assert!(raw.list_index_names().await.expect("listed").contains(&"org_id_1__id_1".to_owned()));
+    assert_eq!(mine.list_index_names().await.expect("listed"), ["_id_"]);
+    mine.drop_index("org_id_1__id_1").await.expect_err("not the tenant's");
+    mine.drop_indexes().await.expect("none of its own");
+    assert!(raw.list_index_names().await.expect("listed").contains(&"org_id_1__id_1".to_owned()));
+    let twice = mine.insert_one(doc! { "_id": "theirs1" }).await.expect_err("twice").to_string();
+    assert!(twice.contains("11000") && !twice.contains("org_id"), "{twice}");
+    let database = client.default_database().expect("it names one");
+    let plan = database.run_command(doc! { "explain": { "find": "theirs", "filter": { "_id": "theirs1" } } }).await;
+    let plan = plan.expect("a plan").to_string();
+    assert!(!plan.contains("org_id"), "{plan}");
+
+    let neighbour = Client::with_uri_str(other).await.expect("a URL");
+    let database = neighbour.default_database().expect("it names one");
+    for collection in ["theirs", "nobodys"] {
+        for command in [
+            doc! { "listIndexes": collection },
+            doc! { "dropIndexes": collection, "index": "x_1" },
+            doc! { "dropIndexes": collection, "index": "*" },
+        ] {
+            let error = database.run_command(command.clone()).await.expect_err("not there");
+            assert!(error.to_string().contains("26"), "{command}: {error}");
+        }
+    }
+    let things = database.collection::<Document>("theirs");
+    let made = database
+        .run_command(doc! { "createIndexes": "theirs", "indexes": [{ "key": { "a": 1 }, "name": "a_1" }] })
+        .await
+        .expect("an index");
+    assert!(!made.contains_key("createdCollectionAutomatically"), "{made}");
+    assert_eq!(things.list_index_names().await.expect("listed").len(), 2);
+    things.drop().await.expect("dropped");
+    mine.drop().await.expect("dropped");
+    client.shutdown().await;
+    neighbour.shutdown().await;
+}
+
 /// A certificate of its own for `localhost` in `folder`.
 fn certificate(folder: &std::path::Path, name: &str) -> dynabase::net::tls::TlsConfig {
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");

@@ -151,6 +151,56 @@ async fn bombs_are_refused_before_they_are_sent_on() {
     }
 }
 
+/// An insert whose documents, each the same, stand in a section.
+fn many(count: usize, document: &Document) -> Vec<u8> {
+    section(bytes(document).repeat(count))
+}
+
+fn section(documents: Vec<u8>) -> Vec<u8> {
+    let body = bytes(&doc! { "insert": "c", "ordered": false, "$db": "app" });
+    let size = i32::try_from(4 + b"documents\0".len() + documents.len()).expect("below 48 MB");
+    let all = [&[0; 5][..], &body, &[1], &size.to_le_bytes(), b"documents\0", &documents].concat();
+    payload(7, OP_MSG, &all)
+}
+
+#[tokio::test]
+async fn statements_are_no_lever() {
+    let house = House::before(DEAD).await;
+    let mut client = house.client("acme").await;
+    client.send(&many(600_000, &doc! { "org_id": 1 })).await;
+    let (_, told) = client.reply().await.expect("an answer");
+    assert_eq!((told.get_i32("code").ok(), told.get_str("codeName").ok()), (Some(16), Some("InvalidLength")), "{told}");
+    assert!(told.get_str("errmsg").is_ok_and(|text| text.contains("10000") && text.contains("600000")), "{told}");
+    // As many as are advertised, and all refused: each is told, but not a text for each, nor a text of any length.
+    let hello = client.run(doc! { "hello": 1, "$db": "admin" }).await;
+    assert_eq!(hello.get_i32("maxWriteBatchSize").ok(), Some(10_000));
+    client.send(&many(10_000, &doc! { "org_id": 1 })).await;
+    let (_, reply) = client.receive().await.expect("an answer");
+    assert!(reply.len() < 1 << 20, "{} bytes", reply.len());
+    let told = body(&reply);
+    let errors = told.get_array("writeErrors").expect("there");
+    let text = |at: usize| errors[at].as_document().and_then(|error| error.get_str("errmsg").ok()).expect("a text");
+    assert!(errors.len() == 10_000 && text(0).contains("org_id") && text(9_999).is_empty());
+    assert_eq!(errors[9_999].as_document().and_then(|error| error.get_i32("index").ok()), Some(9_999));
+    let long = doc! { "q": { "a": { format!("${}", "é".repeat(10_000)): 1 } }, "u": { "$set": { "a": 1 } } };
+    let told = client.run(doc! { "update": "c", "updates": [long], "ordered": false, "$db": "app" }).await;
+    let error = told.get_array("writeErrors").expect("there")[0].as_document().expect("one");
+    assert!(error.get_str("errmsg").is_ok_and(|text| text.len() < 600 && text.contains("unknown operator")), "{error}");
+    lives(&mut client).await;
+}
+
+/// The server would close the connection, which drivers take for an outage.
+#[tokio::test]
+async fn what_grows_too_long_by_its_rewriting_is_refused_by_name() {
+    let house = House::before(DEAD).await;
+    let mut client = house.client("acme").await;
+    let pad = bson::Binary { subtype: bson::spec::BinarySubtype::Generic, bytes: vec![0; 15_999_950] };
+    client.send(&section(bytes(&doc! { "a": pad }).repeat(3))).await;
+    let (_, told) = client.reply().await.expect("an answer");
+    assert_eq!(told.get_i32("code").ok(), Some(10334), "{told}");
+    lives(&mut client).await;
+}
+
 #[tokio::test]
 async fn garbage_in_every_state_leaves_the_others_alone() {
     let house = House::before(DEAD).await;

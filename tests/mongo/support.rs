@@ -306,3 +306,20 @@ pub async fn wait(events: &mut mpsc::UnboundedReceiver<Event>, wanted: impl Fn(&
     };
     tokio::time::timeout(PATIENCE, find).await.expect("it happens in time")
 }
+
+/// All that is asked up to what `last` picks.
+pub async fn asked_until(
+    events: &mut mpsc::UnboundedReceiver<Event>,
+    last: impl Fn(&Document) -> bool,
+) -> Vec<Document> {
+    let mut all = Vec::new();
+    loop {
+        if let Event::Asked(command) = wait(events, |event| matches!(event, Event::Asked(_))).await {
+            let done = last(&command);
+            all.push(command);
+            if done {
+                return all;
+            }
+        }
+    }
+}

@@ -22,13 +22,13 @@ use tokio::time::Sleep;
 
 use super::{
     Server,
-    asked::{Asked, Form},
     commands::{self, Emulate, Found, Treat},
     inbox::{Arrived, Gone, Inbox},
     large::{self, RECEIVED_WITHIN, Room},
     login,
     refuse::{self, After, Answer, Repeat},
     rewrite::{self, Request, Scope, Verdict},
+    send::{Asked, Form},
     tenancy::Tenancy,
     threshold,
 };
@@ -55,14 +55,14 @@ const STRANGER_SILENCE_MAX: Duration = Duration::from_secs(90);
 /// How long an idle client whose token has expired is kept, so that its driver can log in again on it.
 const EXPIRED_KEPT: Duration = Duration::from_secs(60);
 
-/// Longest time for a client to take an answer.
-const SEND_TIMEOUT: Duration = Duration::from_secs(120);
-
-/// Smallest reply that is compressed: below, it grows.
-const COMPRESSED_MIN_BYTES: usize = 256;
-
 /// What a body usually grows by when it is rewritten.
 const GROWTH_BYTES: usize = 256;
+
+/// Longest wait of what gives things back and comes faster than the tier allows. It is never refused.
+const GIVING_BACK_WAITS: Duration = Duration::from_secs(1);
+
+/// Messages after which a client that has more at hand lets others go on.
+const MESSAGES_AT_ONCE: u32 = 32;
 
 /// One client.
 pub struct Client {
@@ -126,7 +126,12 @@ impl Client {
         let mut started = std::pin::pin!(drain.started());
         let mut silence = std::pin::pin!(tokio::time::sleep(self.server.config.login_timeout));
         let mut received = std::pin::pin!(tokio::time::sleep(RECEIVED_WITHIN));
+        let mut messages: u32 = 0;
         loop {
+            if messages >= MESSAGES_AT_ONCE {
+                messages = 0;
+                tokio::task::yield_now().await;
+            }
             if let Some(session) = &self.session {
                 session.live().set_idle(true);
             }
@@ -154,6 +159,7 @@ impl Client {
                     received.as_mut().reset(tokio::time::Instant::now() + RECEIVED_WITHIN);
                 }
                 Event::Message(header, bytes, _room) => {
+                    messages += 1;
                     if let Some(session) = &self.session {
                         session.live().set_idle(false);
                     }
@@ -393,9 +399,13 @@ impl Client {
             return Err(refuse::render(&Session::farewell(stop), Repeat::Plain));
         }
         session.meter().requests.fetch_add(1, Ordering::Relaxed);
-        // What gives things back is never refused.
+        // What gives things back is never refused: it waits a moment, and owes.
         let first = body.iter().next().and_then(Result::ok);
         if first.is_some_and(|it| matches!(it.key, b"endSessions" | b"killCursors" | b"abortTransaction")) {
+            if let Err(over) = session.take(1) {
+                session.charge(1);
+                tokio::time::sleep(over.retry_after.unwrap_or_default().min(GIVING_BACK_WAITS)).await;
+            }
             return Ok(());
         }
         let Err(over) = session.take(1) else { return Ok(()) };
@@ -414,58 +424,6 @@ impl Client {
     pub(super) fn count_refused(&self) {
         if let Some(session) = &self.session {
             session.meter().refused.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Sends an error.
-    pub(super) async fn answer(&mut self, asked: Asked, answer: &Answer) -> After {
-        let mut out = Vec::new();
-        answer.put(&mut out);
-        let sent = self.send_document(asked, &out).await;
-        if answer.after == After::Close { After::Close } else { sent }
-    }
-
-    /// Sends a document in the form that was asked for.
-    pub(super) async fn send_document(&mut self, asked: Asked, document: &[u8]) -> After {
-        let mut message = Vec::with_capacity(HEADER_BYTES + 32 + document.len());
-        match asked.form {
-            Form::Silent => return After::Stay,
-            Form::Message => mongo::begin_message(&mut message, 0, asked.id),
-            Form::Query => {
-                let failed = Document::new(document).and_then(|it| it.get("ok")).ok().flatten();
-                mongo::begin_reply(&mut message, asked.id, failed.is_some_and(|ok| !ok.truthy()))
-            }
-        };
-        message.extend_from_slice(document);
-        self.send(asked, message).await
-    }
-
-    /// Begins an answer whose document follows.
-    pub(super) fn begin(asked: Asked, out: &mut Vec<u8>) {
-        mongo::begin_message(out, 0, asked.id);
-    }
-
-    /// Whether the client waits for an answer.
-    pub(super) fn waits(asked: Asked) -> bool {
-        asked.form != Form::Silent
-    }
-
-    /// Sends a message whose length is yet to be written.
-    pub(super) async fn send(&mut self, asked: Asked, mut message: Vec<u8>) -> After {
-        mongo::end(&mut message, 0);
-        if let Some(compressor) = asked.compressor
-            && message.len() >= COMPRESSED_MIN_BYTES
-        {
-            let mut sealed = Vec::new();
-            compress::seal(&message, compressor, &mut sealed);
-            message = sealed;
-        }
-        if let Some(session) = &self.session {
-            session.meter().bytes_out.fetch_add(message.len() as u64, Ordering::Relaxed);
-        }
-        match tokio::time::timeout(SEND_TIMEOUT, self.inbox.send(&message)).await {
-            Ok(Ok(())) => After::Stay,
-            _ => After::Close,
         }
     }
 

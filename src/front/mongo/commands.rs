@@ -531,7 +531,7 @@ pub static ROWS: &[Row] = &[
             field("max", Rule::Document),
             field("min", Rule::Document),
             field("returnKey", Rule::Flag),
-            field("showRecordId", Rule::Flag),
+            field("showRecordId", Rule::DatabaseOnly),
             field("tailable", Rule::Flag),
             field("oplogReplay", Rule::Flag),
             field("noCursorTimeout", Rule::Flag),

@@ -13,35 +13,33 @@ use std::{
     time::Duration,
 };
 
-use ::bson::{Document as Tree, doc};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
     Server,
-    asked::Asked,
     client::Client,
-    commands::{Home, ReplyRule},
+    commands::Home,
+    cursors::{self, Named},
     large::{LARGE_BYTES, Room},
     mask::Mask,
+    prepare::{self, Ready},
     refuse::{self, After, Answer, Repeat},
     reply::{Mapping, Seen},
-    rewrite::{Forward, Prepare, index},
-    tenancy::{self, Open, SessionId, Tenancy, Way},
+    rewrite::Forward,
+    send::Asked,
+    tenancy::{self, Open, RETURNS_MAX, SessionId, Tenancy, Way},
     turn::Turn,
 };
 use crate::{
     quota::clock,
     refusal::{Limit, Over, Refusal},
     session::Session,
-    upstream::mongo::{Error, Lease, Upstream, account, connection},
+    upstream::mongo::{Error, Lease, account, connection},
     wire::mongo::bson::{Document, kind},
 };
 
 /// How much later than the server our own timer ends an operation.
 const GRACE: Duration = Duration::from_millis(500);
-
-/// Indexes that one tenant may have on a shared collection: the server has 64 for all of them, so that five tenants can
-/// have filled it, and not one.
-const INDEXES_MAX: usize = 12;
 
 /// `CursorNotFound`.
 const CURSOR_NOT_FOUND: i64 = 43;
@@ -50,11 +48,16 @@ const CURSOR_NOT_FOUND: i64 = 43;
 const FLAGS_AT: usize = 16;
 
 /// What a request holds while it runs.
+#[derive(Default)]
 struct Held {
     /// Its own turn; `None` where a transaction has it or none is needed.
     _turn: Option<Turn>,
+    /// Its place among what gives things back.
+    _returning: Option<OwnedSemaphorePermit>,
     /// Its transaction.
     transaction: Option<(SessionId, Open)>,
+    /// The cursors that it closes.
+    named: Named,
 }
 
 /// How it ended.
@@ -76,7 +79,7 @@ pub async fn run(
     tenancy: &Arc<Tenancy>,
     way: &Arc<Way>,
     forward: &Forward<'_>,
-    sent: &mut [u8],
+    sent: &mut Vec<u8>,
 ) -> After {
     let repeat = match (forward.transaction, forward.row.name) {
         (_, "commitTransaction") => Repeat::Commit,
@@ -90,8 +93,24 @@ pub async fn run(
         tracing::error!(conn = client.id, "an id can't be hidden");
         return client.answer(asked, &refuse::render(&Refusal::Internal, Repeat::Plain)).await;
     };
+    let named = match forward.row.name {
+        "killCursors" => Named::read(tenancy, forward, sent),
+        _ => Named::default(),
+    };
+    if !named.others.is_empty() {
+        if named.known.is_empty() {
+            let mut out = Vec::new();
+            return match named.put_unknown(&tenancy.mask, &mut out) {
+                Ok(()) => client.send_document(asked, &out).await,
+                Err(_) => client.answer(asked, &refuse::render(&Refusal::Internal, Repeat::Plain)).await,
+            };
+        }
+        if named.leave_known(sent).is_err() {
+            return client.answer(asked, &refuse::render(&Refusal::Internal, Repeat::Plain)).await;
+        }
+    }
     let mut held = match hold(client, tenancy, way, forward, session_id).await {
-        Ok(Some(held)) => held,
+        Ok(Some(held)) => Held { named, ..held },
         Ok(None) => return After::Close,
         Err(over) => {
             client.count_refused();
@@ -180,7 +199,6 @@ async fn hold(
     forward: &Forward<'_>,
     session_id: Option<SessionId>,
 ) -> Result<Option<Held>, Over> {
-    let none = Held { _turn: None, transaction: None };
     let starts = match (forward.transaction, session_id) {
         (Some(transaction), Some(id)) if transaction.starts => {
             tenancy.replace_transaction(&id);
@@ -188,20 +206,33 @@ async fn hold(
         }
         (Some(transaction), Some(id)) => {
             if let Some(open) = tenancy.take_transaction(&id, transaction.number) {
-                return Ok(Some(Held { _turn: None, transaction: Some((id, open)) }));
+                return Ok(Some(Held { transaction: Some((id, open)), ..Held::default() }));
             }
             None
         }
         _ => None,
     };
-    // What gives things back does not wait for a turn.
+    let Client { session: Some(session), inbox, .. } = client else { return Ok(None) };
+    // What gives things back does not wait for a turn: it has places of its own.
     if matches!(
         forward.row.name,
         "endSessions" | "killSessions" | "refreshSessions" | "startSession" | "killCursors" | "abortTransaction"
     ) {
-        return Ok(Some(none));
+        let policy = Arc::clone(&session.slot().policy());
+        let place = tokio::select! {
+            biased;
+            place = Arc::clone(&tenancy.returns).acquire_owned() => place.ok(),
+            () = inbox.gone() => return Ok(None),
+            () = tokio::time::sleep(policy.limits.mongodb.queue_timeout) => None,
+        };
+        let max = u64::try_from(RETURNS_MAX).unwrap_or(u64::MAX);
+        return match place {
+            Some(place) => Ok(Some(Held { _returning: Some(place), ..Held::default() })),
+            None => {
+                Err(Over { limit: Limit::Connections, tier: policy.tenant.tier, max, in_use: max, retry_after: None })
+            }
+        };
     }
-    let Client { session: Some(session), inbox, .. } = client else { return Ok(None) };
     let turn = tokio::select! {
         biased;
         turn = tenancy.turns.take(session.meter()) => turn?,
@@ -217,9 +248,9 @@ async fn hold(
                 way: Arc::clone(way),
                 used_ms: clock::now_ms(),
             };
-            Held { _turn: None, transaction: Some((id, open)) }
+            Held { transaction: Some((id, open)), ..Held::default() }
         }
-        None => Held { _turn: Some(turn), ..none },
+        None => Held { _turn: Some(turn), ..Held::default() },
     }))
 }
 
@@ -233,20 +264,10 @@ async fn exchange(
     reply: &mut Vec<u8>,
 ) -> Result<Outcome, Error> {
     let upstream = &server.upstream;
-    match &forward.prepare {
-        Some(Prepare::IndexRoom { collection }) => {
-            let wished = wished_indexes(sent);
-            if let Some(full) = index_room(upstream, tenancy, way, (forward.database, collection), &wished).await? {
-                // What only makes faster is left out, as where the server itself has no more room.
-                let left_out = forward.reply == ReplyRule::IndexesWished;
-                return Ok(if left_out { Outcome::LeftOut } else { Outcome::Refused(full) });
-            }
-        }
-        Some(prepare) => prepared(upstream, tenancy, way, forward.database, prepare).await?,
-        None => {}
-    }
-    for database in further_databases(forward, sent, way) {
-        way.open(upstream, &database).await?;
+    match prepare::before(server, tenancy, way, forward, sent).await? {
+        Ready::Go => {}
+        Ready::LeftOut => return Ok(Outcome::LeftOut),
+        Ready::Refused(answer) => return Ok(Outcome::Refused(answer)),
     }
     let database = (forward.row.home == Home::Data || forward.database != "admin").then_some(forward.database);
     let mut lease = way.lease(upstream, database).await?;
@@ -258,118 +279,6 @@ async fn exchange(
     }
     lease.connection.rest(length, reply).await?;
     Ok(Outcome::Replied(lease, room))
-}
-
-/// The names of the indexes that a rewritten `createIndexes` makes.
-fn wished_indexes(sent: &[u8]) -> Vec<String> {
-    let Some((head, payload)) = sent.split_first_chunk() else { return Vec::new() };
-    let Ok(message) = crate::wire::mongo::Message::parse(head, payload) else { return Vec::new() };
-    let list = message.body.get("indexes").ok().flatten().and_then(|list| list.array());
-    let name = |index: Document<'_>| Some(index.get("name").ok()??.str()?.to_owned());
-    list.into_iter().flatten().map_while(Result::ok).filter_map(|it| name(it.document()?)).collect()
-}
-
-/// The refusal of indexes beyond the tenant's share of a shared collection's.
-async fn index_room(
-    upstream: &Upstream,
-    tenancy: &Tenancy,
-    way: &Way,
-    (database, collection): (&str, &str),
-    wished: &[String],
-) -> Result<Option<Answer>, Error> {
-    let Some(physical) = way.place.physical(database) else { return Ok(None) };
-    let listed = account::run(upstream, doc! { "listIndexes": collection, "cursor": {}, "$db": physical }).await;
-    let listed = match listed {
-        // Not there yet.
-        Err(error) if error.code() == Some(26) => return Ok(None),
-        listed => account::decode(&listed?)?,
-    };
-    let names = listed.get_document("cursor").and_then(|cursor| cursor.get_array("firstBatch"));
-    let names: Vec<&str> =
-        names.into_iter().flatten().filter_map(|it| it.as_document()?.get_str("name").ok()).collect();
-    let mark = format!("{}{}", index::MARK, tenancy.org());
-    let own = names.iter().filter(|name| name.ends_with(&mark)).count();
-    let new = wished.iter().filter(|name| !names.contains(&name.as_str())).count();
-    if new == 0 || own + new <= INDEXES_MAX {
-        return Ok(None);
-    }
-    let text = format!(
-        "too many indexes: {own} of {INDEXES_MAX} that one tenant may have on a collection of a shared database; drop \
-         some, or raise the tier"
-    );
-    Ok(Some(Answer::new(67, "CannotCreateIndex", text)))
-}
-
-/// Logical databases beyond the request's own that a bulk write names: the tenant's user needs its rights on them.
-fn further_databases(forward: &Forward<'_>, sent: &[u8], way: &Way) -> Vec<String> {
-    let mut found = Vec::new();
-    if forward.reply != ReplyRule::BulkWrite {
-        return found;
-    }
-    let Some((head, payload)) = sent.split_first_chunk() else { return found };
-    let Ok(message) = crate::wire::mongo::Message::parse(head, payload) else { return found };
-    let mut note = |namespace: Document<'_>| {
-        let name = namespace.get("ns").ok().flatten().and_then(|it| it.str()).and_then(|it| it.split_once('.'));
-        if let Some(logical) = name.and_then(|(physical, _)| way.place.logical(physical))
-            && !found.iter().any(|known| known == logical)
-        {
-            found.push(logical.to_owned());
-        }
-    };
-    for (_, documents) in message.sections().iter().filter(|(name, _)| *name == "nsInfo") {
-        let mut documents = *documents;
-        while let Ok((document, rest)) = Document::split(documents) {
-            note(document);
-            documents = rest;
-        }
-    }
-    if let Ok(Some(list)) = message.body.get("nsInfo") {
-        list.array().into_iter().flatten().map_while(Result::ok).filter_map(|it| it.document()).for_each(note);
-    }
-    found
-}
-
-/// Makes a shared collection what the request needs it to be; once per collection and process.
-async fn prepared(
-    upstream: &Upstream,
-    tenancy: &Tenancy,
-    way: &Way,
-    database: &str,
-    prepare: &Prepare<'_>,
-) -> Result<(), Error> {
-    let Some(physical) = way.place.physical(database) else { return Ok(()) };
-    let (collection, command): (&str, Tree) = match prepare {
-        Prepare::Images { collection } => {
-            let on = doc! { "enabled": true };
-            (collection, doc! { "collMod": *collection, "changeStreamPreAndPostImages": on, "$db": &physical })
-        }
-        Prepare::IndexRoom { .. } => return Ok(()),
-        Prepare::MergeIndex { collection } => {
-            let index = doc! { "key": { "org_id": 1, "_id": 1 }, "name": "org_id_1__id_1", "unique": true };
-            (collection, doc! { "createIndexes": *collection, "indexes": [index], "$db": &physical })
-        }
-    };
-    let what = (
-        std::mem::discriminant(prepare) == std::mem::discriminant(&Prepare::Images { collection: "" }),
-        format!("{physical}.{collection}"),
-    );
-    if tenancy.is_prepared(&what) {
-        return Ok(());
-    }
-    match account::run(upstream, command.clone()).await {
-        // Not there yet: made first.
-        Err(error) if error.code() == Some(26) => {
-            let make = doc! { "create": collection, "$db": &physical };
-            match account::run(upstream, make).await {
-                Err(error) if error.code() == Some(48) => {}
-                other => drop(other?),
-            }
-            account::run(upstream, command).await?;
-        }
-        other => drop(other?),
-    }
-    tenancy.set_prepared(what);
-    Ok(())
 }
 
 /// Maps a reply, keeps the books, answers.
@@ -393,6 +302,8 @@ async fn replied(
         mask: &tenancy.mask,
         failed: &forward.failed,
         ordered: forward.ordered,
+        cursor: cursors::asked_for(forward, sent).filter(|_| forward.row.name == "getMore"),
+        not_there: &held.named.others,
     };
     let mut out = Vec::with_capacity(reply.len() + 64);
     Client::begin(asked, &mut out);
@@ -410,6 +321,9 @@ async fn replied(
     }
     if seen.topology {
         client.server.upstream.renew();
+    }
+    if seen.ok {
+        held.named.known.iter().for_each(|&id| tenancy.drop_cursor(id));
     }
     let over = books(client, session, tenancy, way, forward, &seen, sent);
     if let Some((id, open)) = held.transaction.take() {
@@ -441,15 +355,9 @@ fn books(
     seen: &Seen,
     sent: &[u8],
 ) -> Option<Over> {
-    let asked_for = forward.ids.first().and_then(|&at| sent.get(at..at + 8)?.try_into().ok()).map(i64::from_le_bytes);
-    match (forward.row.name, asked_for) {
+    match (forward.row.name, cursors::asked_for(forward, sent)) {
         ("getMore", Some(id)) if seen.code == Some(CURSOR_NOT_FOUND) => tenancy.drop_cursor(id),
         ("getMore", Some(id)) if matches!(seen.cursor, Some((0, _))) => tenancy.drop_cursor(id),
-        ("killCursors", _) => forward
-            .ids
-            .iter()
-            .filter_map(|&at| sent.get(at..at + 8)?.try_into().ok())
-            .for_each(|id| tenancy.drop_cursor(i64::from_le_bytes(id))),
         _ => {}
     }
     let (id, namespace) = seen.cursor.as_ref().filter(|(id, _)| *id != 0)?;

@@ -70,11 +70,85 @@ pub enum Skipped {
     Unknown,
 }
 
+/// Bytes that came, from `at` on not looked at yet. Whatever is taken out of it, no byte is moved more than a few times:
+/// a client that sends thousands of small messages at once costs what their bytes cost.
+#[derive(Debug, Default)]
+struct Backlog {
+    bytes: Vec<u8>,
+    at: usize,
+    /// Bytes that were moved so far.
+    #[cfg(test)]
+    moved: usize,
+}
+
+impl Backlog {
+    fn left(&self) -> &[u8] {
+        &self.bytes[self.at..]
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        // What is moved to the front is no more than what was taken from there.
+        if self.at >= self.bytes.len() - self.at {
+            self.compact();
+        }
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Takes the first `length` bytes, which are there, and says so in a buffer of their own.
+    fn take(&mut self, length: usize) -> Vec<u8> {
+        let left = self.bytes.len() - self.at;
+        if left - length > length {
+            let message = self.bytes[self.at..self.at + length].to_vec();
+            self.note(length);
+            self.at += length;
+            return message;
+        }
+        // A large one, or the last: what is behind it moves, not itself.
+        self.compact();
+        let rest = self.bytes.split_off(length);
+        self.note(rest.len());
+        std::mem::replace(&mut self.bytes, rest)
+    }
+
+    /// Throws the first bytes away, `max` at most; gives how many.
+    fn discard(&mut self, max: usize) -> usize {
+        let part = max.min(self.bytes.len() - self.at);
+        self.at += part;
+        if self.at == self.bytes.len() {
+            (self.bytes, self.at) = (Vec::new(), 0);
+        }
+        part
+    }
+
+    /// Room for a message of `length` bytes that has begun: at once, as growing step by step it would come to hold up
+    /// to twice its length.
+    fn reserve(&mut self, length: usize) {
+        self.compact();
+        self.bytes.reserve_exact(length.saturating_sub(self.bytes.len()));
+    }
+
+    fn compact(&mut self) {
+        if self.at > 0 {
+            self.bytes.drain(..self.at);
+            self.at = 0;
+            self.note(self.bytes.len());
+        }
+    }
+
+    #[cfg(test)]
+    fn note(&mut self, bytes: usize) {
+        self.moved += bytes;
+    }
+
+    #[cfg(not(test))]
+    fn note(&mut self, _bytes: usize) {}
+}
+
 /// A client's stream and its unfinished message.
 #[derive(Debug)]
 pub struct Inbox {
     stream: Stream,
-    bytes: Vec<u8>,
+    backlog: Backlog,
     /// What the unfinished message was lent, for a large one.
     room: Option<Room>,
 }
@@ -82,23 +156,22 @@ pub struct Inbox {
 impl Inbox {
     /// Nothing was read yet.
     pub fn new(stream: Stream) -> Self {
-        Self { stream, bytes: Vec::new(), room: None }
+        Self { stream, backlog: Backlog::default(), room: None }
     }
 
     /// Gives the next whole message of at most `max` bytes, or asks for room for it.
     pub fn poll_message(&mut self, cx: &mut Context<'_>, max: usize) -> Poll<Result<Arrived, Gone>> {
         loop {
-            match Header::read(&self.bytes, max) {
+            match Header::read(self.backlog.left(), max) {
                 Err(fault) => return Poll::Ready(Err(Gone::Malformed(fault))),
                 Ok(Some(header)) => {
                     if self.room.is_none()
-                        && let Some(bytes) = large::needed(&header, &self.bytes, max)
+                        && let Some(bytes) = large::needed(&header, self.backlog.left(), max)
                     {
                         return Poll::Ready(Ok(Arrived::Large(bytes)));
                     }
-                    if self.bytes.len() >= header.length {
-                        let rest = self.bytes.split_off(header.length);
-                        let message = std::mem::replace(&mut self.bytes, rest);
+                    if self.backlog.left().len() >= header.length {
+                        let message = self.backlog.take(header.length);
                         return Poll::Ready(Ok(Arrived::Message(header, message, self.room.take())));
                     }
                 }
@@ -111,9 +184,8 @@ impl Inbox {
     /// Lends the message that has begun its room.
     pub fn lend(&mut self, room: Room) {
         self.room = Some(room);
-        if let Ok(Some(header)) = Header::read(&self.bytes, usize::MAX) {
-            // At once: growing step by step, it would come to hold up to twice its length.
-            self.bytes.reserve_exact(header.length.saturating_sub(self.bytes.len()));
+        if let Ok(Some(header)) = Header::read(self.backlog.left(), usize::MAX) {
+            self.backlog.reserve(header.length);
         }
     }
 
@@ -130,21 +202,20 @@ impl Inbox {
     /// # Cancel safety
     /// None: drop the connection.
     pub async fn skip(&mut self) -> Result<Skipped, Gone> {
-        let Some(header) = Header::read(&self.bytes, usize::MAX).map_err(Gone::Malformed)? else {
+        let Some(header) = Header::read(self.backlog.left(), usize::MAX).map_err(Gone::Malformed)? else {
             return Err(Gone::Left);
         };
         // Its flags, which the head that made it large came with or come with the next bytes.
-        while self.bytes.len() < FLAGS_END.min(header.length) {
+        while self.backlog.left().len() < FLAGS_END.min(header.length) {
             poll_fn(|cx| self.poll_read(cx)).await?;
         }
-        let silent = self.bytes[..FLAGS_END.min(self.bytes.len())]
+        let head = self.backlog.left();
+        let silent = head[..FLAGS_END.min(head.len())]
             .last_chunk()
             .is_some_and(|flags| u32::from_le_bytes(*flags) & MORE_TO_COME != 0);
         let mut left = header.length;
         loop {
-            let part = left.min(self.bytes.len());
-            self.bytes.drain(..part);
-            left -= part;
+            left -= self.backlog.discard(left);
             if left == 0 {
                 break;
             }
@@ -164,7 +235,7 @@ impl Inbox {
             if buffer.filled().is_empty() {
                 return Poll::Ready(Err(Gone::Left));
             }
-            self.bytes.extend_from_slice(buffer.filled());
+            self.backlog.push(buffer.filled());
             Poll::Ready(Ok(()))
         })
     }
@@ -175,7 +246,7 @@ impl Inbox {
     /// May be dropped at any point.
     pub async fn gone(&mut self) {
         poll_fn(|cx| {
-            while self.bytes.len() < AHEAD_MAX_BYTES {
+            while self.backlog.left().len() < AHEAD_MAX_BYTES {
                 if std::task::ready!(self.poll_read(cx)).is_err() {
                     return Poll::Ready(());
                 }
@@ -200,5 +271,45 @@ impl Inbox {
         if let Stream::Tls(_) = self.stream {
             let _ = poll_fn(|cx| Pin::new(&mut self.stream).poll_shutdown(cx)).await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thousands_of_small_messages_cost_what_their_bytes_cost() {
+        let (message, count) = ([7; 50], 20_000);
+        let mut backlog = Backlog::default();
+        let all = message.repeat(count);
+        all.chunks(READ_BYTES).for_each(|read| backlog.push(read));
+        for _ in 0..count {
+            assert_eq!(backlog.take(message.len()), message);
+        }
+        assert!(backlog.left().is_empty() && backlog.bytes.capacity() == 0, "a sleeping client owns no buffer");
+        assert!(backlog.moved < 2 * all.len(), "{} bytes moved for {}", backlog.moved, all.len());
+        // Thrown away, and in turns with what comes, as well.
+        let mut backlog = Backlog::default();
+        for read in all.chunks(READ_BYTES) {
+            backlog.push(read);
+            while backlog.left().len() >= message.len() {
+                assert!(backlog.discard(message.len()) == message.len() || backlog.left().is_empty());
+            }
+        }
+        assert!(backlog.moved < all.len());
+    }
+
+    #[test]
+    fn a_large_message_is_handed_over_and_not_copied() {
+        let mut backlog = Backlog::default();
+        backlog.push(&[1; 100]);
+        backlog.push(&[2; 10_000]);
+        assert_eq!(backlog.take(100), [1; 100]);
+        backlog.reserve(20_000);
+        backlog.push(&[2; 10_100]);
+        let before = backlog.moved;
+        assert_eq!(backlog.take(20_000), [2; 20_000]);
+        assert_eq!((backlog.moved - before, backlog.left()), (100, &[2; 100][..]));
     }
 }

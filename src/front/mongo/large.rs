@@ -15,10 +15,10 @@ use std::{sync::Arc, time::Duration};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{
-    asked::Asked,
     client::Client,
     inbox::Skipped,
     refuse::{self, After},
+    send::Asked,
 };
 use crate::wire::mongo::{HEADER_BYTES, Header, OP_COMPRESSED};
 

@@ -3,7 +3,7 @@
 //! Figures of the server's own would be other tenants' as well; `shared.rs` answers what concerns a whole database or
 //! collection under `filter` isolation, from the tenant's own documents.
 
-mod shared;
+pub(super) mod shared;
 
 use std::sync::Arc;
 

@@ -7,10 +7,11 @@
 use std::sync::{Arc, atomic::Ordering};
 
 use super::{
-    asked::Asked,
     client::Client,
     commands::Emulate,
     refuse::{self, After, Answer, Repeat},
+    rewrite,
+    send::Asked,
 };
 use crate::{
     refusal::{Refusal, TokenFault},
@@ -28,8 +29,9 @@ const MESSAGE_ADVERTISED_BYTES: i32 = 46_000_000;
 /// What is advertised instead of 16 777 216: an insert grows by `org_id`.
 const DOCUMENT_ADVERTISED_BYTES: i32 = 16_777_088;
 
-/// What is advertised instead of 100 000: each statement grows.
-const BATCH_ADVERTISED: i32 = 10_000;
+/// What is advertised instead of 100 000: each statement grows, and none more is taken.
+#[allow(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "some thousands")]
+const BATCH_ADVERTISED: i32 = rewrite::STATEMENTS_MAX as i32;
 
 /// Minutes that the server keeps an unused session.
 const SESSION_MINUTES: i32 = 30;

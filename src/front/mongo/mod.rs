@@ -1,23 +1,26 @@
 //! MongoDB as clients see it.
 //!
-//! [`Server::serve`] is one client from its first byte to its last: `client` holds the conversation, `login` the
+//! [`Server::serve`] is one client from its first byte to its last: `client` holds the conversation, `send` its answers, `login` the
 //! handshake, `commands` says what becomes of each command, `rewrite` makes a request of a tenant one that can't leave
-//! the tenant, `forward` sends it on within the tenant's limits, `large` bounds what is in memory, `reply` maps what comes back, `local` answers what the
-//! server must not be asked. `tenancy` is what all clients of a tenant share; `mask` hides the server's names of
+//! the tenant, `prepare` does what it needs before, `forward` sends it on within the tenant's limits, `large` bounds what is in
+//! memory, `reply` maps what comes back, `local` answers what the server must not be asked, and `cursors` what is asked
+//! about cursors of nobody's. `tenancy` is what all clients of a tenant share; `mask` hides the server's names of
 //! sessions and cursors.
 
-mod asked;
 mod client;
 pub mod commands;
+mod cursors;
 mod forward;
 mod inbox;
 mod large;
 mod local;
 mod login;
 pub mod mask;
+mod prepare;
 mod refuse;
 pub mod reply;
 pub mod rewrite;
+mod send;
 mod tenancy;
 mod threshold;
 mod turn;

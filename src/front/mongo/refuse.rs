@@ -6,10 +6,13 @@
 
 use std::time::Duration;
 
-use super::rewrite::{Failed, Fault};
+use super::{
+    mask::Mask,
+    rewrite::{Failed, Fault},
+};
 use crate::{
     refusal::{Limit, Over, Refusal},
-    wire::mongo::bson,
+    wire::{Error, mongo::bson},
 };
 
 /// What becomes of the connection.
@@ -250,6 +253,18 @@ fn put_failed_bulk(out: &mut Vec<u8>, failed: &[Failed]) {
     for count in ["nInserted", "nMatched", "nModified", "nUpserted", "nDeleted"] {
         bson::put_i32(out, count, 0);
     }
+}
+
+/// Cursors that are not there, by the client's numbers, as the elements of a list from `from` on.
+///
+/// # Errors
+/// An id can't be hidden.
+pub fn put_not_there(mask: &Mask, ids: &[i64], from: usize, out: &mut Vec<u8>) -> Result<(), Error> {
+    for (at, &id) in ids.iter().enumerate() {
+        let id = mask.cursor(id).map_err(|_| Error { at: "reply", what: "an id that can't be hidden" })?;
+        bson::put_i64(out, bson::Index::new(from + at).as_str(), id);
+    }
+    Ok(())
 }
 
 /// One entry of `writeErrors`.

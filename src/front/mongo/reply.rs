@@ -1,10 +1,14 @@
 //! What the server answered, as the tenant is to see it: logical names, the tenant's own numbers of cursors, no code
 //! that speaks of the upstream's topology. One pass over the top level; batches are copied whole.
 
+mod text;
+
+use text::PLAN_DEPTH_MAX;
+
 use super::{
     commands::ReplyRule,
     mask::Mask,
-    refuse::{put_bulk_error, put_write_error},
+    refuse::{put_bulk_error, put_not_there, put_write_error},
     rewrite::{Failed, ORG, Scope, index},
 };
 use crate::{
@@ -27,9 +31,6 @@ const NAMESPACE_EXISTS: i64 = 48;
 /// `CannotCreateIndex`: a collection has at most 64.
 const NO_ROOM_FOR_AN_INDEX: i64 = 67;
 
-/// Deepest nesting of a plan that is rewritten.
-const PLAN_DEPTH_MAX: usize = 60;
-
 /// How a reply is to be mapped.
 #[derive(Debug)]
 pub struct Mapping<'a> {
@@ -47,6 +48,10 @@ pub struct Mapping<'a> {
     pub failed: &'a [Failed],
     /// Whether the first failure ends the command.
     pub ordered: bool,
+    /// The server's number of the cursor that was asked for more.
+    pub cursor: Option<i64>,
+    /// The server's numbers of cursors that it was not asked to close, as they are not the tenant's.
+    pub not_there: &'a [i64],
 }
 
 /// What a reply said.
@@ -102,7 +107,8 @@ impl Mapping<'_> {
             match (element.key, self.rule) {
                 (b"code", _) if seen.topology => bson::put_i32(out, "code", UNREACHABLE.0),
                 (b"codeName", _) if seen.topology => bson::put_str(out, "codeName", UNREACHABLE.1),
-                (b"errmsg" | b"note", _) => self.put_text(&element, out),
+                (b"errmsg", _) if self.cursor.is_some() => self.put_cursor_text(seen.code, &element, out)?,
+                (b"errmsg" | b"note", _) => self.put_message(&element, out),
                 (b"nErrors", ReplyRule::BulkWrite) => {
                     let theirs = element.whole().unwrap_or_default();
                     let ours = if theirs > 0 && self.ordered { 0 } else { self.failed.len() };
@@ -123,9 +129,9 @@ impl Mapping<'_> {
                 (b"cursorsKilled" | b"cursorsNotFound" | b"cursorsAlive" | b"cursorsUnknown", _) => {
                     self.put_cursors(&element, out)?;
                 }
-                // They count the indexes of every tenant.
+                // They count the indexes of every tenant, and tell whether one of them has the collection.
                 (
-                    b"numIndexesBefore" | b"numIndexesAfter" | b"nIndexesWas",
+                    b"numIndexesBefore" | b"numIndexesAfter" | b"nIndexesWas" | b"createdCollectionAutomatically",
                     ReplyRule::IndexesMade | ReplyRule::IndexesWished,
                 ) if filter => {}
                 (b"id", ReplyRule::Session) => self.put_session(&element, out)?,
@@ -152,21 +158,6 @@ impl Mapping<'_> {
         Ok(seen)
     }
 
-    /// A text with the physical prefixes taken out.
-    fn put_text(&self, element: &Element<'_>, out: &mut Vec<u8>) {
-        let (Some(name), Some(text)) = (element.name(), element.str()) else { return bson::put(out, element) };
-        let mut text = std::borrow::Cow::Borrowed(text);
-        if text.contains(self.place.prefix()) {
-            text = text.replace(self.place.prefix(), "").into();
-        }
-        // The end of an index's name in a shared collection.
-        let mark = format!("{}{}", index::MARK, self.org);
-        if self.isolation == Isolation::Filter && text.contains(&mark) {
-            text = text.replace(&mark, "").into();
-        }
-        bson::put_str(out, name, &text);
-    }
-
     /// The client's index of a statement that the server knows by another: those left out count.
     fn index(&self, theirs: i64) -> i64 {
         self.failed.iter().fold(theirs, |at, one| at + i64::from(i64::try_from(one.index).is_ok_and(|it| it <= at)))
@@ -189,7 +180,8 @@ impl Mapping<'_> {
                 let element = element?;
                 match element.key {
                     b"index" => bson::put_i32(out, "index", i32::try_from(index).unwrap_or(i32::MAX)),
-                    b"errmsg" => self.put_text(&element, out),
+                    b"errmsg" => self.put_message(&element, out),
+                    b"keyPattern" | b"keyValue" => self.put_key(&element, out)?,
                     _ => bson::put(out, &element),
                 }
             }
@@ -240,7 +232,7 @@ impl Mapping<'_> {
             match element.key {
                 b"code" if topology => bson::put_i32(out, "code", UNREACHABLE.0),
                 b"codeName" if topology => bson::put_str(out, "codeName", UNREACHABLE.1),
-                b"errmsg" => self.put_text(&element, out),
+                b"errmsg" => self.put_message(&element, out),
                 _ => bson::put(out, &element),
             }
         }
@@ -307,7 +299,9 @@ impl Mapping<'_> {
             for element in entry {
                 let element = element?;
                 match (element.key, rule) {
-                    (b"errmsg" | b"ns", _) => self.put_text(&element, out),
+                    (b"errmsg", _) => self.put_message(&element, out),
+                    (b"ns", _) => self.put_text(&element, out),
+                    (b"keyPattern" | b"keyValue", ReplyRule::BulkWrite) => self.put_key(&element, out)?,
                     (b"idx", ReplyRule::BulkWrite) => {
                         let idx = self.index(element.whole().unwrap_or_default());
                         bson::put_i32(out, "idx", i32::try_from(idx).unwrap_or(i32::MAX));
@@ -389,6 +383,9 @@ impl Mapping<'_> {
             let id = self.mask.cursor(id).map_err(|_| Error { at: "reply", what: "an id that can't be hidden" })?;
             bson::put_i64(out, bson::Index::new(at).as_str(), id);
         }
+        if element.key == b"cursorsNotFound" {
+            put_not_there(self.mask, self.not_there, ids.iter().count(), out)?;
+        }
         bson::close(out, list);
         Ok(())
     }
@@ -401,28 +398,6 @@ impl Mapping<'_> {
         self.mask.session_back(&mut id).map_err(|_| fault)?;
         let copy = bson::open_document(out, "id");
         bson::put_binary(out, "id", 4, &id);
-        bson::close(out, copy);
-        Ok(())
-    }
-
-    /// A plan: names stand anywhere in it.
-    fn put_plan(&self, element: &Element<'_>, depth: usize, out: &mut Vec<u8>) -> Result<(), Error> {
-        let inner = element.document().or(element.array());
-        let (Some(inner), Some(name)) = (inner, element.name()) else {
-            self.put_text(element, out);
-            return Ok(());
-        };
-        if depth == 0 {
-            return Ok(());
-        }
-        let copy =
-            if element.document().is_some() { bson::open_document(out, name) } else { bson::open_array(out, name) };
-        for element in inner {
-            let element = element?;
-            if !matches!(element.key, b"serverInfo" | b"host" | b"shard") {
-                self.put_plan(&element, depth - 1, out)?;
-            }
-        }
         bson::close(out, copy);
         Ok(())
     }

@@ -16,6 +16,7 @@ use arc_swap::ArcSwap;
 use dashmap::DashMap;
 use hashbrown::{HashMap, HashSet};
 use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 
 use super::{
     large::Rooms,
@@ -38,6 +39,12 @@ const TRANSACTION_IDLE: Duration = Duration::from_secs(60);
 
 /// Prepared collections that are remembered; to prepare one again costs an errand.
 const PREPARED_MAX: usize = 1000;
+
+/// Collections of all shared databases that are remembered; to ask for an index that is there costs an errand.
+const INDEXED_MAX: usize = 10_000;
+
+/// Requests of one tenant that give things back at a time: they take no turns.
+pub const RETURNS_MAX: usize = 2;
 
 /// How a tenant's requests go: it changes with the tenant's isolation and with its credentials.
 #[derive(Debug)]
@@ -119,6 +126,8 @@ struct Cursor {
 pub struct Tenancy {
     /// Its turns.
     pub turns: Arc<Turns>,
+    /// Places for what gives things back.
+    pub returns: Arc<Semaphore>,
     /// Its permutations.
     pub mask: Mask,
     /// Its room for large messages.
@@ -140,6 +149,7 @@ impl Tenancy {
         let mask = Mask::new(&upstream.mask("mongodb sessions", org), &upstream.mask("mongodb cursors", org)).ok()?;
         Some(Self {
             turns: Turns::new(Arc::clone(slot)),
+            returns: Arc::new(Semaphore::new(RETURNS_MAX)),
             mask,
             rooms: Rooms::of_tenant(),
             threshold: thresholds.of(org),
@@ -185,6 +195,11 @@ impl Tenancy {
     /// Open cursors now.
     pub fn cursors(&self) -> usize {
         self.cursors.lock().len()
+    }
+
+    /// Whether a cursor is known to be open.
+    pub fn has_cursor(&self, id: i64) -> bool {
+        self.cursors.lock().contains_key(&id)
     }
 
     /// Notes a cursor that a reply left open, or that was used. False, and nothing noted, when it would be one more
@@ -271,6 +286,32 @@ pub struct Registry {
     tenancies: DashMap<OrgId, Arc<Tenancy>>,
     /// Of tenants without a client, too.
     pub thresholds: Thresholds,
+    /// Shared collections that have the platform's index.
+    pub indexed: Arc<Indexed>,
+}
+
+/// Shared collections of which the platform's index was asked for by this process. One that an operator drops has it
+/// again after the next start.
+#[derive(Debug, Default)]
+pub struct Indexed(Mutex<HashSet<String>>);
+
+impl Indexed {
+    /// Notes a physical `database.collection`; false when it was noted before.
+    pub fn note(&self, namespace: &str) -> bool {
+        let mut noted = self.0.lock();
+        if noted.contains(namespace) {
+            return false;
+        }
+        if noted.len() >= INDEXED_MAX {
+            noted.clear();
+        }
+        noted.insert(namespace.to_owned())
+    }
+
+    /// Asks for it again the next time.
+    pub fn forget(&self, namespace: &str) {
+        self.0.lock().remove(namespace);
+    }
 }
 
 impl Registry {

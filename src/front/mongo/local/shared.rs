@@ -69,37 +69,12 @@ impl Ask<'_> {
         account::decode(&account::run(self.upstream, command).await?)
     }
 
-    /// Whether a collection holds a document or an index of the tenant's.
     async fn is_mine(&self, database: &str, collection: &str) -> Done<bool> {
-        let find = doc! {
-            "find": collection, "filter": self.mine(), "projection": { "_id": 1 }, "limit": 1, "singleBatch": true,
-            "$db": database,
-        };
-        let told = self.run(find).await?;
-        let batch = told.get_document("cursor").ok().and_then(|cursor| cursor.get_array("firstBatch").ok());
-        if batch.is_some_and(|batch| !batch.is_empty()) {
-            return Ok(true);
-        }
-        Ok(!self.indexes(database, collection).await?.is_empty())
+        is_mine(self.upstream, self.way, self.org, database, collection).await
     }
 
-    /// The tenant's own indexes: logical name and description.
     async fn indexes(&self, database: &str, collection: &str) -> Done<Vec<(String, Tree)>> {
-        let list = doc! { "listIndexes": collection, "cursor": { "batchSize": 1000 }, "$db": database };
-        let told = match self.run(list).await {
-            // No such collection.
-            Err(error) if error.code() == Some(26) => return Ok(Vec::new()),
-            told => told?,
-        };
-        let batch = told.get_document("cursor").ok().and_then(|cursor| cursor.get_array("firstBatch").ok());
-        let scope = Scope { isolation: self.way.isolation, org: self.org, place: &self.way.place, max_time_ms: 0 };
-        let each = batch.map(Vec::as_slice).unwrap_or_default().iter().filter_map(Bson::as_document);
-        Ok(each
-            .filter_map(|index| {
-                let name = index.get_str("name").ok().filter(|name| *name != index::ID)?;
-                Some((index::logical(&scope, name)?.to_owned(), index.clone()))
-            })
-            .collect())
+        indexes(self.upstream, self.way, self.org, database, collection).await
     }
 
     /// The tenant's collections of the database that was asked about.
@@ -139,6 +114,9 @@ impl Ask<'_> {
         let fail = |error: Error| super::failed(&error, self.way.isolation);
         let (database, collection) = (self.physical(), self.local.collection.unwrap_or_default());
         let mine = self.indexes(&database, collection).await.map_err(fail)?;
+        if mine.is_empty() && !self.is_mine(&database, collection).await.map_err(fail)? {
+            return Err(not_there(self.local.database, collection));
+        }
         let asked = Tree::from_reader(self.body.bytes()).map_err(|_| super::internal())?;
         let wanted = asked.get("index").cloned().unwrap_or_else(|| "*".into());
         let mut found = false;
@@ -261,6 +239,53 @@ impl Ask<'_> {
         }
         Ok(doc! { "databases": mine, "totalSize": total, "totalSizeMb": total >> 20 })
     }
+}
+
+/// Whether a shared collection holds a document or an index of a tenant's.
+///
+/// # Errors
+/// The deployment can't be reached or refuses the platform.
+pub async fn is_mine(upstream: &Upstream, way: &Way, org: &OrgId, database: &str, collection: &str) -> Done<bool> {
+    let find = doc! {
+        "find": collection, "filter": { ORG: org.as_str() }, "projection": { "_id": 1 }, "limit": 1, "singleBatch": true,
+        "$db": database,
+    };
+    let told = account::decode(&account::run(upstream, find).await?)?;
+    let batch = told.get_document("cursor").ok().and_then(|cursor| cursor.get_array("firstBatch").ok());
+    if batch.is_some_and(|batch| !batch.is_empty()) {
+        return Ok(true);
+    }
+    Ok(!indexes(upstream, way, org, database, collection).await?.is_empty())
+}
+
+/// A tenant's own indexes of a shared collection: logical name and description.
+async fn indexes(
+    upstream: &Upstream,
+    way: &Way,
+    org: &OrgId,
+    database: &str,
+    collection: &str,
+) -> Done<Vec<(String, Tree)>> {
+    let list = doc! { "listIndexes": collection, "cursor": { "batchSize": 1000 }, "$db": database };
+    let told = match account::run(upstream, list).await {
+        // No such collection.
+        Err(error) if error.code() == Some(26) => return Ok(Vec::new()),
+        told => account::decode(&told?)?,
+    };
+    let batch = told.get_document("cursor").ok().and_then(|cursor| cursor.get_array("firstBatch").ok());
+    let scope = Scope { isolation: way.isolation, org, place: &way.place, max_time_ms: 0 };
+    let each = batch.map(Vec::as_slice).unwrap_or_default().iter().filter_map(Bson::as_document);
+    Ok(each
+        .filter_map(|index| {
+            let name = index.get_str("name").ok().filter(|name| *name != index::ID)?;
+            Some((index::logical(&scope, name)?.to_owned(), index.clone()))
+        })
+        .collect())
+}
+
+/// What a tenant is told of a collection in which it has neither documents nor indexes, whoever else has.
+pub fn not_there(database: &str, collection: &str) -> Answer {
+    Answer::new(26, "NamespaceNotFound", format!("ns does not exist: {database}.{collection}"))
 }
 
 /// A client's `filter` on a list of names: equality and `$in` of `name` and `type`.

@@ -30,7 +30,17 @@ fn map_as(
     let org = OrgId::parse("acme").expect("an org");
     let place = names.mongodb(&org, isolation);
     let mask = mask();
-    let mapping = Mapping { rule, isolation, org: &org, place: &place, mask: &mask, failed, ordered };
+    let mapping = Mapping {
+        rule,
+        isolation,
+        org: &org,
+        place: &place,
+        mask: &mask,
+        failed,
+        ordered,
+        cursor: None,
+        not_there: &[],
+    };
     let raw = RawDocumentBuf::try_from(&reply).expect("encodes").into_bytes();
     let mut out = Vec::new();
     let seen = mapping.put(Document::new(&raw).expect("sound"), &mut out).expect("maps");
@@ -154,7 +164,17 @@ fn a_reply_that_is_no_bson_is_not_sent() {
     let org = OrgId::parse("acme").expect("an org");
     let place = names.mongodb(&org, Isolation::Database);
     let (rule, isolation) = (ReplyRule::Plain, Isolation::Database);
-    let mapping = Mapping { rule, isolation, org: &org, place: &place, mask: &mask, failed: &[], ordered: true };
+    let mapping = Mapping {
+        rule,
+        isolation,
+        org: &org,
+        place: &place,
+        mask: &mask,
+        failed: &[],
+        ordered: true,
+        cursor: None,
+        not_there: &[],
+    };
     let mut raw = rawdoc! { "ok": 1.0, "x": "text" }.into_bytes();
     let at = raw.len() - 10;
     raw[at] = 0xff;
@@ -181,4 +201,81 @@ fn an_index_that_only_makes_faster_may_find_no_room_among_others() {
     {
         assert_eq!(map_in(isolation, rule, &[], full()).0, full(), "the tenant has to know");
     }
+}
+
+/// What the server says of a cursor speaks of its own numbers of cursors and sessions.
+#[test]
+fn a_cursor_that_is_not_there_is_called_as_the_client_calls_it() {
+    let names = Names::new(RootSecret::new(&[7; 32]).expect("long enough"), NameStyle::Plain);
+    let org = OrgId::parse("acme").expect("an org");
+    let place = names.mongodb(&org, Isolation::Filter);
+    let mask = mask();
+    let (isolation, rule) = (Isolation::Filter, ReplyRule::Cursor);
+    let base = Mapping {
+        rule,
+        isolation,
+        org: &org,
+        place: &place,
+        mask: &mask,
+        failed: &[],
+        ordered: false,
+        cursor: None,
+        not_there: &[],
+    };
+    let mapping = Mapping { cursor: Some(77_000_077), ..base };
+    let client = mask.cursor(77_000_077).expect("works").to_string();
+    let theirs = "session 8a1f9c52-77aa-4a39-9d0a-0123456789ab";
+    for (code, text) in [(43, "cursor id 77000077 not found".to_owned()), (50738, format!("cursor 77000077, {theirs}"))]
+    {
+        let raw = RawDocumentBuf::try_from(&doc! { "ok": 0.0, "errmsg": text, "code": code }).expect("encodes");
+        let mut out = Vec::new();
+        let seen = mapping.put(Document::new(raw.as_bytes()).expect("sound"), &mut out).expect("maps");
+        let told = ::bson::Document::from_reader(out.as_slice()).expect("sound");
+        let text = told.get_str("errmsg").expect("a text");
+        assert!(text.contains(&client) && !text.contains("77000077") && !text.contains("8a1f9c52"), "{text}");
+        assert_eq!(seen.code, Some(code.into()));
+    }
+}
+
+/// Names and numbers of what tenants share are nobody's business, in errors and in plans.
+#[test]
+fn the_platforms_index_and_the_servers_numbers_are_not_shown() {
+    let filter = |rule, reply| map_in(Isolation::Filter, rule, &[], reply).0;
+    let text = "E11000 duplicate key error collection: shared_app.c index: org_id_1__id_1 dup key: { org_id: \"acme\", _id: 1 }";
+    let entry = doc! {
+        "index": 0, "code": 11000, "errmsg": text, "keyPattern": { "org_id": 1, "_id": 1 },
+        "keyValue": { "org_id": "acme", "_id": 1 },
+    };
+    let told = filter(ReplyRule::Writes, doc! { "n": 0, "writeErrors": [entry], "ok": 1.0 });
+    let error = told.get_array("writeErrors").expect("there")[0].as_document().expect("one");
+    assert_eq!(
+        error.get_str("errmsg").ok(),
+        Some("E11000 duplicate key error collection: app.c index: _id_ dup key: { _id: 1 }")
+    );
+    assert_eq!(error.get_document("keyPattern").ok(), Some(&doc! { "_id": 1 }));
+    assert_eq!(error.get_document("keyValue").ok(), Some(&doc! { "_id": 1 }));
+
+    let scan = doc! { "stage": "IXSCAN", "indexName": "org_id_1__id_1", "keyPattern": { "org_id": 1, "_id": 1 } };
+    let plan = filter(ReplyRule::Explain, doc! { "queryPlanner": { "winningPlan": scan }, "ok": 1.0 });
+    assert!(!plan.to_string().contains("org_id"), "{plan}");
+
+    let number = "8a1f9c52-77aa-4a39-9d0a-0123456789ab";
+    let text = format!(
+        "Index build failed: {number}: Collection shared_app.c ( {number} ) :: caused by :: E11000 dup key: {{ a: UUID(\"{number}\") }}"
+    );
+    let reply = doc! { "ok": 0.0, "code": 11000, "errmsg": text, "createdCollectionAutomatically": true };
+    let told = filter(ReplyRule::IndexesMade, reply);
+    let wanted =
+        format!("Index build failed: Collection app.c :: caused by :: E11000 dup key: {{ a: UUID(\"{number}\") }}");
+    assert_eq!(told.get_str("errmsg").ok(), Some(wanted.as_str()));
+    assert!(!told.contains_key("createdCollectionAutomatically"));
+
+    let key = doc! { "org_id": 1, "_id": 1 };
+    let indexes =
+        doc! { "firstBatch": [{ "v": 2, "name": "org_id_1__id_1", "key": key }], "id": 0_i64, "ns": "shared_app.c" };
+    let listed = filter(ReplyRule::Indexes, doc! { "cursor": indexes, "ok": 1.0 });
+    assert!(
+        listed.get_document("cursor").and_then(|it| it.get_array("firstBatch")).is_ok_and(Vec::is_empty),
+        "{listed}"
+    );
 }

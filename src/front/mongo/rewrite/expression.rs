@@ -67,6 +67,10 @@ fn elements(document: Document<'_>, array: bool, depth: usize) -> Result<Temper,
         let element = element?;
         if !array && element.key.first() == Some(&b'$') {
             operator(element.key)?;
+            // Where a document lies among those of all tenants: it counts them.
+            if element.key == b"$meta" && element.str() == Some("recordId") {
+                return Err(Fault::forbidden("{$meta: \"recordId\"}"));
+            }
             if matches!(element.key, b"$literal" | b"$const") {
                 continue;
             }

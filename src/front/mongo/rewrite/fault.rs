@@ -87,6 +87,15 @@ impl Fault {
         )
     }
 
+    pub(super) fn message_too_large(bytes: usize) -> Self {
+        let max = crate::wire::mongo::MESSAGE_MAX_BYTES;
+        Self::new(
+            10334,
+            "BSONObjectTooLarge",
+            format!("message size: {bytes} is invalid, as org_id is counted. It must be between 0 and {max}"),
+        )
+    }
+
     pub(super) fn too_deep() -> Self {
         Self::new(15, "Overflow", format!("exceeded depth limit: more than {} levels", super::DEPTH_MAX))
     }

@@ -19,6 +19,10 @@ pub const MARK: char = '~';
 /// The index that every collection has.
 pub const ID: &str = "_id_";
 
+/// The platform's own index of a shared collection, over `{org_id: 1, _id: 1}`: without one a tenant's query would walk
+/// over everybody's documents. It does not end in a tenant's mark: none sees it or can name it.
+pub const PLATFORM: &str = "org_id_1__id_1";
+
 /// What an index may say. `storageEngine` is the operator's, `prepareUnique` a step of the server's own.
 const KNOWN: [&str; 23] = [
     "key",

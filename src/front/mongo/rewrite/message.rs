@@ -1,7 +1,8 @@
 //! A message from its sections to its sections: the fields of the command in a table, then one rule for each.
 
 use super::{
-    DEPTH_MAX, Fault, Forward, Local, Prepare, Request, Scope, Transaction, Verdict, expression, index, name,
+    BODY_MAX, DEPTH_MAX, Fault, Forward, IDS_MAX, Local, Prepare, Request, Scope, Transaction, Verdict, expression,
+    index, name,
     pipeline::{self, Cx, Source},
     predicate::{self, Collation},
     projection,
@@ -11,7 +12,10 @@ use super::{
 use crate::{
     front::mongo::commands::{self, Emulate, Field, Found, GENERIC, Home, ReplyRule, Row, Rule, Treat, Value},
     tenant::Isolation,
-    wire::mongo::bson::{self, Document, Element, Index, kind},
+    wire::mongo::{
+        HEADER_BYTES, MESSAGE_MAX_BYTES,
+        bson::{self, Document, Element, Index, kind},
+    },
 };
 
 /// Most fields of a command: its own and the generic ones, each once, and its name.
@@ -259,9 +263,12 @@ fn forward<'a>(
     // Flags: none. What the client wants unanswered is still asked with an answer.
     out.extend_from_slice(&[0; 4]);
     out.push(0);
-    let open = bson::open(out);
+    let (from, open) = (out.len(), bson::open(out));
     let mut rewritten = put_body(scope, &fields, first, db, Some(request), out)?;
     bson::close(out, open);
+    if out.len() - from > BODY_MAX {
+        return Err(Fault::too_large(out.len() - from));
+    }
     for (name, bytes) in request.sections {
         let rule = row.fields.iter().find(|field| field.name == *name).map(|field| field.rule);
         let Some(kind) = rule.and_then(listed) else { continue };
@@ -273,6 +280,11 @@ fn forward<'a>(
         put_list(scope, kind, List::Section(bytes), &mut rewritten, out)?;
         let bytes = i32::try_from(out.len() - at).unwrap_or(i32::MAX);
         out[at..at + 4].copy_from_slice(&bytes.to_le_bytes());
+    }
+    // The server would not answer but close the connection.
+    let bytes = HEADER_BYTES + out.len() - from;
+    if bytes > MESSAGE_MAX_BYTES {
+        return Err(Fault::message_too_large(bytes));
     }
     required(&fields)?;
     if let Some(first) = rewritten.told.failed.first().filter(|_| rewritten.statements) {
@@ -296,6 +308,9 @@ fn forward<'a>(
         retryable: rewritten.retryable,
         lsid: rewritten.lsid,
         ids: rewritten.ids,
+        creates: matches!(row.name, "create" | "createIndexes")
+            || rewritten.told.creates
+            || row.name == "findAndModify" && fields.truthy("upsert"),
         failed: rewritten.told.failed,
         ordered: rewritten.ordered,
     }))
@@ -428,8 +443,10 @@ fn put_first<'a>(
             body.collection = Some(collection);
         }
         Value::Cursor => {
-            if first.i64().is_none() {
-                return Err(Fault::wrong_type(row.name, first.key, "long"));
+            let id = first.i64().ok_or_else(|| Fault::wrong_type(row.name, first.key, "long"))?;
+            // None has such a number, and it would not be hidden.
+            if id < 1 {
+                return Err(Fault::new(43, "CursorNotFound", format!("cursor id {id} not found")));
             }
             bson::put_as(out, key, &first);
             body.ids.push(out.len() - 8);
@@ -457,10 +474,16 @@ fn put_sessions(at: &str, first: &Element<'_>, ids: &mut Vec<usize>, out: &mut V
     let open = bson::open_array(out, at);
     for (number, item) in list.iter().enumerate() {
         let item = item?;
+        few(at, number)?;
         ids.push(put_session(at, Index::new(number).as_str(), &item, out)?);
     }
     bson::close(out, open);
     Ok(())
+}
+
+/// No more ids than one command may name.
+fn few(at: &str, before: usize) -> Result<(), Fault> {
+    if before < IDS_MAX { Ok(()) } else { Err(Fault::bad_value(format!("{at} names more than {IDS_MAX} at a time"))) }
 }
 
 /// `{id: UUID}` and nothing else: `uid` would name another login's session. Gives the place of the 16 bytes.
@@ -535,6 +558,10 @@ fn put_field<'a>(
             return Err(Fault::wrong_type(at, element.key, "number"));
         }
         Rule::Text if element.kind != kind::STRING => return Err(Fault::wrong_type(at, element.key, "string")),
+        Rule::Flag if element.kind != kind::NULL => {
+            statement::put_flag(element, out);
+            return Ok(());
+        }
         Rule::Flag | Rule::Number | Rule::Text => {}
         Rule::Document => {
             document()?;
@@ -659,6 +686,7 @@ fn put_cursors(at: &str, list: Document<'_>, ids: &mut Vec<usize>, out: &mut Vec
     for (number, item) in list.iter().enumerate() {
         let item = item?;
         let id = item.i64().ok_or_else(|| Fault::wrong_type(at, b"cursors", "long"))?;
+        few(at, number)?;
         bson::put_i64(out, Index::new(number).as_str(), id);
         ids.push(out.len() - 8);
     }

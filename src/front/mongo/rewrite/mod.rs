@@ -37,6 +37,8 @@ mod stage;
 mod statement;
 mod update;
 
+pub(super) use statement::STATEMENTS_MAX;
+
 use crate::{
     front::mongo::commands::{Emulate, ReplyRule, Row},
     tenant::{Isolation, OrgId, namespace::MongoNamespace},
@@ -102,6 +104,8 @@ pub struct Forward<'a> {
     pub failed: Vec<Failed>,
     /// Whether the first failure ends the command; what follows it was left out as well.
     pub ordered: bool,
+    /// Whether it may bring its collections into being.
+    pub creates: bool,
 }
 
 /// What a request needs on its collection; done by the front with the platform's own rights, once.
@@ -177,6 +181,12 @@ pub const ORG: &str = "org_id";
 
 /// Largest document in bytes, as the server has it.
 const DOCUMENT_MAX: usize = 16 * 1024 * 1024;
+
+/// Largest body of a command: a largest document and what is said about it, as the server has it.
+const BODY_MAX: usize = DOCUMENT_MAX + (16 << 10);
+
+/// Cursors or sessions that one command may name: as many as drivers send at a time.
+const IDS_MAX: usize = 10_000;
 
 /// Deepest nesting of what is looked into: the server refuses about 180 levels, drivers write a dozen.
 const DEPTH_MAX: usize = bson::DEPTH_MAX;

@@ -23,6 +23,15 @@ pub(super) enum Kind {
     Namespaces,
 }
 
+/// Most statements of one command: what we advertise as `maxWriteBatchSize`, by which drivers go.
+pub(in crate::front::mongo) const STATEMENTS_MAX: usize = 10_000;
+
+/// Refused statements that are told why; those behind are told only that, as the server does with a long report.
+const TOLD_MAX: usize = 1000;
+
+/// Longest text of one refused statement: texts quote names that the client chose.
+const TEXT_MAX_BYTES: usize = 512;
+
 /// What writing them told.
 #[derive(Debug, Default)]
 pub(super) struct Told {
@@ -30,6 +39,25 @@ pub(super) struct Told {
     pub failed: Vec<Failed>,
     /// How many were written.
     pub written: usize,
+    /// Whether one of them may bring a document into being, and its collection with it.
+    pub creates: bool,
+}
+
+impl Told {
+    fn fail(&mut self, index: usize, fault: Fault) {
+        let mut message = if self.failed.len() < TOLD_MAX { fault.message } else { String::new() };
+        if message.len() > TEXT_MAX_BYTES {
+            message.truncate((0..=TEXT_MAX_BYTES).rev().find(|&at| message.is_char_boundary(at)).unwrap_or(0));
+            message.push('…');
+        }
+        self.failed.push(Failed { index, code: fault.code, message });
+    }
+}
+
+/// The refusal of a command with more statements than there may be.
+fn too_many(count: usize) -> Fault {
+    let text = format!("Write batch sizes must be between 1 and {STATEMENTS_MAX}. Got {count} operations.");
+    Fault::new(16, "InvalidLength", text)
 }
 
 /// Writes all statements; one that fails is left out, and with `ordered` all behind it.
@@ -47,6 +75,9 @@ pub(super) fn put_all(
     match list {
         List::Array(array) => {
             for (at, item) in array.iter().enumerate() {
+                if at == STATEMENTS_MAX {
+                    return Err(too_many(array.iter().count()));
+                }
                 let item = item?;
                 let item = item.document().ok_or_else(|| Fault::wrong_type(kind.at(), item.key, "object"))?;
                 if !one(scope, kind, item, at, true, &mut told, out)? && ordered {
@@ -58,6 +89,13 @@ pub(super) fn put_all(
             let mut at = 0;
             while !rest.is_empty() {
                 let (item, behind) = Document::split(rest)?;
+                if at == STATEMENTS_MAX {
+                    let mut count = at;
+                    while let Ok((_, behind)) = Document::split(rest) {
+                        (rest, count) = (behind, count + 1);
+                    }
+                    return Err(too_many(count));
+                }
                 rest = behind;
                 bson::validate(item, super::DEPTH_MAX)?;
                 if !one(scope, kind, item, at, false, &mut told, out)? && ordered {
@@ -85,14 +123,15 @@ fn one(
         bson::put_head(out, bson::kind::DOCUMENT, Index::new(told.written).as_str().as_bytes());
     }
     match kind.put(scope, item, out) {
-        Ok(()) => {
+        Ok(creates) => {
             told.written += 1;
+            told.creates |= creates;
             Ok(true)
         }
         // A namespace is all its operations'.
         Err(fault) if fault.concerns_statement() && kind != Kind::Namespaces => {
             out.truncate(from);
-            told.failed.push(Failed { index, code: fault.code, message: fault.message });
+            told.fail(index, fault);
             Ok(false)
         }
         Err(fault) => Err(fault),
@@ -110,14 +149,14 @@ impl Kind {
         }
     }
 
-    /// Writes a statement without an element's head.
-    fn put(self, scope: &Scope<'_>, item: Document<'_>, out: &mut Vec<u8>) -> Result<(), Fault> {
+    /// Writes a statement without an element's head. Says whether it may bring a document into being.
+    fn put(self, scope: &Scope<'_>, item: Document<'_>, out: &mut Vec<u8>) -> Result<bool, Fault> {
         if self == Kind::Documents {
-            return update::put_owned(scope, item, out);
+            return update::put_owned(scope, item, out).map(|()| true);
         }
         let open = bson::open(out);
-        match self {
-            Kind::Documents => {}
+        let creates = match self {
+            Kind::Documents => true,
             Kind::Updates => put_statement(scope, self.at(), item, &UPDATE, out)?,
             Kind::Deletes => put_statement(scope, self.at(), item, &DELETE, out)?,
             Kind::Operations => put_operation(scope, item, out)?,
@@ -125,10 +164,11 @@ impl Kind {
                 known_fields(self.at(), item, &["ns"])?;
                 let ns = item.get("ns")?.ok_or_else(|| Fault::missing(self.at(), "ns"))?;
                 name::put_namespace(scope, self.at(), "ns", &ns, out)?;
+                false
             }
-        }
+        };
         bson::close(out, open);
-        Ok(())
+        Ok(creates)
     }
 }
 
@@ -167,7 +207,7 @@ const BULK_UPDATE: Shape = Shape {
 const BULK_DELETE: Shape =
     Shape { known: &["delete", "filter", "multi", "hint", "collation"], filter: "filter", update: None };
 
-fn put_operation(scope: &Scope<'_>, item: Document<'_>, out: &mut Vec<u8>) -> Result<(), Fault> {
+fn put_operation(scope: &Scope<'_>, item: Document<'_>, out: &mut Vec<u8>) -> Result<bool, Fault> {
     let at = Kind::Operations.at();
     let first = item.iter().next().transpose()?.map(|first| first.key);
     match first {
@@ -188,7 +228,7 @@ fn put_operation(scope: &Scope<'_>, item: Document<'_>, out: &mut Vec<u8>) -> Re
                     None => bson::put(out, &element),
                 }
             }
-            Ok(())
+            Ok(true)
         }
         other => Err(Fault::unknown_field(at, other.unwrap_or_default())),
     }
@@ -200,7 +240,7 @@ fn put_statement(
     item: Document<'_>,
     shape: &Shape,
     out: &mut Vec<u8>,
-) -> Result<(), Fault> {
+) -> Result<bool, Fault> {
     known_fields(at, item, shape.known)?;
     let collation = match item.get("collation")? {
         Some(element) => index::collation(&element)?,
@@ -221,7 +261,7 @@ fn put_statement(
             put_option(scope, at, &element, out)?;
         }
     }
-    if filtered { Ok(()) } else { Err(Fault::missing(at, shape.filter)) }
+    if filtered { Ok(upsert) } else { Err(Fault::missing(at, shape.filter)) }
 }
 
 /// A filter of a write. An upsert would take values over from it: `org_id` may not stand in it.
@@ -249,10 +289,20 @@ fn put_option(scope: &Scope<'_>, at: &str, element: &Element<'_>, out: &mut Vec<
         b"upsert" | b"multi" if element.kind != bson::kind::BOOL && !element.is_number() => {
             return Err(Fault::wrong_type(at, element.key, "bool"));
         }
+        b"upsert" | b"multi" => {
+            put_flag(element, out);
+            return Ok(());
+        }
         _ => {}
     }
     bson::put(out, element);
     Ok(())
+}
+
+/// True or false in the server's words as in ours: of some numbers (`Decimal128("0E+3")`) two parsers could think
+/// differently.
+pub(super) fn put_flag(element: &Element<'_>, out: &mut Vec<u8>) {
+    bson::put_bool(out, element.name().unwrap_or_default(), element.truthy());
 }
 
 /// A sort: no walk over the whole collection.

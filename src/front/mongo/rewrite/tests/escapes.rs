@@ -407,3 +407,65 @@ fn watching_everybody() {
     let Became::Sent(sent) = run_document(Isolation::Database, &asked) else { panic!("refused") };
     assert!(shown(&sent).contains(r#"{"db":{"$literal":"app"}}"#), "{sent}");
 }
+
+#[test]
+fn a_number_that_two_parsers_take_for_true_and_false() {
+    // Zero with an exponent, as an upsert's and as others' flags.
+    for zero in [r#"{"$numberDecimal": "0E+3"}"#, r#"{"$numberDouble": "-0.0"}"#, "0", "false"] {
+        let update =
+            format!(r#"{{"update": "c", "updates": [{{"q": {{"a": 1}}, "u": {{"b": 1}}, "upsert": {zero}}}]}}"#);
+        let asked = r#"{"$and": [{"org_id": "acme"}, {"a": 1}]}"#;
+        let became = format!(
+            r#"{{"update": "c", "updates": [{{"q": {asked}, "u": {{"b": 1, "org_id": "acme"}}, "upsert": false}}]}}"#
+        );
+        check(Filter, &update, &became);
+        let modify = format!(r#"{{"findAndModify": "c", "query": {{"a": 1}}, "remove": true, "upsert": {zero}}}"#);
+        let Became::Sent(sent) = run_document(Filter, &parse(&modify)) else { panic!("refused") };
+        assert_eq!((sent.get_bool("upsert").ok(), sent.get_bool("remove").ok()), (Some(false), Some(true)));
+    }
+    let text =
+        r#"{"update": "c", "updates": [{"q": {"org_id": "x"}, "u": {"b": 1}, "upsert": {"$numberDecimal": "1E+3"}}]}"#;
+    check(Filter, text, "0:66");
+}
+
+#[test]
+fn a_cursor_that_nobody_can_have() {
+    for isolation in [Filter, Database] {
+        for id in [0, -1, i64::MIN] {
+            check(isolation, &format!(r#"{{"getMore": {{"$numberLong": "{id}"}}, "collection": "c"}}"#), "43");
+        }
+    }
+}
+
+#[test]
+fn where_a_document_lies_among_everybodys() {
+    check(Filter, r#"{"find": "c", "showRecordId": true}"#, "13");
+    check(Filter, r#"{"find": "c", "projection": {"a": {"$meta": "recordId"}}}"#, "13");
+    check(Filter, r#"{"find": "c", "sort": {"a": {"$meta": "recordId"}}}"#, "13");
+    for stage in
+        [r#"{"$addFields": {"a": {"$meta": "recordId"}}}"#, r#"{"$project": {"a": {"b": {"$meta": "recordId"}}}}"#]
+    {
+        check(Filter, &format!(r#"{{"aggregate": "c", "pipeline": [{stage}], "cursor": {{}}}}"#), "13");
+    }
+    // Said and switched off, as mappers do, it is not said.
+    check(
+        Filter,
+        r#"{"find": "c", "showRecordId": false}"#,
+        r#"{"find": "c", "filter": {"org_id": "acme"}, "projection": {"org_id": 0}}"#,
+    );
+}
+
+#[test]
+fn more_ids_than_one_command_may_name() {
+    let session = r#"{"id": {"$uuid": "00112233-4455-6677-8899-aabbccddeeff"}}"#;
+    for (count, refused) in [(10_000, false), (10_001, true)] {
+        let (ids, sessions) = (vec![r#"{"$numberLong": "5"}"#; count].join(","), vec![session; count].join(","));
+        for text in [
+            format!(r#"{{"killCursors": "c", "cursors": [{ids}]}}"#),
+            format!(r#"{{"endSessions": [{sessions}], "$db": "admin"}}"#),
+            format!(r#"{{"killSessions": [{sessions}], "$db": "admin"}}"#),
+        ] {
+            assert_eq!(run_document(Filter, &parse(&text)) == Became::No(2), refused, "{count}");
+        }
+    }
+}
