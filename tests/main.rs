@@ -8,6 +8,7 @@ mod doctor;
 mod floors;
 mod http_tls;
 mod life;
+mod load;
 mod mongo;
 mod moving;
 mod neon;
