@@ -35,6 +35,9 @@ const WRITERS: usize = 2;
 /// Longest wait of one request that a move may cause.
 const PAUSE_MAX: Duration = Duration::from_secs(15);
 
+/// A coordinator's that does not go on; after it somebody else may.
+const LEASE: Duration = Duration::from_secs(15);
+
 /// A proxy whose FREE shares collections and whose PRO has databases.
 struct House {
     proxy: Proxy,
@@ -385,6 +388,8 @@ fn a_coordinator_that_was_frozen_in_a_batch_writes_nothing_once_another_one_has_
     for (turn, &(from, to, name)) in (1_i64..).zip(cases) {
         let frozen = freeze(&house, to, name);
         // Its lease runs out, and somebody else goes on or puts everything back; then the tenant writes.
+        // The lease is what is waited for: nothing else tells that its owner does not come.
+        std::thread::sleep(LEASE);
         if settles(&house, &format!("{to}, frozen {name}")) == from {
             house.tier(to);
         }

@@ -152,7 +152,7 @@ fn put_id(index: Document<'_>, key: Document<'_>, out: &mut Vec<u8>) -> Result<(
             b"name" => bson::put_str(out, "name", ID),
             b"ns" | b"dropDups" | b"clustered" | b"background" | b"unique" => {}
             b"collation" if collation(&element)? == Collation::Simple => {}
-            other => return Err(cannot(&format!("{} is not for the _id index", String::from_utf8_lossy(other)))),
+            other => return Err(cannot(format!("{} is not for the _id index", String::from_utf8_lossy(other)))),
         }
     }
     Ok(())
