@@ -6,7 +6,8 @@
 CARGO ?= cargo
 FUZZ_SECONDS ?= 600
 CHAOS_RUNS ?= 1000
-MOVES ?= 200
+MOVES ?= 20
+TRANSITIONS ?= 200
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 
 help:
@@ -95,10 +96,11 @@ bench-catalog: tools
 	$(CARGO) build --release --bin dynabase
 	.cache/mongodb/bin/python benches/catalog.py $(ARGS)
 
-# make chaos   CHAOS_RUNS (1000) tier transitions killed at random, every step of a life and a move killed once, 200 moves under writers, and the larger walks of the model; some 20 minutes
+# make chaos   CHAOS_RUNS (1000) tier transitions killed at random, every step of a life and a move killed once, MOVES (20) moves under writers, TRANSITIONS (200) under writers of all five databases, and the larger walks of the model; some 30 minutes
 .PHONY: chaos
 chaos: tools
 	$(CARGO) test --lib transition::state -- --ignored --nocapture
 	DYNABASE_CHAOS_RUNS=$(CHAOS_RUNS) $(CARGO) test --test integration transition::random_kills -- --nocapture
 	DYNABASE_CHAOS_RUNS=$(CHAOS_RUNS) $(CARGO) test --test integration life::killed -- --nocapture
 	DYNABASE_CHAOS_RUNS=$(MOVES) $(CARGO) test --test integration moving:: -- --nocapture
+	DYNABASE_CHAOS_RUNS=$(TRANSITIONS) $(CARGO) test --test integration load:: -- --nocapture

@@ -446,6 +446,11 @@ fn arm_failpoint() {
     {
         catalog::ledger::failpoint::arm(nth.parse().unwrap_or(0));
     }
+    if cfg!(debug_assertions)
+        && let Ok(name) = std::env::var("DYNABASE_TEST_FREEZE")
+    {
+        catalog::ledger::failpoint::arm_freeze(name);
+    }
 }
 
 /// Passes on the faults of a module, each of which begins with its key.

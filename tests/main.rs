@@ -9,6 +9,7 @@ mod doctor;
 mod floors;
 mod http_tls;
 mod life;
+mod load;
 mod mongo;
 mod moving;
 mod neon;

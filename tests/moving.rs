@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io::{BufRead, BufReader},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -33,6 +34,9 @@ const WRITERS: usize = 2;
 
 /// Longest wait of one request that a move may cause.
 const PAUSE_MAX: Duration = Duration::from_secs(15);
+
+/// A coordinator's that does not go on; after it somebody else may.
+const LEASE: Duration = Duration::from_secs(15);
 
 /// A proxy whose FREE shares collections and whose PRO has databases.
 struct House {
@@ -108,7 +112,7 @@ impl House {
             client
                 .database("dynabase_platform")
                 .collection::<Document>("holds")
-                .count_documents(doc! {})
+                .count_documents(doc! { "open": true })
                 .await
                 .expect("counted")
         })
@@ -329,4 +333,96 @@ fn killed_at_any_step_of_a_move_the_documents_are_in_the_one_place_that_is_looke
             assert!(seen.iter().any(|name| name == wanted), "{wanted} was not passed: {seen:?}");
         }
     }
+}
+
+#[test]
+fn what_shared_collections_can_t_hold_keeps_a_tenant_where_it_is() {
+    let house = House::start();
+    house.tier("PRO");
+    let stays = |why: &str| {
+        let (code, out, err) = house.proxy.command(&["tier", "set", "acme", "FREE", "--wait"], &[]);
+        assert_eq!(code, Some(1), "{out}{err}");
+        assert!(err.contains(why) && err.contains("stays on PRO"), "{err}");
+        assert_eq!((house.behind("acme"), house.holds()), ((0, 1), 0), "{why}");
+    };
+    let run = |command: Document| {
+        block_on(async { house.client("acme").await.database("app").run_command(command).await.expect("done") });
+    };
+    run(doc! { "insert": "kept", "documents": [{ "_id": 1 }] });
+    run(doc! { "create": "log", "capped": true, "size": 4096 });
+    stays("app.log has capped");
+    run(doc! { "drop": "log" });
+    let german = doc! { "key": { "name": 1 }, "name": "german", "collation": { "locale": "de" } };
+    run(doc! { "createIndexes": "kept", "indexes": [german] });
+    stays("index german of app.kept can't be in a shared collection");
+    run(doc! { "dropIndexes": "kept", "index": "german" });
+    run(doc! { "create": "seen", "viewOn": "kept", "pipeline": [] });
+    stays("app.seen is no plain collection");
+    run(doc! { "drop": "seen" });
+    // An _id that another tenant has in the shared collection.
+    block_on(async {
+        house.collection("globex").await.insert_one(doc! { "_id": 1 }).await.expect("inserted");
+    });
+    stays("is taken there");
+    assert_eq!(house.behind("globex"), (1, 0));
+    // Nothing else was in its way.
+    block_on(async {
+        house.collection("globex").await.delete_one(doc! { "_id": 1 }).await.expect("deleted");
+    });
+    house.tier("FREE");
+    assert_eq!(house.behind("acme"), (1, 0));
+}
+
+#[test]
+fn a_coordinator_that_was_frozen_in_a_batch_writes_nothing_once_another_one_has_come() {
+    let house = House::start();
+    block_on(async {
+        let kept = house.collection("acme").await;
+        kept.insert_many((0..20_i64).map(|id| doc! { "_id": id, "n": 0_i64 })).await.expect("inserted");
+    });
+    // The first batch that is written, the notice of the standstill; in `make chaos` a batch of the other direction too.
+    let all = std::env::var_os("DYNABASE_CHAOS_RUNS").is_some();
+    let cases = [("FREE", "PRO", "in a batch"), ("PRO", "FREE", "before a hold"), ("FREE", "PRO", "before a hold")];
+    let more = [("PRO", "FREE", "in a batch")];
+    let cases = cases[..if all { 3 } else { 2 }].iter().chain(more.iter().filter(|_| all));
+    for (turn, &(from, to, name)) in (1_i64..).zip(cases) {
+        let frozen = freeze(&house, to, name);
+        // Its lease runs out, and somebody else goes on or puts everything back; then the tenant writes.
+        // The lease is what is waited for: nothing else tells that its owner does not come.
+        std::thread::sleep(LEASE);
+        if settles(&house, &format!("{to}, frozen {name}")) == from {
+            house.tier(to);
+        }
+        block_on(async {
+            let kept = house.collection("acme").await;
+            kept.update_many(doc! {}, doc! { "$set": { "n": turn } }).await.expect("counted");
+            kept.delete_one(doc! { "_id": 20 - turn }).await.expect("deleted");
+        });
+        thaw(frozen);
+        let left = u64::try_from(20 - turn).expect("some");
+        let wanted = if to == "FREE" { (left, 0) } else { (0, left) };
+        assert_eq!((house.behind("acme"), house.holds()), (wanted, 0), "{to}, {name}");
+        let stale = block_on(async {
+            let kept = house.collection("acme").await;
+            kept.count_documents(doc! { "n": { "$ne": turn } }).await.expect("not held")
+        });
+        assert_eq!(stale, 0, "{to}, {name}");
+    }
+}
+
+/// A move whose process stands still from the first point of this name on.
+fn freeze(house: &House, to: &str, name: &str) -> std::process::Child {
+    let mut child = house.proxy.begin(&["tier", "set", "acme", to, "--wait"], &[("DYNABASE_TEST_FREEZE", name)]);
+    let mut said = String::new();
+    let mut lines = BufReader::new(child.stderr.as_mut().expect("piped"));
+    while !said.contains("failpoint ") && lines.read_line(&mut said).is_ok_and(|read| read > 0) {}
+    assert!(said.contains(&format!("failpoint {name}")), "{said}");
+    child
+}
+
+/// Lets it go on, to its end: it is told what became of the move, whoever has made it.
+fn thaw(mut frozen: std::process::Child) {
+    let pid = rustix::process::Pid::from_child(&frozen);
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).expect("it is there");
+    frozen.wait().expect("it ends");
 }

@@ -325,6 +325,15 @@ impl Proxy {
         Org { proxy: self, org: OrgId::parse(org).expect("an id") }
     }
 
+    /// Begins a command of ours about this installation, its standard error piped.
+    pub fn begin(&self, words: &[&str], environment: &[(&str, &str)]) -> Child {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", env!("CARGO_BIN_EXE_dynabase")]).args(words);
+        command.arg("--config").arg(self.folder.path().join("dynabase.toml")).envs(environment.iter().copied());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.spawn().expect("setpriv of util-linux is installed")
+    }
+
     /// Runs a command of ours about this installation: exit code, standard output, standard error.
     pub fn command(&self, words: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String, String) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_dynabase"));

@@ -59,7 +59,7 @@ impl Mongo {
     async fn release(&self, order: &Order, epoch: u64) -> Result<(), Trouble> {
         self.known.lock().remove(&order.tenant.org);
         let hold = Hold { org: order.tenant.org.clone(), fence: order.fence, until: Some(epoch) };
-        self.upstream.put_hold(&hold).await.map_err(trouble)?;
+        self.hold(&hold).await?;
         reach("after a release");
         match self.upstream.agreed(&hold, RELEASED_WITHIN).await.map_err(trouble)? {
             true => Ok(()),
@@ -74,7 +74,17 @@ impl Mongo {
         self.upstream.drop_hold(&order.tenant.org, order.fence).await.map_err(trouble)
     }
 
+    async fn hold(&self, hold: &Hold) -> Result<(), Trouble> {
+        match self.upstream.put_hold(hold).await.map_err(trouble)? {
+            true => Ok(()),
+            false => Err(Trouble::Overtaken),
+        }
+    }
+
     async fn set(&self, order: &Order, standing: &Standing, stage: u8) -> Result<(), Trouble> {
+        if let Some(it) = moving(order) {
+            self.upstream.shut_out(&it).await.map_err(move_trouble)?;
+        }
         match self.upstream.set_standing(&order.tenant.org, standing, order.fence, stage).await.map_err(trouble)? {
             true => Ok(()),
             false => Err(Trouble::Overtaken),
@@ -113,8 +123,9 @@ fn trouble(error: Error) -> Trouble {
         }
         Error::NoPrimary => Trouble::Failed(error.to_string()),
         Error::Lost(_) | Error::Slow | Error::Protocol(_) => Trouble::Unknown(error.to_string()),
-        // Retryable by its own word (a primary that steps down, a node that starts): it may have been done.
-        Error::Refused { code: 11600 | 11602 | 10107 | 13435 | 13436 | 189 | 91 | 64, .. } => {
+        // Retryable by its own word (a primary that steps down, a node that starts, a transaction that met another one or
+        // has ended): it may have been done.
+        Error::Refused { code: 11600 | 11602 | 10107 | 13435 | 13436 | 189 | 91 | 64 | 112 | 251, .. } => {
             Trouble::Unknown(error.to_string())
         }
         Error::Refused { .. } | Error::Login(_) | Error::Scram(_) => Trouble::No(error.to_string()),
@@ -157,7 +168,8 @@ impl Participant for Mongo {
         Box::pin(async move {
             let Some(it) = moving(order) else { return Ok(()) };
             let hold = Hold { org: it.org.clone(), fence: it.fence, until: None };
-            self.upstream.put_hold(&hold).await.map_err(trouble)?;
+            reach("before a hold");
+            self.hold(&hold).await?;
             reach("after a hold");
             if !self.upstream.agreed(&hold, STILL_WITHIN).await.map_err(trouble)? {
                 return Err(Trouble::No("a request or a transaction of the tenant did not come to an end".into()));

@@ -7,6 +7,9 @@
 //!
 //! A process gives a sign of life once a second, to the deployment that it would write to: who can't is no danger, and a
 //! process that has not read the notices for [`STALE`] lets nobody in. Both are written by the platform's user.
+//!
+//! A notice only gets later ([`Hold::ack`]): one that is over stays, closed, so that a coordinator that was stopped and goes
+//! on after its successor has finished can neither hold the tenant again nor let it in while somebody else holds it.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -38,6 +41,9 @@ const GONE: Duration = Duration::from_secs(6);
 /// Notices read at once; there is one for each tenant whose documents are on the move.
 const HOLDS_MAX: i32 = 1000;
 
+/// `DuplicateKey`: a later notice is there.
+const DUPLICATE_KEY: i32 = 11000;
+
 /// Pause between two looks at who has complied.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -53,7 +59,7 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// What a process says that has complied: later notices are larger.
+    /// What a process says that has complied, and the order of notices: later ones are larger.
     pub fn ack(&self) -> i64 {
         let fence = i64::try_from(self.fence).unwrap_or(i64::MAX / 2).min(i64::MAX / 2 - 1);
         fence * 2 + i64::from(self.until.is_some())
@@ -61,13 +67,15 @@ impl Hold {
 }
 
 impl Upstream {
-    /// Every notice there is.
+    /// Every notice that is up.
     ///
     /// # Errors
     /// The deployment can't be reached or refuses the platform.
     pub async fn holds(&self) -> Result<Vec<Hold>, Error> {
-        let ask =
-            doc! { "find": HOLDS, "limit": HOLDS_MAX, "batchSize": HOLDS_MAX, "singleBatch": true, "$db": DATABASE };
+        let ask = doc! {
+            "find": HOLDS, "filter": { "open": true }, "limit": HOLDS_MAX, "batchSize": HOLDS_MAX, "singleBatch": true,
+            "$db": DATABASE,
+        };
         let read = |it: &Document| {
             let number = |key| it.get_i64(key).ok().and_then(|number| u64::try_from(number).ok());
             Some(Hold { org: OrgId::parse(it.get_str("org").ok()?)?, fence: number("fence")?, until: number("until") })
@@ -75,17 +83,27 @@ impl Upstream {
         Ok(self.first_batch(ask).await?.iter().filter_map(read).collect())
     }
 
-    /// Puts up a notice, or replaces the one of an earlier coordinator.
+    /// Puts up a notice, or replaces an earlier one. False: a later one is there, or was.
     ///
     /// # Errors
     /// As [`Self::holds`].
-    pub async fn put_hold(&self, hold: &Hold) -> Result<(), Error> {
+    pub async fn put_hold(&self, hold: &Hold) -> Result<bool, Error> {
+        // Every process asks for the open ones all the time, and the closed ones become many.
+        let open = doc! { "key": { "open": 1 }, "name": "open", "sparse": true };
+        run(self, doc! { "createIndexes": HOLDS, "indexes": [open], "$db": DATABASE }).await?;
         let long = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
-        let mut held = doc! { "org": hold.org.as_str(), "fence": long(hold.fence) };
+        let mut held = doc! { "org": hold.org.as_str(), "fence": long(hold.fence), "order": hold.ack(), "open": true };
         held.extend(hold.until.map(|epoch| ("until".to_owned(), long(epoch).into())));
-        let update = doc! { "q": { "_id": self.names.base(&hold.org) }, "u": held, "upsert": true };
-        let put = doc! { "update": HOLDS, "updates": [update], "writeConcern": { "w": "majority" }, "$db": DATABASE };
-        run(self, put).await.map(drop)
+        // Where a later one stands, the filter finds nothing and the insertion meets it.
+        let put = doc! {
+            "findAndModify": HOLDS, "query": { "_id": self.names.base(&hold.org), "order": { "$lte": hold.ack() } },
+            "update": held, "upsert": true, "writeConcern": { "w": "majority" }, "$db": DATABASE,
+        };
+        match run(self, put).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.code() == Some(DUPLICATE_KEY) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Takes a notice down, unless it is a later coordinator's.
@@ -93,8 +111,19 @@ impl Upstream {
     /// # Errors
     /// As [`Self::holds`].
     pub async fn drop_hold(&self, org: &OrgId, fence: u64) -> Result<(), Error> {
-        let fence = i64::try_from(fence).unwrap_or(i64::MAX);
-        let mine = doc! { "q": { "_id": self.names.base(org), "fence": { "$lte": fence } }, "limit": 1 };
+        let last = Hold { org: org.clone(), fence, until: Some(0) }.ack();
+        let mine = doc! {
+            "q": { "_id": self.names.base(org), "order": { "$lte": last } },
+            "u": { "$set": { "order": last }, "$unset": { "open": "" } },
+        };
+        run(self, doc! { "update": HOLDS, "updates": [mine], "writeConcern": { "w": "majority" }, "$db": DATABASE })
+            .await
+            .map(drop)
+    }
+
+    /// Forgets a tenant's notice: the next tenant of this name begins anew.
+    pub(super) async fn forget_hold(&self, org: &OrgId) -> Result<(), Error> {
+        let mine = doc! { "q": { "_id": self.names.base(org) }, "limit": 1 };
         run(self, doc! { "delete": HOLDS, "deletes": [mine], "$db": DATABASE }).await.map(drop)
     }
 

@@ -195,6 +195,7 @@ impl Upstream {
         if purge {
             account::purge(self, org).await?;
             self.forget_standing(org).await?;
+            self.forget_hold(org).await?;
         }
         Ok(())
     }

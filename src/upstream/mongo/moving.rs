@@ -6,8 +6,10 @@
 //! in until it is no longer the tenant's ([`Upstream::clear`]).
 //!
 //! Documents are carried over byte for byte but for `org_id`, which a shared one has and one of the tenant's own has not.
-//! Every batch is written only while no later coordinator has been here ([`Upstream::fence`]).
+//! Every batch is written only while no later coordinator has been here: in one transaction with that look (`fenced`).
 
+mod clear;
+mod fenced;
 mod index;
 mod walk;
 
@@ -332,12 +334,11 @@ impl Upstream {
                 left = rest;
             }
             wire::close(&mut ask, updates);
-            put_majority(&mut ask);
+            wire::put_bool(&mut ask, "ordered", false);
             wire::put_str(&mut ask, "$db", database);
             wire::close(&mut ask, open);
-            self.fence(&it.org, it.fence).await?;
             reach("before a batch");
-            let reply = self.command(&ask).await?;
+            let reply = self.fenced(&it.org, it.fence, &ask).await?;
             reach("after a batch");
             written_well(&reply, collection)?;
         }
@@ -361,49 +362,16 @@ impl Upstream {
                 wire::close(&mut ask, one);
             }
             wire::close(&mut ask, deletes);
-            put_majority(&mut ask);
+            wire::put_bool(&mut ask, "ordered", false);
             wire::put_str(&mut ask, "$db", database);
             wire::close(&mut ask, open);
-            self.fence(&it.org, it.fence).await?;
             reach("before a batch");
-            let reply = self.command(&ask).await?;
+            let reply = self.fenced(&it.org, it.fence, &ask).await?;
             reach("after a batch");
             written_well(&reply, collection)?;
         }
         Ok(u64::try_from(ids.len()).unwrap_or(u64::MAX))
     }
-
-    /// Takes away all of a tenant's documents and indexes in one kind of place.
-    ///
-    /// # Errors
-    /// [`MoveError`]; calling again continues.
-    pub async fn clear(&self, org: &OrgId, isolation: Isolation, fence: u64) -> Result<(), MoveError> {
-        let place = self.place(org, isolation);
-        for physical in self.databases().await? {
-            if place.logical(&physical).is_none() {
-                continue;
-            }
-            if isolation == Isolation::Database {
-                self.fence(org, fence).await?;
-                run(self, doc! { "dropDatabase": 1, "$db": &physical }).await?;
-                continue;
-            }
-            for collection in collections(self, &physical).await? {
-                self.fence(org, fence).await?;
-                let mine = vec![doc! { "q": { ORG: org.as_str() }, "limit": 0 }];
-                run(self, doc! { "delete": &collection, "deletes": mine, "$db": &physical }).await?;
-                self.drop_indexes(org, &physical, &collection).await?;
-            }
-        }
-        Ok(())
-    }
-}
-
-fn put_majority(out: &mut Vec<u8>) {
-    wire::put_bool(out, "ordered", false);
-    let concern = wire::open_document(out, "writeConcern");
-    wire::put_str(out, "w", "majority");
-    wire::close(out, concern);
 }
 
 /// Whether every write of a batch was done.

@@ -15,7 +15,7 @@ use crate::tenant::{OrgId, Tier, tier::MongodbLimits};
 /// The platform's own database: no tenant's name can be it.
 pub(super) const DATABASE: &str = "dynabase_platform";
 
-const COLLECTION: &str = "standings";
+pub(super) const COLLECTION: &str = "standings";
 
 /// `DuplicateKey`.
 const DUPLICATE_KEY: i32 = 11000;
