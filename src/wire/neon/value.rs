@@ -174,8 +174,9 @@ fn put_array(out: &mut Vec<u8>, element: Element, delimiter: u8, text: &[u8]) ->
     out.push(b'[');
     let mut depth = 1;
     let mut scratch = Vec::new();
-    // Whether an element or an array may begin here.
-    let mut open = true;
+    // Whether an element or an array may begin here; and whether it would be the first of its array, which may end
+    // before it.
+    let (mut open, mut first_here) = (true, true);
     loop {
         let (&first, behind) = rest.split_first()?;
         match first {
@@ -185,12 +186,13 @@ fn put_array(out: &mut Vec<u8>, element: Element, delimiter: u8, text: &[u8]) ->
                     return None;
                 }
                 out.push(b'[');
+                first_here = true;
                 rest = behind;
             }
-            b'}' => {
+            b'}' if first_here || !open => {
                 out.push(b']');
                 depth -= 1;
-                open = false;
+                (open, first_here) = (false, false);
                 rest = behind;
                 if depth == 0 {
                     return rest.is_empty().then_some(());
@@ -219,16 +221,17 @@ fn put_array(out: &mut Vec<u8>, element: Element, delimiter: u8, text: &[u8]) ->
                 }
                 put_element(out, element, &scratch);
                 rest = &behind[at + 1..];
-                open = false;
+                (open, first_here) = (false, false);
             }
             _ if open => {
                 let end = rest.iter().position(|&byte| byte == delimiter || byte == b'}')?;
                 match &rest[..end] {
+                    b"" => return None,
                     b"NULL" => out.extend_from_slice(b"null"),
                     word => put_element(out, element, word),
                 }
                 rest = &rest[end..];
-                open = false;
+                (open, first_here) = (false, false);
             }
             _ => return None,
         }
@@ -289,9 +292,25 @@ mod tests {
 
     #[test]
     fn what_is_no_array_stays_a_text() {
-        for text in
-            ["", "{", "}", "{1", "{1,", "1", "{1}x", "{1}{2}", "{\"a}", "[1:2]", "{\"a\"b}", "{{{{{{{{{{1}}}}}}}}}}"]
-        {
+        for text in [
+            "",
+            "{",
+            "}",
+            "{1",
+            "{1,",
+            "1",
+            "{1}x",
+            "{1}{2}",
+            "{\"a}",
+            "[1:2]",
+            "{\"a\"b}",
+            "{\"a\",}",
+            "{1,}",
+            "{,1}",
+            "{1,,2}",
+            "{{},}",
+            "{{{{{{{{{{1}}}}}}}}}}",
+        ] {
             let out = json(1009, text);
             assert_eq!(serde_json::from_str::<String>(&out).expect("a string"), text);
         }
