@@ -9,7 +9,7 @@
   HAProxy, through dynabase. The deployment is a small stand-in in this file, behind the same nginx for all three.
 
 Every check of dynabase is on; only the tier's rates are lifted. CPU is the proxy's own, user and system.
-Usage: benches/http.py [--rounds 3] [--seconds 4] [--sockets 500]. Needs target/release/dynabase (or DYNABASE_BIN), and
+Usage: benches/http.py [--rounds 3] [--seconds 4] [--sockets 500] [--only hop]. Needs target/release/dynabase (or DYNABASE_BIN), and
 haproxy, nginx, wrk (Debian: apt-get install haproxy nginx-light wrk).
 """
 
@@ -334,6 +334,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=4)
     parser.add_argument("--sockets", type=int, default=500)
+    parser.add_argument("--only", action="append", choices=["sql", "hop", "socket"], help="this table; all three otherwise")
     parser.add_argument("--port-offset", type=int, default=12000)
     args = parser.parse_args()
     for program in ("haproxy", "nginx", "wrk"):
@@ -398,43 +399,47 @@ def main():
                 'wrk.path = "/api/query"\n'
                 'wrk.body = \'{"path":"messages:list","format":"convex_encoded_json","args":[{"channel":"general"}]}\'\n')
 
-            print("## SQL over HTTP: one row by its key\n")
-            print("| connections | through | requests/s | p50 ms | p99 ms | dynabase CPU s per 100 000 |")
-            print("|---|---|---|---|---|---|")
-            for clients in (1, 16, 64):
-                def one(name):
-                    if name.startswith("/sql"):
-                        return wrk(f"http://127.0.0.1:{door}", folder / "row.lua", clients, args.seconds, dynabase.pid)
-                    url, pid = (direct, 0) if name.startswith("direct") else (port_url, dynabase.pid)
-                    return pgbench(url, folder / "row.pgbench", clients, args.seconds, pid)
-                names = ["direct, pgbench (average for p50)", "Postgres port, pgbench", "/sql, wrk"]
-                for name, (rate, p50, p99, spent) in alternate(names, args.rounds, one).items():
-                    own = None if name.startswith("direct") else spent
-                    print(f"| {clients} | {name} | {rate:,.0f} | {p50:.3f} | {cell(p99, '.3f')} | {cell(own, '.2f')} |", flush=True)
+            wanted = args.only or ["sql", "hop", "socket"]
+            if "sql" in wanted:
+                print("## SQL over HTTP: one row by its key\n")
+                print("| connections | through | requests/s | p50 ms | p99 ms | dynabase CPU s per 100 000 |")
+                print("|---|---|---|---|---|---|")
+                for clients in (1, 16, 64):
+                    def one(name):
+                        if name.startswith("/sql"):
+                            return wrk(f"http://127.0.0.1:{door}", folder / "row.lua", clients, args.seconds, dynabase.pid)
+                        url, pid = (direct, 0) if name.startswith("direct") else (port_url, dynabase.pid)
+                        return pgbench(url, folder / "row.pgbench", clients, args.seconds, pid)
+                    names = ["direct, pgbench (average for p50)", "Postgres port, pgbench", "/sql, wrk"]
+                    for name, (rate, p50, p99, spent) in alternate(names, args.rounds, one).items():
+                        own = None if name.startswith("direct") else spent
+                        print(f"| {clients} | {name} | {rate:,.0f} | {p50:.3f} | {cell(p99, '.3f')} | {cell(own, '.2f')} |", flush=True)
 
             targets = {"direct": {"port": upstream, "pid": 0}, "HAProxy": {"port": middle, "pid": haproxy.pid},
                        "dynabase": {"port": door, "pid": dynabase.pid}}
-            print("\n## A relayed Convex query\n")
-            print("| connections | through | requests/s | p50 ms | p99 ms | proxy CPU s per million | CPU × HAProxy |")
-            print("|---|---|---|---|---|---|---|")
-            for clients in (1, 64):
-                def hop(name):
-                    target = targets[name]
-                    return wrk(f"http://127.0.0.1:{target['port']}", folder / "query.lua", clients, args.seconds, target["pid"])
-                found = alternate(targets, args.rounds, hop)
-                peer = found["HAProxy"][3]
-                for name, (rate, p50, p99, spent) in found.items():
-                    own = "– | –" if name == "direct" else f"{spent * 10:.1f} | {spent / peer:.2f}"
-                    print(f"| {clients} | {name} | {rate:,.0f} | {p50:.3f} | {p99:.3f} | {own} |", flush=True)
+            if "hop" in wanted:
+                print("\n## A relayed Convex query\n")
+                print("| connections | through | requests/s | p50 ms | p99 ms | proxy CPU s per million | CPU × HAProxy |")
+                print("|---|---|---|---|---|---|---|")
+                for clients in (1, 64):
+                    def hop(name):
+                        target = targets[name]
+                        return wrk(f"http://127.0.0.1:{target['port']}", folder / "query.lua", clients, args.seconds, target["pid"])
+                    found = alternate(targets, args.rounds, hop)
+                    peer = found["HAProxy"][3]
+                    for name, (rate, p50, p99, spent) in found.items():
+                        own = "– | –" if name == "direct" else f"{spent * 10:.1f} | {spent / peer:.2f}"
+                        print(f"| {clients} | {name} | {rate:,.0f} | {p50:.3f} | {p99:.3f} | {own} |", flush=True)
 
-            print("\n## Convex' sync socket\n")
-            print("| through | a small call, µs | 1 MiB answers, MB/s | proxy CPU s per GB | an idle socket, KiB |")
-            print("|---|---|---|---|---|")
-            found = alternate(targets, args.rounds, lambda name: asyncio.run(over_the_socket(targets[name], token)))
-            for name, (micros, speed, spent) in found.items():
-                target = targets[name]
-                memory = asyncio.run(idle(target, token, args.sockets)) / 1024 if target["pid"] else None
-                print(f"| {name} | {micros:.0f} | {speed:.0f} | {cell(spent if target['pid'] else None, '.2f')} | {cell(memory, '.1f')} |", flush=True)
+            if "socket" in wanted:
+                print("\n## Convex' sync socket\n")
+                print("| through | a small call, µs | 1 MiB answers, MB/s | proxy CPU s per GB | an idle socket, KiB |")
+                print("|---|---|---|---|---|")
+                found = alternate(targets, args.rounds, lambda name: asyncio.run(over_the_socket(targets[name], token)))
+                for name, (micros, speed, spent) in found.items():
+                    target = targets[name]
+                    memory = asyncio.run(idle(target, token, args.sockets)) / 1024 if target["pid"] else None
+                    print(f"| {name} | {micros:.0f} | {speed:.0f} | {cell(spent if target['pid'] else None, '.2f')} | {cell(memory, '.1f')} |", flush=True)
         finally:
             for child in reversed(children):
                 child.send_signal(signal.SIGTERM)

@@ -69,6 +69,17 @@ impl Gate {
     /// Dropping it before the end leaves nothing behind.
     pub async fn admit(&self, credential: &[u8], protocol: Protocol) -> Result<Session, Refusal> {
         let identity = self.verifier.verify(credential).await?;
+        self.admit_as(identity, protocol).await
+    }
+
+    /// Admits whom [`Self::identify`] found just now: [`Self::admit`] without verifying twice.
+    ///
+    /// # Errors
+    /// The first check that says no.
+    ///
+    /// # Cancel safety
+    /// Dropping it before the end leaves nothing behind.
+    pub async fn admit_as(&self, identity: Arc<Identity>, protocol: Protocol) -> Result<Session, Refusal> {
         let slot = self.table.slot(&identity.org).await?;
         let policy = slot.policy();
         if policy.tenant.status != Status::Active {

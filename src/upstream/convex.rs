@@ -5,7 +5,8 @@
 //! at another's. A *shared* deployment: the verified organisation is written into the arguments of every call, over
 //! whatever the client wrote there.
 //!
-//! [`Upstream::deployment`] says which; [`Upstream::token`] is the token that is passed on instead of the caller's;
+//! [`Upstream::deployment`] says which; [`Upstream::token`] is the token that is passed on instead of the caller's on a
+//! socket, [`Upstream::authorization`] with a request;
 //! [`Upstream::request`] and [`Upstream::socket`] are the ways there.
 
 mod config;
@@ -19,9 +20,10 @@ use std::{
 
 pub use config::Config;
 pub use dial::{Answer, DialError, Sending, Socket};
-use hyper::{Uri, http::uri};
+use hyper::{Uri, header::HeaderValue, http::uri};
 pub use issuer::Claims;
 use issuer::Issuer;
+use moka::sync::Cache;
 
 use crate::{
     net::ClientTls,
@@ -32,7 +34,13 @@ use crate::{
 pub const JWKS_PATH: &str = "/.well-known/jwks.json";
 
 /// How long a token is good that is sent on with one HTTP request: longer than any request may take.
-pub const REQUEST_TOKEN_TTL: Duration = Duration::from_secs(600);
+const REQUEST_TOKEN_TTL: Duration = Duration::from_secs(600);
+
+/// How long a caller's requests share a token: signing one costs as much as all the rest of a request.
+const REQUEST_TOKEN_SHARED: Duration = Duration::from_secs(60);
+
+/// Callers whose requests' token is kept, at some 700 bytes each.
+const REQUEST_TOKENS_MAX: u64 = 16 * 1024;
 
 /// How long a token is good on a socket whose caller's own never ends.
 pub const SOCKET_TOKEN_TTL: Duration = Duration::from_secs(24 * 3600);
@@ -117,6 +125,8 @@ pub struct Upstream {
     issuer: Issuer,
     tls: ClientTls,
     client: dial::Client,
+    /// Values of `Authorization` by what they were made from.
+    tokens: Cache<[u8; 32], HeaderValue>,
 }
 
 impl Upstream {
@@ -132,7 +142,8 @@ impl Upstream {
         let issuer = Issuer::new(public_url.trim_end_matches('/'), &names)?;
         let tls = config.tls()?;
         let client = dial::Client::new(config.ca_file.clone())?;
-        Ok(Some(Arc::new(Self { config: config.clone(), names, issuer, tls, client })))
+        let tokens = Cache::builder().max_capacity(REQUEST_TOKENS_MAX).time_to_live(REQUEST_TOKEN_SHARED).build();
+        Ok(Some(Arc::new(Self { config: config.clone(), names, issuer, tls, client, tokens })))
     }
 
     /// Where the tenant's functions are; `None` if it has none.
@@ -176,6 +187,27 @@ impl Upstream {
     /// The token that `deployment` gets to see: of the same subject and organisation, good until `expires_at`.
     pub fn token(&self, deployment: &Deployment, claims: &Claims<'_>, expires_at: SystemTime) -> String {
         self.issuer.token(&deployment.audience, claims, &self.config.claims, expires_at)
+    }
+
+    /// The `Authorization` of one request to `deployment`, for a caller that is admitted now and whose own credential
+    /// ends at `expires_at`. Requests of a minute share one; none ends after the caller's own.
+    pub fn authorization(
+        &self,
+        deployment: &Deployment,
+        claims: &Claims<'_>,
+        expires_at: Option<SystemTime>,
+    ) -> Option<HeaderValue> {
+        let made_from = claims.digest(&deployment.audience, expires_at);
+        if let Some(shared) = self.tokens.get(&made_from) {
+            return Some(shared);
+        }
+        let longest = SystemTime::now() + REQUEST_TOKEN_SHARED + REQUEST_TOKEN_TTL;
+        let until = expires_at.map_or(longest, |at| at.min(longest));
+        let token = self.token(deployment, claims, until);
+        let mut value = HeaderValue::try_from(format!("Bearer {token}")).ok()?;
+        value.set_sensitive(true);
+        self.tokens.insert(made_from, value.clone());
+        Some(value)
     }
 
     /// The public half of the key that signs [`Self::token`], as the issuer's key set.

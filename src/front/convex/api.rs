@@ -13,7 +13,7 @@ use std::{
     pin::Pin,
     sync::{Arc, OnceLock, atomic::Ordering},
     task::{Context, Poll, ready},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -43,7 +43,7 @@ use crate::{
     refusal::{Refusal, TokenFault},
     session::{Session, Visit},
     tenant::{OrgId, Protocol},
-    upstream::convex::{Claims, Deployment, DialError, REQUEST_TOKEN_TTL, Sending},
+    upstream::convex::{Claims, Deployment, DialError, Sending},
     usage::Meter,
 };
 
@@ -186,7 +186,7 @@ impl Server {
             let theirs = |org: &OrgId| host_org.is_none_or(|host| host == org);
             match self.gate.identify(token).await {
                 Ok(identity) if theirs(&identity.org) => {
-                    let session = self.gate.admit(token, Protocol::Convex).await?;
+                    let session = self.gate.admit_as(identity, Protocol::Convex).await?;
                     client.admitted();
                     return Ok(Caller::Known(Box::new(session), token.to_vec()));
                 }
@@ -221,11 +221,9 @@ impl Server {
         let authorization = match &caller {
             Caller::Known(session, credential) => {
                 let identity = session.identity();
-                let longest = SystemTime::now() + REQUEST_TOKEN_TTL;
-                let until = identity.expires_at.map_or(longest, |at| at.min(longest));
                 let claims = Claims { subject: &identity.subject, org: &identity.org, credential };
-                let own = self.upstream.token(deployment, &claims, until);
-                Some(HeaderValue::try_from(format!("Bearer {own}")).map_err(|_| Refusal::Internal)?)
+                let own = self.upstream.authorization(deployment, &claims, identity.expires_at);
+                Some(own.ok_or(Refusal::Internal)?)
             }
             Caller::Nobody(_, own) => own.clone(),
         };

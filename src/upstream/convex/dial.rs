@@ -29,8 +29,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(305);
 /// How long an idle connection is kept: less than what load balancers usually do.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(50);
 
-/// Idle connections kept to one deployment.
-const IDLE_MAX: usize = 32;
+/// Idle connections kept to one deployment: fewer than requests under way means a new connection for each of the rest.
+const IDLE_MAX: usize = 512;
 
 /// What is sent to a deployment.
 pub type Sending = UnsyncBoxBody<Bytes, io::Error>;

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::{
     agreement::{ECDH_P256, PrivateKey},
+    digest::{Context, SHA256},
     rand::SystemRandom,
     signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair},
 };
@@ -28,6 +29,24 @@ pub struct Claims<'a> {
     pub org: &'a OrgId,
     /// The verified token, for further claims; anything else (a service key) has none.
     pub credential: &'a [u8],
+}
+
+impl Claims<'_> {
+    /// What a token for `audience` would be made from: tokens of the same digest are interchangeable.
+    pub(super) fn digest(&self, audience: &str, expires_at: Option<SystemTime>) -> [u8; 32] {
+        let ends = expires_at.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|at| at.as_secs());
+        let ends = ends.unwrap_or(u64::MAX).to_be_bytes();
+        let mut context = Context::new(&SHA256);
+        for part in [audience.as_bytes(), self.subject.as_bytes(), self.org.as_str().as_bytes(), &ends, self.credential]
+        {
+            // With its length, so that no two lists of parts look the same.
+            context.update(&(part.len() as u64).to_be_bytes());
+            context.update(part);
+        }
+        let mut digest = [0; 32];
+        digest.copy_from_slice(context.finish().as_ref());
+        digest
+    }
 }
 
 /// Signs tokens.
@@ -61,7 +80,7 @@ impl Issuer {
         let [x, y] = [public.get(1..33), public.get(33..65)].map(|part| URL_SAFE_NO_PAD.encode(part.unwrap_or(&[])));
         // RFC 7638: the key's own fingerprint names it.
         let thumbprint = format!(r#"{{"crv":"P-256","kty":"EC","x":"{x}","y":"{y}"}}"#);
-        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, thumbprint.as_bytes());
+        let digest = aws_lc_rs::digest::digest(&SHA256, thumbprint.as_bytes());
         let kid = URL_SAFE_NO_PAD.encode(digest.as_ref());
         let jwks =
             json!({"keys": [{"kty": "EC", "crv": "P-256", "x": x, "y": y, "kid": kid, "alg": "ES256", "use": "sig"}]});

@@ -105,6 +105,41 @@ fn a_token_says_what_was_verified_and_nothing_that_the_caller_could_choose() {
 }
 
 #[test]
+fn requests_share_a_token_only_where_all_that_it_says_is_the_same() {
+    let upstream = upstream(shared());
+    let (acme, globex) = (tenant("acme"), tenant("globex"));
+    let deployment = upstream.deployment(&acme).expect("there");
+    let other = Deployment { audience: "convex-other".into(), ..deployment.clone() };
+    let claims = Claims { subject: "u", org: &acme.org, credential: b"h.e30.s" };
+    let soon = SystemTime::now() + Duration::from_secs(30);
+    let of = |deployment: &Deployment, claims: Claims<'_>, ends| {
+        let value = upstream.authorization(deployment, &claims, ends).expect("a header");
+        value.to_str().expect("text").to_owned()
+    };
+    let first = of(&deployment, claims, None);
+    assert_eq!(of(&deployment, claims, None), first);
+    let others = [
+        of(&other, claims, None),
+        of(&deployment, Claims { subject: "v", ..claims }, None),
+        of(&deployment, Claims { org: &globex.org, ..claims }, None),
+        of(&deployment, Claims { credential: b"h.e31.s", ..claims }, None),
+        of(&deployment, claims, Some(soon)),
+    ];
+    for (at, other) in others.iter().enumerate() {
+        assert_ne!(*other, first, "{at}");
+    }
+    let ends = |value: &str| {
+        let payload = value.split('.').nth(1).expect("a payload");
+        let payload = data_encoding::BASE64URL_NOPAD.decode(payload.as_bytes()).expect("base64");
+        serde_json::from_slice::<Value>(&payload).expect("JSON")["exp"].as_u64().expect("a time")
+    };
+    let seconds = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970").as_secs();
+    assert_eq!(ends(&others[4]), seconds(soon), "not longer than the caller's own");
+    let left = ends(&first) - seconds(SystemTime::now());
+    assert!(left >= REQUEST_TOKEN_TTL.as_secs(), "whoever gets it last has long enough too: {left}");
+}
+
+#[test]
 fn every_process_has_the_same_key() {
     assert_eq!(upstream(shared()).jwks(), upstream(shared()).jwks());
 }
