@@ -14,6 +14,7 @@ mod mongo;
 mod moving;
 mod neon;
 mod neon_api;
+mod neon_homes;
 mod neon_projects;
 mod postgres;
 mod provision;

@@ -184,9 +184,11 @@ impl Tenant {
                 })
     }
 
-    /// Where the Postgres port finds the tenant's databases.
-    pub fn home(&self, limits: &Limits) -> Home {
-        self.routes.postgres.unwrap_or(limits.postgres.home)
+    /// Where the Postgres port finds the tenant's databases: as its record says since it was made. A record that says
+    /// nothing (older than that, or written by hand) means the main home. The tier has no word in it: changed by hand,
+    /// it would lead to an empty database.
+    pub fn home(&self) -> Home {
+        self.routes.postgres.unwrap_or(Home::Main)
     }
 }
 

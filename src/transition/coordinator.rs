@@ -23,7 +23,7 @@ use crate::{
         ledger::{failpoint::reach, lease, this_process},
         now_ms,
     },
-    tenant::{Limits, OrgId, Protocol, Routes, Status, Tenant, Tier, Tiers},
+    tenant::{Home, Limits, OrgId, Protocol, Routes, Status, Tenant, Tier, Tiers},
 };
 
 /// Longest time for preparing, all participants together. These are shorter in tests, which wait for them.
@@ -213,6 +213,16 @@ impl Coordinator {
         Arc::clone(self.0.tiers.load().limits(tier))
     }
 
+    /// The home of a tenant that is made on `tier`: where the tier says, and on the main server where there are no Neon
+    /// homes.
+    pub fn home_for(&self, tier: Tier) -> Home {
+        let there = self.0.participants.0[Protocol::Neon as usize].is_some();
+        match self.limits(tier).postgres.home {
+            Home::Neon if there => Home::Neon,
+            Home::Neon | Home::Main => Home::Main,
+        }
+    }
+
     /// Looks at every database and begins a transition. Give its entry to [`Self::drive`].
     ///
     /// # Errors
@@ -266,7 +276,8 @@ impl Coordinator {
             participants,
             reason: None,
             over,
-            pins: pins(&tenant, &self.limits(tenant.tier), &to),
+            // Databases on PostgreSQL stay where they are, which the record has said since the tenant was made.
+            pins: Routes::default(),
             by: request.by.to_owned(),
             owner: self.0.owner.clone(),
             fence: 0,
@@ -352,6 +363,9 @@ impl Coordinator {
         let mut answers = Vec::new();
         for database in Protocol::ALL {
             let answer = match &self.0.participants.0[database as usize] {
+                None if database == tenant.home().protocol() => Some(Err(Trouble::No(
+                    "the tenant's home is there, and this installation has no such database".into(),
+                ))),
                 None => None,
                 Some(participant) => {
                     let reading = participant.read_back(&tenant, &limits);
@@ -378,14 +392,6 @@ impl Coordinator {
         }
         done.map(|()| work.entry)
     }
-}
-
-/// A database on PostgreSQL stays where it is: what the old tier said about its place is said by the record from the commit
-/// on, where the new tier would say otherwise. Documents on MongoDB move with the tier ([`moves`]).
-fn pins(tenant: &Tenant, from: &Limits, to: &Limits) -> Routes {
-    let home = from.postgres.home;
-    let postgres = (tenant.routes.postgres.is_none() && home != to.postgres.home).then_some(home);
-    Routes { postgres, ..Routes::default() }
 }
 
 /// `<org>.<epoch after>.<random>`.

@@ -200,7 +200,7 @@ pub async fn enter(
     let policy = session.slot().policy();
     let home = match protocol {
         Protocol::Neon => Home::Neon,
-        _ => policy.tenant.home(&policy.limits),
+        _ => policy.tenant.home(),
     };
     let allowed = session.identity().user.as_deref().is_none_or(|user| user == options.user);
     if !allowed || !policy.tenant.has_user(&options.user) {
