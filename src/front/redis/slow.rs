@@ -57,6 +57,7 @@ impl Client {
             (Policy::Service, "move") => self.move_key(&held).await,
             (Policy::Service, "swapdb") => self.swap(&held).await,
             (Policy::Service, "flushall") => self.flush_all(&held).await,
+            (Policy::Service, name) if name.starts_with("function|") => self.functions(&held).await,
             _ => self.answer(&held).await,
         }
     }
