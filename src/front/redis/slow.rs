@@ -129,6 +129,8 @@ impl Client {
             outbox: Arc::clone(&self.outbox),
         });
         server.registry.enter(&tenant.org, Arc::clone(&card));
+        self.share.join(&place.held);
+        self.outbox.join(&place.held);
         self.card = Some(card);
         self.unauthenticated = None;
         self.tenancy = Some(Tenancy { session, place, database });
