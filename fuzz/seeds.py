@@ -204,7 +204,15 @@ WEBSOCKET = {
     "close": frame(0x88, b"\x03\xe8bye"),
 }
 
-SEEDS = {"websocket": WEBSOCKET, "convex": CONVEX, "mongo_codec": MONGO_CODEC, "mongo_rewrite": MONGO_REWRITE, "startup": STARTUP, "frontend": FRONTEND, "backend": BACKEND, "ledger": LEDGER, "configuration": CONFIGURATION,
+LIBRARY = {
+    "plain": b"#!lua name=lib\nlocal function f(keys,args) for i=1,3 do redis.call('INCR',keys[1]) end return args[1] end\n"
+             b"redis.register_function('f',f)\n",
+    "named": b"#!LUA  'NAME=lib' \nredis.register_function{function_name='f',callback=function() return [==[ ]] do ]==] end,flags={'no-writes'}}",
+    "shadowed": b"#!lua name=lib\nlocal j=cjson while false do end --[[ end ]] return ' dynabase_tick();'",
+    "broken": b"#!lua name=lib\nend repeat until",
+}
+
+SEEDS = {"redis_library": LIBRARY, "websocket": WEBSOCKET, "convex": CONVEX, "mongo_codec": MONGO_CODEC, "mongo_rewrite": MONGO_REWRITE, "startup": STARTUP, "frontend": FRONTEND, "backend": BACKEND, "ledger": LEDGER, "configuration": CONFIGURATION,
          "conversation": CONVERSATION, "token": TOKEN, "resp": RESP, "redis_rewrite": REWRITE}
 for target, seeds in SEEDS.items():
     folder = CORPUS / target

@@ -100,7 +100,15 @@ pub struct RedisNamespace {
     pub user: String,
     /// `org:<name>`: letters, digits, `_` and `-` only, so that it is literal inside a glob.
     stem: String,
+    /// What stands before its functions.
+    mark: String,
 }
+
+/// What the mark of every tenant begins with; 20 characters that are its own and `_` follow.
+const FUNCTION_STEM: &str = "dynabase_";
+
+/// Characters of a derived short name.
+const SHORT_LEN: usize = 20;
 
 impl RedisNamespace {
     /// What stands before every key of one logical database: `org:<name>:`, or `org:<name>@n:`.
@@ -141,6 +149,27 @@ impl RedisNamespace {
     /// The key under which the platform keeps the tenant's logical databases. Outside every tenant's prefix.
     pub fn registry(&self) -> String {
         format!("dynabase:databases:{}", self.stem)
+    }
+
+    /// What stands before the name of every function and library: letters, digits and `_` only, as the server wants
+    /// it, of one length for all tenants.
+    pub fn function_mark(&self) -> &str {
+        &self.mark
+    }
+
+    /// The key that is written whenever the tenant's libraries change, so that two who change them at once notice.
+    pub fn libraries(&self) -> String {
+        format!("dynabase:libraries:{}", self.stem)
+    }
+
+    /// The first mark of a function in a text, of whatever tenant: where it begins and ends.
+    pub fn find_function_mark(text: &[u8]) -> Option<(usize, usize)> {
+        memchr::memmem::find_iter(text, FUNCTION_STEM).find_map(|at| {
+            let own = text.get(at + FUNCTION_STEM.len()..)?.get(..=SHORT_LEN)?;
+            let (end, own) = own.split_last()?;
+            let is_own = own.iter().all(|b| b.is_ascii_lowercase() || (b'2'..=b'7').contains(b));
+            (*end == b'_' && is_own).then_some((at, at + FUNCTION_STEM.len() + SHORT_LEN + 1))
+        })
     }
 }
 
@@ -229,7 +258,9 @@ impl Names {
             NameStyle::Plain => format!("org:{org}"),
             NameStyle::Opaque => format!("org:{user}"),
         };
-        RedisNamespace { user, stem }
+        // An organisation's id may hold what a function's name may not.
+        let mark = format!("{FUNCTION_STEM}{}_", self.short(&["redis functions", org.as_str()]));
+        RedisNamespace { user, stem, mark }
     }
 
     /// Derives from `root` in the given style.
@@ -291,7 +322,7 @@ impl Names {
     /// 20 lower-case base32 characters: 100 bits.
     fn short(&self, parts: &[&str]) -> String {
         let mut text = BASE32_NOPAD.encode(self.root.derive(parts).as_ref()).to_ascii_lowercase();
-        text.truncate(20);
+        text.truncate(SHORT_LEN);
         text
     }
 }
@@ -391,6 +422,25 @@ mod tests {
             }
             assert_eq!(shared.logical("shared_"), None);
             assert_eq!(shared.logical("admin"), None);
+        }
+    }
+
+    #[test]
+    fn functions_have_a_mark_that_is_the_tenants_and_is_found() {
+        let names = names(NameStyle::Plain);
+        let marks: Vec<String> =
+            ["a", "ab", "a-b", "a_b"].map(|text| names.redis(&org(text)).function_mark().to_owned()).into();
+        for (at, mark) in marks.iter().enumerate() {
+            assert!(mark.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') && mark.len() == marks[0].len());
+            assert!(marks.iter().skip(at + 1).all(|other| other != mark));
+            let text = format!("-ERR dynabase_x script: {mark}f, on @user_function:3.");
+            let (begin, end) = RedisNamespace::find_function_mark(text.as_bytes()).expect("one");
+            assert_eq!(&text[begin..end], mark);
+        }
+        for none in
+            ["", "dynabase_", "dynabase_tick", "dynabase_aaaaaaaaaaaaaaaaaaaaA", "dynabase_aaaaaaaaaaaaaaaaaaa1_"]
+        {
+            assert_eq!(RedisNamespace::find_function_mark(none.as_bytes()), None, "{none}");
         }
     }
 

@@ -2,6 +2,7 @@
 """
 
 import asyncio
+import json
 import subprocess
 import threading
 import time
@@ -278,6 +279,60 @@ def asyncio_resp3():
 @case
 def limits_of_free_as_exceptions():
     oom(FREE)
+
+
+LIBRARY = """#!lua name=suite
+local function made(key) return 'fn:' .. key end
+redis.register_function('keep', function(keys, args)
+  redis.call('SET', made(keys[1]), args[1])
+  return redis.call('GET', made(keys[1]))
+end)
+redis.register_function{
+  function_name = 'seen',
+  callback = function(keys) return redis.call('GET', made(keys[1])) end,
+  flags = {'no-writes'},
+}
+"""
+
+
+def functions(url, protocol):
+    r = redis.Redis.from_url(url, protocol=protocol, decode_responses=True)
+    r.flushall()
+    assert r.function_load(LIBRARY, replace=True) == "suite"
+    refused(lambda: r.function_load(LIBRARY), redis.ResponseError, "Library 'suite' already exists")
+    assert r.fcall("keep", 1, "a", "b") == "b" and r.get("fn:a") == "b"
+    assert r.fcall_ro("seen", 1, "a") == "b"
+    refused(lambda: r.fcall_ro("keep", 1, "a", "c"), redis.ResponseError, "write flag")
+    with r.pipeline(transaction=True) as pipe:
+        assert pipe.fcall("keep", 1, "p", "q").get("fn:p").execute() == ["q", "q"]
+    told = json.dumps(r.function_list(library="su*", withcode=True), default=sorted)
+    assert json.dumps(LIBRARY) in told and '"keep"' in told and '"no-writes"' in told, told
+    assert '"functions_count"' in json.dumps(r.function_stats())
+    assert r.function_list("x*") == []
+    assert r.function_delete("suite")
+    refused(lambda: r.fcall("keep", 1, "a", "b"), redis.ResponseError, "Function not found")
+    assert r.function_flush()
+
+
+@case
+def functions_resp2():
+    functions(BIG, 2)
+
+
+@case
+def functions_resp3():
+    functions(BIG, 3)
+
+
+@case
+def redis_cli_loads_a_library():
+    cli = ["redis-cli", "--no-auth-warning", "-u", BIG]
+    done = subprocess.run(cli + ["-x", "function", "load", "replace"], input=LIBRARY, capture_output=True, timeout=20, text=True)
+    assert done.stdout.strip() == "suite", done
+    done = subprocess.run(cli + ["fcall", "keep", "1", "a", "b"], capture_output=True, timeout=20, text=True)
+    assert done.stdout.strip() == "b", done
+    done = subprocess.run(cli + ["function", "flush"], capture_output=True, timeout=20, text=True)
+    assert done.stdout.strip() == "OK", done
 
 
 @case

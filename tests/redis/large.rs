@@ -319,12 +319,16 @@ pub async fn who_does_not_read_delays_nobody_and_loses_nothing() {
     write(&mut writer.stream, 0, LEN, &mut growth).await;
     writer.stream.write_all(b"\r\n").await.expect("sent");
     assert_eq!(writer.reply().await, "+OK");
+    writer.send_raw(&[b"SET", b"half", &value(LEN / 2)]).await;
+    assert_eq!(writer.reply().await, "+OK");
     let mut admin = house.admin().await;
     for (three, behind) in [(false, false), (true, false), (false, true)] {
+        // What is held for others has a bound.
+        let (key, len) = if behind { ("half", LEN / 2) } else { ("big", LEN) };
         let mut slow = if three { house.client3("umbrella").await } else { house.client("umbrella").await };
         let other = house.client("umbrella").await;
         // Its first large reply comes on the connection that all share.
-        slow.send(&["GET", "big"]).await;
+        slow.send(&["GET", key]).await;
         if !behind {
             stuck(&mut admin).await;
         }
@@ -337,8 +341,8 @@ pub async fn who_does_not_read_delays_nobody_and_loses_nothing() {
             growth.look();
         }
         // The second has a connection of its own.
-        slow.send(&["GET", "big"]).await;
-        read(&mut slow.stream, LEN, &mut Growth::new()).await;
+        slow.send(&["GET", key]).await;
+        read(&mut slow.stream, len, &mut Growth::new()).await;
         stuck(&mut admin).await;
         let before = count.load(Ordering::Relaxed);
         while count.load(Ordering::Relaxed) < before + 100 {
@@ -347,7 +351,7 @@ pub async fn who_does_not_read_delays_nobody_and_loses_nothing() {
         if !behind {
             growth.look();
         }
-        read(&mut slow.stream, LEN, &mut Growth::new()).await;
+        read(&mut slow.stream, len, &mut Growth::new()).await;
         assert_eq!(slow.line("GET small").await, "\"v\"");
         stop.store(true, Ordering::Relaxed);
         task.await.expect("it was answered");
@@ -362,6 +366,80 @@ pub async fn who_does_not_read_delays_nobody_and_loses_nothing() {
     }
     assert_eq!(writer.line("GET small").await, "\"v\"");
     assert!(growth.most < 64 * MB, "{} MB more", growth.most / MB);
+}
+
+/// While nobody is behind it, it costs nothing; where others are, more than a bound is held for nobody.
+#[tokio::test(flavor = "multi_thread")]
+pub async fn who_asks_for_too_much_and_does_not_read_is_let_go_where_others_wait() {
+    const LEN: usize = 200 * MB;
+    let house = House::start().await;
+    let mut writer = house.client("umbrella").await;
+    writer.stream.write_all(format!("*3\r\n$3\r\nSET\r\n$3\r\nbig\r\n${LEN}\r\n").as_bytes()).await.expect("sent");
+    write(&mut writer.stream, 0, LEN, &mut Growth::new()).await;
+    writer.stream.write_all(b"\r\n").await.expect("sent");
+    assert_eq!(writer.reply().await, "+OK");
+    writer.line("SET small v").await;
+    let mut admin = house.admin().await;
+    let (mut slow, mut other) = (house.client("umbrella").await, house.client("umbrella").await);
+    assert_eq!(slow.line("GET small").await, "\"v\"");
+    assert_eq!(other.line("GET small").await, "\"v\"");
+    let mut growth = Growth::new();
+    // Both are on their way to the server before it answers the first.
+    assert_eq!(admin.line("CLIENT PAUSE 300 ALL").await, "+OK");
+    slow.send(&["GET", "big"]).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    other.send(&["GET", "small"]).await;
+    let begun = std::time::Instant::now();
+    let watch = async {
+        loop {
+            growth.look();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let reply = tokio::select! { reply = other.reply() => reply, () = watch => unreachable!("it never ends") };
+    assert_eq!(reply, "\"v\"");
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    assert!(growth.most < 150 * MB, "{} MB more", growth.most / MB);
+    let mut rest = Vec::new();
+    let _ = slow.stream.read_to_end(&mut rest).await;
+    assert!(rest.len() < LEN, "it was let go");
+    assert_eq!(other.line("GET small").await, "\"v\"");
+}
+
+/// What one tenant makes us hold whole takes nothing from the others.
+#[tokio::test(flavor = "multi_thread")]
+pub async fn one_tenant_does_not_take_what_all_have() {
+    let house = House::start().await;
+    let text = value(60 * MB);
+    let mut held = Vec::new();
+    let mut refused = 0;
+    // A transaction is held until its end.
+    for _ in 0..6 {
+        let mut client = house.client("umbrella").await;
+        assert_eq!(client.line("MULTI").await, "+OK");
+        let mut request = Vec::new();
+        dynabase::wire::resp::put_request(&mut request, &[b"SET", b"k", &text]);
+        // It may be closed while it is still sending.
+        let _ = client.stream.write_all(&request).await;
+        match client.reply().await.as_str() {
+            "+QUEUED" => held.push(client),
+            reply => {
+                assert!(reply == "(closed)" || reply.starts_with("-ERR max request size exceeded"), "{reply}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused >= 2 && held.len() >= 2, "{} are held", held.len());
+    let mut other = house.client("hooli").await;
+    assert_eq!(other.line("MULTI").await, "+OK");
+    other.send_raw(&[b"SET", b"k", &text]).await;
+    assert_eq!(other.reply().await, "+QUEUED");
+    assert_eq!(other.line("EXEC").await, "[+OK]");
+    assert_eq!(held[0].line("DISCARD").await, "+OK");
+    let mut next = house.client("umbrella").await;
+    assert_eq!(next.line("MULTI").await, "+OK");
+    next.send_raw(&[b"SET", b"k", &text]).await;
+    assert_eq!(next.reply().await, "+QUEUED");
 }
 
 /// What waits in the server for its clients.

@@ -3,6 +3,7 @@
 mod basic;
 mod differential;
 mod drivers;
+mod functions;
 mod hostile;
 mod killed;
 mod kinds;

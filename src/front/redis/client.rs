@@ -28,7 +28,7 @@ use crate::{
     session::{Session, Transport},
     upstream::redis::{
         Database, Outbox, Place, Version,
-        held::{HELD_MAX_BYTES, Share},
+        held::{Share, TENANT_MAX_BYTES},
         link::{How, Link},
         reply::Shape,
     },
@@ -209,7 +209,7 @@ pub struct Client {
     /// There was no connection of our own just now.
     declined: bool,
     /// What `carry` and `queue` count among all that is large.
-    share: Share,
+    pub(super) share: Share,
     /// `carry` may begin with whole commands.
     pub(super) resume: bool,
     pub(super) ended: bool,
@@ -564,7 +564,7 @@ impl Client {
         self.carry = Vec::new();
         self.drop_queue();
         self.share.set(0);
-        self.farewell(&crate::refusal::Refusal::TooLarge { max_bytes: HELD_MAX_BYTES as u64 });
+        self.farewell(&crate::refusal::Refusal::TooLarge { max_bytes: TENANT_MAX_BYTES as u64 });
         true
     }
 

@@ -3,7 +3,8 @@
 //! A tenant's script becomes the body of a function of ours, so it must not end that function: [`confine`] refuses a
 //! text whose blocks close more than they opened, or not all that they opened. It must not reach what is ours either:
 //! names that begin with [`RESERVED`] are refused. And it must end: a call of [`TICK`], which counts, goes into every
-//! loop and every function, so that nothing in the script runs for ever, whatever it catches.
+//! loop and every function, so that nothing in the script runs for ever, whatever it catches. [`bare`] takes them out
+//! again: a library's code is shown as its tenant wrote it.
 //!
 //! The tokens are those of Lua 5.1's own lexer, which every Redis runs. Where a text is none, the server says so; what
 //! is refused here is what could be read in two ways.
@@ -40,6 +41,27 @@ enum Head {
 /// # Errors
 /// It can't be the body of one function, or names what is reserved.
 pub fn confine(text: &[u8]) -> Result<Vec<u8>, Refused> {
+    walk(text, Ticks::Put)
+}
+
+/// What [`confine`] made its text of.
+///
+/// # Errors
+/// It did not make it.
+pub fn bare(text: &[u8]) -> Result<Vec<u8>, Refused> {
+    walk(text, Ticks::Take)
+}
+
+/// What is done where a loop or function begins.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ticks {
+    /// A [`TICK`] is put there.
+    Put,
+    /// One is there, and is left out.
+    Take,
+}
+
+fn walk(text: &[u8], how: Ticks) -> Result<Vec<u8>, Refused> {
     let mut out = Vec::with_capacity(text.len() + text.len() / 8);
     let (mut at, mut line, mut depth) = (0, 1, 0usize);
     let mut head = Head::Outside;
@@ -110,8 +132,11 @@ pub fn confine(text: &[u8]) -> Result<Vec<u8>, Refused> {
         }
         line += text[start..at].iter().filter(|b| **b == b'\n').count();
         out.extend_from_slice(&text[start..at]);
-        if ticks {
-            out.extend_from_slice(TICK);
+        match how {
+            Ticks::Put if ticks => out.extend_from_slice(TICK),
+            Ticks::Take if ticks && text[at..].starts_with(TICK) => at += TICK.len(),
+            Ticks::Take if ticks => return refused(line, "a loop or function that does not count"),
+            Ticks::Put | Ticks::Take => {}
         }
     }
     if depth > 0 { refused(line, "'end' expected near '<eof>'") } else { Ok(out) }
@@ -210,9 +235,13 @@ mod tests {
             ("return x.ended, undo", "return x.ended, undo"),
             ("for i=0x1,3e-1 do end", "for i=0x1,3e-1 do• end"),
             ("return a[b[1]]", "return a[b[1]]"),
+            ("return ' dynabase_tick();' do end", "return '•' do• end"),
         ] {
             assert_eq!(confined(text).as_deref(), Ok(expected), "{text}");
+            let whole = confine(text.as_bytes()).expect("it was taken");
+            assert_eq!(bare(&whole).as_deref(), Ok(text.as_bytes()), "{text}");
         }
+        assert!(bare(b"do end").is_err() && bare(b"do dynabase_tick() end").is_err());
     }
 
     #[test]

@@ -2,14 +2,16 @@
 //!
 //! [`Server::serve`] is one client from its first byte to its last: `client` holds the conversation, `commands` says
 //! what becomes of each command, `keys` where its keys stand, `request` writes it on with the tenant's prefix and
-//! limits (`rewrite` moves the bytes), `stream` sends large ones on in pieces, `script` wraps what is to run in the server
-//! (`lua` reads it), `slow` does what needs more than that (logging in, blocking; `subscribe`,
+//! limits (`rewrite` moves the bytes), `stream` sends large ones on in pieces, `script` and `library` wrap what is to run in
+//! the server (`lua` reads it), `slow` does what needs more than that (logging in, blocking; `function`, `subscribe`,
 //! `tracking` and `service` are parts of it), `local` answers what the server must not be asked.
 
 mod client;
 pub mod commands;
 mod emulate;
+mod function;
 pub mod keys;
+pub mod library;
 mod local;
 mod lua;
 mod memory;

@@ -53,6 +53,11 @@ const STOPPED: &str = "ERR Script killed: it ran for too long";
 /// Longest script in bytes.
 const SCRIPT_MAX_BYTES: usize = 1 << 20;
 
+/// What reaches around a text's own names, or changes what all tenants' texts share (`cjson`'s settings, the metatable
+/// of strings, finalizers): it gets one of ours or none.
+const SHADOWED: [&str; 9] =
+    ["_G", "loadstring", "load", "collectgarbage", "getmetatable", "cjson", "newproxy", "getfenv", "setfenv"];
+
 const PRELUDE: &str = include_str!("prelude.lua");
 const GUARD: &str = include_str!("guard.lua");
 const LEARNING_GUARD: &str = include_str!("learning_guard.lua");
@@ -83,7 +88,8 @@ pub fn hex(sha: &[u8; 20]) -> [u8; 40] {
 }
 
 /// What the prelude knows of commands: ` NAME:xyz` for every command that is not simply "one key, creates none, takes no
-/// memory"; `x` says where the keys stand, `y` which of them it may create, `z` whether it takes memory. Built once from
+/// memory"; `x` says where the keys stand, `y` which of them it may create, `z` whether it takes memory (`*`: more than
+/// it carries). Built once from
 /// the table.
 fn classes() -> &'static str {
     static CLASSES: OnceLock<String> = OnceLock::new();
@@ -126,9 +132,15 @@ fn classes() -> &'static str {
                 Some("create") if name == "xgroup" => text.push_str("XGROUP:cF+ "),
                 Some("encoding" | "usage" | "stream") => text.push_str(&format!("{}:c-- ", name.to_uppercase())),
                 Some(_) => {}
-                None if row.policy == Policy::Container || (keys == 'k' && made == '-' && !row.grows()) => {}
+                None if row.policy == Policy::Container && has_keys(name) => {}
+                None if keys == 'k' && made == '-' && !row.grows() => {}
                 None => {
-                    let grows = if row.grows() { '+' } else { '-' };
+                    let grows = match row.name {
+                        // They may make more than they carry.
+                        "setrange" | "setbit" | "bitfield" | "pfadd" | "pfmerge" => '*',
+                        _ if row.grows() => '+',
+                        _ => '-',
+                    };
                     text.push_str(&format!("{}:{keys}{made}{grows} ", name.to_uppercase()));
                 }
             }
@@ -137,20 +149,26 @@ fn classes() -> &'static str {
     })
 }
 
-/// Wraps a script for one logical database.
-fn wrap(database: &Database, body: &[u8]) -> Result<Box<[u8]>, Refused> {
+/// Whether subcommands of a container have keys.
+fn has_keys(container: &str) -> bool {
+    let of = |name: &str| name.strip_prefix(container).is_some_and(|rest| rest.starts_with('|'));
+    commands::ROWS.iter().any(|row| row.keys != Keys::Nowhere && of(row.name))
+}
+
+/// What stands between the server and a text of a tenant: a function in Lua that gives it a `redis` of its own, counts
+/// what it does and looks at what it gives. On one line, so that line numbers in errors stay right.
+pub(super) fn prelude(alone: bool, channels: &[u8]) -> String {
     // The number of keys that it created comes back beside its reply.
-    let (held, reply) = if database.alone {
-        ("R.call('DBSIZE')", "return r")
+    let (held, reply) = if alone {
+        ("redis.call('DBSIZE')", "return r")
     } else {
         ("made+1", "if r==nil then r=false end return {made,r}")
     };
-    let prelude = PRELUDE
+    PRELUDE
         .replace('\n', " ")
         .replace("@HELD@", held)
         .replace("@RETURN@", reply)
-        .replace("@P@", &String::from_utf8_lossy(&database.prefix))
-        .replace("@C@", &String::from_utf8_lossy(&database.channels))
+        .replace("@C@", &String::from_utf8_lossy(channels))
         .replace("@S@", classes())
         .replace("@OOM@", &oom("keys"))
         .replace("@OOMMEMORY@", &oom("memory"))
@@ -161,18 +179,37 @@ fn wrap(database: &Database, body: &[u8]) -> Result<Box<[u8]>, Refused> {
         .replace("@DEPTH@", &REPLY_MAX_DEPTH.to_string())
         .replace("@STOP@", STOPPED)
         .replace("@LARGE@", "ERR the reply of the script is too large")
-        .replace("@NOTEXT@", "the script raised a value that is no text");
-    // A shebang line has to stay the first; the prelude adds no line, so that line numbers in errors stay right.
+        .replace("@NOTEXT@", "the script raised a value that is no text")
+        .replace("@NAMES@", &SHADOWED.join(","))
+        .replace("@HIDDEN@", &format!("redis {}", SHADOWED.join(" ")))
+}
+
+/// The names that a text gets ours for, if it has any of them: making those takes time. A text reaches a global by
+/// writing its name, so that what is nowhere in it is out of its reach.
+pub(super) fn shadowed(text: &[u8]) -> Option<String> {
+    let names = SHADOWED.iter().any(|name| memchr::memmem::find(text, name.as_bytes()).is_some());
+    names.then(|| SHADOWED.join(","))
+}
+
+/// Wraps a script for one logical database.
+fn wrap(database: &Database, body: &[u8]) -> Result<Box<[u8]>, Refused> {
+    // A shebang line has to stay the first; the prelude adds no line.
     let (head, rest) = match body.strip_prefix(b"#!").and_then(|_| body.iter().position(|b| *b == b'\n')) {
         Some(at) => body.split_at(at + 1),
         None => (&[][..], body),
     };
-    let rest = lua::confine(rest).map_err(|lua::Refused { line, text }| {
+    let text = lua::confine(rest).map_err(|lua::Refused { line, text }| {
         let line = line + usize::from(!head.is_empty());
         Refused(format!("ERR Error compiling script (new function): user_script:{line}: {text}"))
     })?;
-    let (open, close) = ("local function dynabase_main(...) ", "\nend return dynabase_end(dynabase_main)");
-    Ok([head, prelude.as_bytes(), open.as_bytes(), &rest, close.as_bytes()].concat().into())
+    let names = shadowed(rest).map_or_else(String::new, |names| format!("local {names}=dynabase_env() "));
+    let open = format!(
+        "local redis,dynabase_tick,dynabase_end,dynabase_env=({})(KEYS,ARGV,'{}') {names}\
+         local function dynabase_main(...) ",
+        prelude(database.alone, &database.channels),
+        String::from_utf8_lossy(&database.prefix)
+    );
+    Ok([head, open.as_bytes(), &text, b"\nend return dynabase_end(dynabase_main)"].concat().into())
 }
 
 /// The script that applies the limits to one command, exactly, in the server.
@@ -250,6 +287,8 @@ mod tests {
             " XGROUP:cF+ ",
             " XINFO:c-- ",
             " ZMPOP:n-- ",
+            " SETRANGE:kF* ",
+            " FUNCTION:0-- ",
             " RANDOMKEY:y-- ",
             " PING:0-- ",
             " DBSIZE:0-- ",
@@ -260,6 +299,8 @@ mod tests {
             assert!(classes.contains(expected), "{expected} in {classes}");
         }
         assert!(classes.contains(" LSET:k-+ ") && !classes.contains(" GET:"));
-        assert!(PRELUDE.lines().all(|line| !line.contains("--")), "a comment would swallow the rest of the line");
+        for text in [PRELUDE, super::super::library::LIBRARY] {
+            assert!(text.lines().all(|line| !line.contains("--")), "a comment would swallow the rest of the line");
+        }
     }
 }

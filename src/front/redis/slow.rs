@@ -57,6 +57,7 @@ impl Client {
             (Policy::Service, "move") => self.move_key(&held).await,
             (Policy::Service, "swapdb") => self.swap(&held).await,
             (Policy::Service, "flushall") => self.flush_all(&held).await,
+            (Policy::Service, name) if name.starts_with("function|") => self.functions(&held).await,
             _ => self.answer(&held).await,
         }
     }
@@ -128,6 +129,8 @@ impl Client {
             outbox: Arc::clone(&self.outbox),
         });
         server.registry.enter(&tenant.org, Arc::clone(&card));
+        self.share.join(&place.held);
+        self.outbox.join(&place.held);
         self.card = Some(card);
         self.unauthenticated = None;
         self.tenancy = Some(Tenancy { session, place, database });

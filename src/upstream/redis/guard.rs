@@ -7,7 +7,7 @@
 //! ```text
 //!   a tenant's script ──▶ guarded(server) ── once a second, on a connection of its own: PING
 //!       PONG ──▶ fine · no script for a while ──▶ gone
-//!       BUSY ──▶ SCRIPT KILL ──▶ counted
+//!       BUSY ──▶ SCRIPT KILL or FUNCTION KILL, whichever it asks for ──▶ counted
 //! ```
 //!
 //! The same connection empties the server's cache of scripts once much was sent there: it forgets none by itself.
@@ -98,7 +98,9 @@ async fn look(upstream: &Upstream, address: &str, kept: Option<Stream>, sent: &m
     logins.iter().try_for_each(|answer| dial::refused(answer))?;
     if pong.starts_with(b"-BUSY") {
         ask.clear();
-        put_request(&mut ask, &[b"SCRIPT", b"KILL"]);
+        // It takes the one for what it runs, and names it.
+        let function = memchr::memmem::find(pong, b"FUNCTION KILL").is_some();
+        put_request(&mut ask, &[if function { b"FUNCTION" } else { b"SCRIPT" }, b"KILL"]);
         let answers = dial::exchange(&mut stream, &ask, 1).await?;
         match dial::refused(&answers[0]) {
             Ok(()) => {

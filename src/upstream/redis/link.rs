@@ -11,7 +11,8 @@
 //! - A shared link takes no more requests then: new ones go to a new link, and this one goes on at the client's pace.
 //!   If others' replies are outstanding on it, they wait for [`PATIENCE`] only, all pauses of one client's replies
 //!   together; after that it reads on, so that the others get theirs, and what the slow client does not take waits in
-//!   memory, within the cap of [`held`](super::held). Without memory left the slow client is let go.
+//!   memory: up to [`PASSED_MAX_BYTES`], at which the link waits again, for [`STRAIN`], and then lets the slow client go.
+//!   All that waits is within the caps of [`held`](super::held), too.
 //! - Whose reply was large is expected to get more ([`Outbox::widen`]): its next commands go to a link of its own,
 //!   where nobody is behind it.
 //! - A client that takes nothing for [`STALL_MAX`] is let go.
@@ -39,7 +40,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::{
     Place, Version,
     again::{self, Elsewhere, Group},
-    held::Share,
+    held::{Share, TENANT_MAX_BYTES},
     ledger::Ledger,
     message,
     outbox::Outbox,
@@ -61,10 +62,17 @@ pub const OUT_HIGH_BYTES: usize = 1 << 20;
 const OUT_EAGER_BYTES: usize = 16 << 10;
 
 /// Longest reply that we have to see whole because names stand in it. Redis' own replies of a million keys fit.
-const WHOLE_MAX_BYTES: usize = 512 << 20;
+const WHOLE_MAX_BYTES: usize = TENANT_MAX_BYTES;
+
+/// Bytes that wait for a client because others' replies are behind its own. Who asks for more at once than this, and
+/// reads slowly, does it at others' cost.
+const PASSED_MAX_BYTES: usize = 64 << 20;
 
 /// How long, in all for one client's replies, a shared connection lets others wait for a client that does not read.
 const PATIENCE: Duration = Duration::from_millis(20);
+
+/// How long others wait for a client for which [`PASSED_MAX_BYTES`] wait already to take some of it.
+const STRAIN: Duration = Duration::from_secs(2);
 
 /// How long a client may take nothing of a large reply before it is let go.
 const STALL_MAX: Duration = Duration::from_secs(120);
@@ -344,6 +352,10 @@ impl Link {
     pub async fn run(self: Arc<Self>, stream: Stream, home: Home) {
         let mut views = home.place.upgrade().and_then(|place| place.watch());
         let (slot, address) = (home.slot, Arc::clone(&home.address));
+        let mut share = Share::default();
+        if let Some(place) = home.place.upgrade() {
+            share.join(&place.held);
+        }
         let mut retired = None;
         let mut task = Task {
             may_move: views.is_some(),
@@ -353,7 +365,7 @@ impl Link {
             loads: (Vec::new(), 0),
             behind: None,
             piece: false,
-            share: Share::default(),
+            share,
             link: &self,
             stream,
             queue: VecDeque::new(),
@@ -596,8 +608,16 @@ impl Task<'_> {
             behind.since = None;
             self.link.retire();
         }
-        let held = !(behind.retired && others);
-        if held && behind.retired | !shared && behind.is_over(STALL_MAX, cx) {
+        let passes = behind.retired && others;
+        let held = !passes || to.waiting() > PASSED_MAX_BYTES;
+        let patience = match (behind.retired || !shared, passes) {
+            (_, true) => Some(STRAIN),
+            (true, false) => Some(STALL_MAX),
+            (false, false) => None,
+        };
+        if let (true, Some(patience)) = (held, patience)
+            && behind.is_over(patience, cx)
+        {
             tracing::debug!("a client does not read what it asked for");
             to.lose();
             return false;

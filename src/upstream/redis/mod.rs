@@ -12,6 +12,7 @@ pub mod dial;
 mod guard;
 pub mod held;
 pub mod ledger;
+pub mod library;
 pub mod link;
 mod login;
 pub mod message;
@@ -294,6 +295,7 @@ impl Upstream {
         if !purge {
             return Ok(());
         }
+        place.flush_libraries().await?;
         let mut indexes = dial::strings(&answers[1]);
         // What is in the database that several tenants share goes key by key.
         if indexes.iter().any(|index| index == "0") {

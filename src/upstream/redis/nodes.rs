@@ -71,6 +71,14 @@ impl View {
     pub fn of(&self, slot: u16) -> Option<&Arc<str>> {
         self.0.iter().find(|(first, last, _)| (*first..=*last).contains(&slot)).map(|(_, _, address)| address)
     }
+
+    /// Every owner, once.
+    fn owners(&self) -> Vec<Arc<str>> {
+        let mut owners: Vec<_> = self.0.iter().map(|(_, _, address)| Arc::clone(address)).collect();
+        owners.sort();
+        owners.dedup();
+        owners
+    }
 }
 
 /// See the module.
@@ -111,6 +119,11 @@ impl Nodes {
     /// The server of a slot as far as it is known without asking.
     pub fn known(&self, slot: u16) -> Option<Arc<str>> {
         self.view.borrow().of(slot).cloned()
+    }
+
+    /// All masters that own slots, as far as they are known without asking.
+    pub fn masters(&self) -> Vec<Arc<str>> {
+        self.view.borrow().owners()
     }
 
     /// Whether the server is a cluster.
@@ -383,6 +396,7 @@ mod tests {
         let answer = b"*2\r\n*3\r\n:0\r\n:99\r\n*4\r\n$9\r\n127.0.0.1\r\n:7000\r\n$1\r\na\r\n*0\r\n\
             *4\r\n:100\r\n:16383\r\n*3\r\n$0\r\n\r\n:7001\r\n$1\r\nb\r\n*3\r\n$2\r\n::\r\n:7002\r\n$1\r\nc\r\n";
         let view = slots(answer, "10.0.0.9:6379").expect("two ranges");
+        assert_eq!(view.owners().iter().map(|a| &**a).collect::<Vec<_>>(), ["10.0.0.9:7001", "127.0.0.1:7000"]);
         assert_eq!(view.of(99).map(|a| &**a), Some("127.0.0.1:7000"));
         assert_eq!(view.of(100).map(|a| &**a), Some("10.0.0.9:7001"));
         assert_eq!(slots(b"*0\r\n", "h:1"), None);

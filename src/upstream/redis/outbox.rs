@@ -1,20 +1,23 @@
 //! What waits to be written to one client, filled by whichever connection answers it.
 
 use std::{
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     task::Context,
 };
 
 use atomic_waker::AtomicWaker;
 use parking_lot::{Mutex, MutexGuard};
 
-use super::held::{LARGE_BYTES, Share};
+use super::held::{LARGE_BYTES, Pool, Share, TENANT_MAX_BYTES};
 
 /// Bytes waiting for a client over which the connection that answers it stops reading, if it can.
 pub const BEHIND_BYTES: usize = 1 << 20;
 
 /// Bytes that may ever wait for one client: the largest reply that is passed on whole.
-const OUTBOX_MAX_BYTES: usize = 512 << 20;
+const OUTBOX_MAX_BYTES: usize = TENANT_MAX_BYTES;
 
 /// Bytes of messages that may wait for a subscriber that does not read; Redis' own hard limit.
 const MESSAGES_MAX_BYTES: usize = 32 << 20;
@@ -107,6 +110,17 @@ impl Outbox {
         let mut state = self.state.lock();
         state.gone = true;
         self.end(&mut state);
+    }
+
+    /// Bytes that wait for the client or are being written to it, at most.
+    pub fn waiting(&self) -> usize {
+        let state = self.state.lock();
+        state.bytes.len() + state.taken
+    }
+
+    /// Counts what waits for a tenant from now on.
+    pub fn join(&self, pool: &Arc<Pool>) {
+        self.state.lock().share.join(pool);
     }
 
     /// Whether so much waits that nothing more should be read for the client; if so `cx` is woken when it took it.

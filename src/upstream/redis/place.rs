@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use super::{
     DATABASES, Database, Upstream, Version,
     dial::{self, CONNECT_TIMEOUT, DialError},
+    held::Pool,
     ledger::Ledger,
     link::{Home, Link, Role},
     nodes,
@@ -77,6 +78,8 @@ pub struct Place {
     memory: AtomicU64,
     /// When the server was last said to run a script, in coarse milliseconds.
     guarded_ms: AtomicU64,
+    /// What of large requests and replies is held for the tenant.
+    pub held: Arc<Pool>,
     /// Held while the keys are counted by a walk.
     pub counting: tokio::sync::Mutex<()>,
     /// When the last measurement began, in coarse milliseconds; held while measuring.
@@ -99,6 +102,7 @@ impl Place {
             opening: tokio::sync::Mutex::new(false),
             memory: AtomicU64::new(0),
             guarded_ms: AtomicU64::new(0),
+            held: Arc::default(),
             counting: tokio::sync::Mutex::new(()),
             measuring: tokio::sync::Mutex::new(0),
         })

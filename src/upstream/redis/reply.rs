@@ -1,7 +1,10 @@
 //! What happens to a reply on its way from the server to a client: most go through as they are; those that carry
 //! names lose the tenant's prefix. Never more than one walk over the bytes.
 
-use crate::wire::resp::{Cursor, Item, put_bulk, put_head};
+use crate::{
+    tenant::namespace::RedisNamespace,
+    wire::resp::{Cursor, Item, put_bulk, put_head},
+};
 
 /// Where keys or channels stand in a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,12 +167,27 @@ fn strip_error(reply: &[u8], prefix: &[u8], out: &mut Vec<u8>) {
 fn without(text: &[u8], prefix: &[u8], out: &mut Vec<u8>) {
     let mut rest = text;
     while let Some(at) = memchr::memmem::find(rest, prefix) {
-        out.extend_from_slice(&rest[..at]);
+        put_unmarked(&rest[..at], out);
         rest = &rest[at + prefix.len()..];
         // A client's own name may look like a prefix: one layer is ours, the next is its.
         if rest.starts_with(prefix) {
             out.extend_from_slice(prefix);
             rest = &rest[prefix.len()..];
+        }
+    }
+    put_unmarked(rest, out);
+}
+
+/// Appends a text without the marks of functions in it.
+fn put_unmarked(text: &[u8], out: &mut Vec<u8>) {
+    let mut rest = text;
+    while let Some((begin, end)) = RedisNamespace::find_function_mark(rest) {
+        out.extend_from_slice(&rest[..begin]);
+        rest = &rest[end..];
+        // As above.
+        if let Some((0, next)) = RedisNamespace::find_function_mark(rest) {
+            out.extend_from_slice(&rest[..next]);
+            rest = &rest[next..];
         }
     }
     out.extend_from_slice(rest);
@@ -237,6 +255,10 @@ mod tests {
         let key = "$7\r\norg:a:k\r\n";
         assert_eq!(stripped(Shape::First, format!("*2\r\n{key}{key}").as_bytes()), format!("*2\r\n$1\r\nk\r\n{key}"));
         assert_eq!(stripped(Shape::Raw, key.as_bytes()), key);
+        let mark = "dynabase_abcdefghij234567abcd_";
+        let error = format!("-ERR org:a:k script: {mark}f, on {mark}{mark}g\r\n");
+        assert_eq!(stripped(Shape::Raw, error.as_bytes()), format!("-ERR k script: f, on {mark}g\r\n"));
+        assert_eq!(stripped(Shape::Raw, format!("+{mark}f\r\n").as_bytes()), format!("+{mark}f\r\n"));
         assert_eq!(
             stripped(Shape::Scan, format!("*2\r\n$1\r\n0\r\n*1\r\n{key}").as_bytes()),
             "*2\r\n$1\r\n0\r\n*1\r\n$1\r\nk\r\n"

@@ -11,6 +11,19 @@ const ready = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'));
 const only = process.argv.slice(3);
 const url = ready.tenants.find((t) => t.org_id === 'umbrella').urls.redis;
 
+const library = `#!lua name=suite
+local function made(key) return 'fn:' .. key end
+redis.register_function('keep', function(keys, args)
+  redis.call('SET', made(keys[1]), args[1])
+  return redis.call('GET', made(keys[1]))
+end)
+redis.register_function{
+  function_name = 'seen',
+  callback = function(keys) return redis.call('GET', made(keys[1])) end,
+  flags = {'no-writes'},
+}
+`;
+
 async function withIoredis() {
   const r = new Redis(url);
   await r.flushall();
@@ -34,6 +47,15 @@ async function withIoredis() {
   const values = await Promise.all(Array.from({ length: 500 }, (_, i) => r.set(`p${i}`, i).then(() => r.get(`p${i}`))));
   assert.deepEqual(values, Array.from({ length: 500 }, (_, i) => String(i)));
   await assert.rejects(r.config("SET", "a", "b"), /NOPERM/);
+  assert.equal(await r.function("LOAD", "REPLACE", library), "suite");
+  assert.equal(await r.fcall("keep", 1, "a", "b"), "b");
+  assert.equal(await r.fcall_ro("seen", 1, "a"), "b");
+  assert.equal(await r.get("fn:a"), "b");
+  assert.deepEqual(await r.multi().fcall("keep", 1, "m", "n").get("fn:m").exec(), [[null, "n"], [null, "n"]]);
+  const listed = (await r.function("LIST", "WITHCODE"))[0];
+  assert.deepEqual([listed[1], listed[3], listed[7]], ["suite", "LUA", library]);
+  assert.equal(await r.function("DELETE", "suite"), "OK");
+  await assert.rejects(r.fcall("keep", 1, "a", "b"), /Function not found/);
   for (const client of [r, sub, blocked]) client.disconnect();
 }
 
@@ -47,6 +69,13 @@ async function withNodeRedis(RESP) {
   assert.equal((await r.hGetAll("h")).a, "1");
   assert.deepEqual(await r.multi().incr("n").get("n").exec(), [1, "1"]);
   await r.xAdd("s", "1-1", { f: "v" });
+  assert.equal(await r.functionLoad(library, { REPLACE: true }), "suite");
+  assert.equal(await r.fCall("keep", { keys: ["s2"], arguments: ["b"] }), "b");
+  assert.equal(await r.fCallRo("seen", { keys: ["s2"] }), "b");
+  assert.equal((await r.functionListWithCode())[0].library_code, library);
+  assert.equal((await r.functionStats()).engines.LUA.functions_count, 2);
+  await r.functionFlush();
+  await r.del("fn:s2");
   const sub = r.duplicate();
   await sub.connect();
   const message = new Promise((resolve) => sub.subscribe("c", (text, channel) => resolve([channel, text])).then(() => r.publish("c", "hello")));
