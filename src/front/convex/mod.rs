@@ -19,6 +19,8 @@ mod relay;
 mod responder;
 mod sessions;
 mod socket;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

@@ -95,18 +95,18 @@ async fn admit(server: &Arc<Server>, token: &[u8], client: &Client) -> Result<Se
 }
 
 fn failed(error: &BranchError) -> Response<Body> {
-    let (status, code) = match error {
-        BranchError::BadName => (StatusCode::BAD_REQUEST, "bad_name"),
-        BranchError::Exists => (StatusCode::CONFLICT, "exists"),
-        BranchError::Unknown => (StatusCode::NOT_FOUND, "unknown_branch"),
-        // As Neon's own API refuses one too many.
-        BranchError::Over(_) => (StatusCode::UNPROCESSABLE_ENTITY, "branches_limit_exceeded"),
-        BranchError::InUse => (StatusCode::LOCKED, "in_use"),
-        BranchError::Catalog(_) => return refuse::rest(&Refusal::CatalogDown),
-        BranchError::Home(error) => {
+    let (status, code) = error.answer();
+    let words = match error {
+        BranchError::BadName
+        | BranchError::Exists
+        | BranchError::Unknown
+        | BranchError::Over(_)
+        | BranchError::InUse => error.to_string(),
+        // What is wrong inside is for operators.
+        BranchError::Catalog(_) | BranchError::Home(_) => {
             tracing::error!(%error, "a branch could not be made or removed");
-            return refuse::rest(&Refusal::UpstreamDown);
+            "it can't be done at the moment: try again".to_owned()
         }
     };
-    body::error(status, code, &error.to_string())
+    body::error(status, code, &words)
 }

@@ -29,6 +29,7 @@ use crate::{
         neon::{
             reply::{self, Columns, Shape},
             request::{self, PARAMS_MAX, Query},
+            sink::Sink,
             value::Kind,
         },
         postgres::{
@@ -340,17 +341,20 @@ impl Asked<'_> {
                 }
                 b'D' => {
                     let shape = self.shapes.get(parts.len()).copied().unwrap_or_default();
+                    let room = input.left();
                     input.charge(message.len())?;
                     if !shape.raw && part.columns.unknown().next().is_some() {
                         part.waiting.extend_from_slice(&message);
                         continue;
                     }
                     let before = part.json.len();
+                    // The row is charged as what is longer: what the server said, or the JSON of it.
+                    let mut json = Sink::new(&mut part.json, before.saturating_add(room));
                     if part.rows > 0 {
-                        part.json.push(b',');
+                        json.put(b",")?;
                     }
                     part.rows += 1;
-                    part.columns.put_row(&mut part.json, shape, &message).map_err(|_| Failure::Lost)?;
+                    part.columns.put_row(&mut json, shape, &message)?;
                     input.charge((part.json.len() - before).saturating_sub(message.len()))?;
                 }
                 b'C' | b'I' => {
@@ -388,20 +392,19 @@ impl Asked<'_> {
             let mut first = true;
             while let Ok(Some(found)) = head(waiting) {
                 let Some((message, behind)) = waiting.split_at_checked(found.len) else { break };
+                let mut json = Sink::new(&mut out, self.max);
                 if !std::mem::take(&mut first) {
-                    out.push(b',');
+                    json.put(b",")?;
                 }
-                part.columns.put_row(&mut out, *shape, message).map_err(|_| Failure::Lost)?;
+                part.columns.put_row(&mut json, *shape, message)?;
                 waiting = behind;
-                if out.len() > self.max.saturating_add(1024) {
-                    return Err(Failure::TooLarge);
-                }
             }
             reply::put_tail(&mut out, &part.tag, shape.arrays);
         }
         if self.is_batch {
             out.extend_from_slice(b"]}");
         }
-        Ok(out)
+        // Rows that waited for their types were charged as the server said them.
+        if out.len() > self.max { Err(Failure::TooLarge) } else { Ok(out) }
     }
 }

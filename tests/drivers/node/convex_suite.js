@@ -202,6 +202,27 @@ const cases = {
     await until('still live', () => next.last().count === 2 && all[49].last().count === 2);
   },
 
+  async subscriptions_of_all_sockets_are_counted_together() {
+    const org = await organisation();
+    // As clients that come back, whose subscriptions are not refused for the rate.
+    const come = (count) => raw([connect(crypto.randomUUID(), { connectionCount: 1 }), authenticate(token(org)), { type: 'ModifyQuerySet', baseVersion: 0, newVersion: 1, modifications: Array.from({ length: count }, (_, n) => ({ type: 'Add', queryId: n, udfPath: 'messages:list', args: [{ channel: `${n}` }] })) }]);
+    const told = (socket) => socket.frames.flatMap((frame) => frame.modifications ?? []);
+    const full = [await come(50), await come(50)];
+    await until('a hundred', () => full.every((it) => told(it).filter((one) => one.type === 'QueryUpdated').length === 50));
+    const late = await come(1);
+    await until('the refusal', () => told(late).length > 0);
+    const { type, errorData } = told(late)[0];
+    assert.deepEqual([type, errorData.code, errorData.limit, errorData.max], ['QueryFailed', 'quota_exceeded', 'subscriptions', 100]);
+    full[0].ws.terminate();
+    await until('what was given back', async () => {
+      const next = await come(1);
+      await until('an answer', () => told(next).length > 0);
+      const good = told(next)[0].type === 'QueryUpdated';
+      next.ws.terminate();
+      return good;
+    });
+  },
+
   async a_new_tier_is_felt_on_the_living_socket() {
     const org = await organisation();
     const client = socket(token(org));
