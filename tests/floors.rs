@@ -34,14 +34,12 @@ const HIDDEN: [(&str, &str); 2] = [("session", "catalog"), ("front", "catalog")]
 const LINES_MAX: usize = 500;
 
 /// Longer files and why they are not split.
-const LONG: [(&str, &str); 9] = [
+const LONG: [(&str, &str); 7] = [
     ("front/mongo/commands.rs", "one table"),
     ("front/mongo/rewrite/message.rs", "one field table and its one rule each: what is not in it is refused"),
     ("front/redis/client.rs", "one client's waiting: what it reads, writes and is told has to be seen together"),
     ("front/redis/commands.rs", "one table"),
-    ("front/redis/request.rs", "one burst under one lock: every way a command leaves keeps the same account"),
     ("upstream/postgres/pool.rs", "queue, budget and idle list share one lock and its invariants"),
-    ("upstream/redis/link.rs", "one connection: what is sent and what is expected of it are one invariant"),
     ("wire/mongo/bson.rs", "one codec"),
     ("wire/resp.rs", "one codec"),
 ];
