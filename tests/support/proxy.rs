@@ -46,6 +46,7 @@ pub struct Limits {
     pub rate: &'static str,
     /// Of MongoDB.
     pub isolation: &'static str,
+    pub collections: u32,
 }
 
 impl Default for Limits {
@@ -60,6 +61,7 @@ impl Default for Limits {
             queue_timeout: "10s",
             rate: "{ per_second = 100000, burst = 100000, over = \"refuse\", max_delay = \"1s\" }",
             isolation: "filter",
+            collections: 500,
         }
     }
 }
@@ -110,7 +112,8 @@ impl Setup {
         let mut text = String::new();
         for (name, limits) in ["FREE", "STARTER", "PRO", "ENTERPRISE"].iter().zip(&self.tiers) {
             let Limits { expiry, connections, client_sockets, storage, .. } = limits;
-            let Limits { statement_timeout, idle_in_transaction, queue_timeout, rate, isolation, .. } = limits;
+            let Limits { statement_timeout, idle_in_transaction, queue_timeout, rate, isolation, collections, .. } =
+                limits;
             write!(
                 text,
                 "[{name}]\nexpiry = \"{expiry}\"\n[{name}.postgres]\nconnections = {connections}\n\
@@ -120,7 +123,7 @@ impl Setup {
                  [{name}.redis]\nmemory = \"50MB\"\nkeys = 1000\nmax_ttl = \"1h\"\nclient_sockets = 50\n\
                  connections = 25\nrate = {rate}\n\
                  [{name}.mongodb]\nisolation = \"{isolation}\"\nconnections = 25\nclient_sockets = 50\ntimeout = \"30s\"\n\
-                 queue_timeout = \"5s\"\ncursors = 100\nrate = {rate}\n\
+                 queue_timeout = \"5s\"\ncursors = 100\ncollections = {collections}\nrate = {rate}\n\
                  [{name}.convex]\nclient_sockets = 50\nsubscriptions = 100\nsubscriptions_per_socket = 50\n\
                  in_flight_writes = 8\npayload = \"1MiB\"\nupload = \"10MiB\"\nrate = {rate}\n\
                  [{name}.neon]\nconnections = 25\nclient_sockets = 50\nstorage = \"4GB\"\nstatement_timeout = \"30s\"\n\
