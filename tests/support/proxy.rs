@@ -7,7 +7,7 @@ use std::{
     path::Path,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, OnceLock},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use dynabase::{
@@ -29,6 +29,9 @@ use super::{
     until,
     wire::Wire,
 };
+
+/// Longest run of a command, on a busy machine: one that hangs fails its test.
+const COMMAND_ENDS_WITHIN: Duration = Duration::from_secs(180);
 
 const ADMIN_TOKEN: &str = "operators-of-the-tests";
 const ISSUER: &str = "https://tests.dynabase.invalid/auth/v1";
@@ -341,9 +344,29 @@ impl Proxy {
     pub fn command(&self, words: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String, String) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_dynabase"));
         command.args(words).arg("--config").arg(self.folder.path().join("dynabase.toml"));
-        let output = command.envs(environment.iter().copied()).output().expect("it starts");
-        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
-        (output.status.code(), text(output.stdout), text(output.stderr))
+        command.envs(environment.iter().copied()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("it starts");
+        let read = |mut pipe: Box<dyn Read + Send>| {
+            std::thread::spawn(move || {
+                let mut text = String::new();
+                pipe.read_to_string(&mut text).expect("UTF-8");
+                text
+            })
+        };
+        let out = read(Box::new(child.stdout.take().expect("piped")));
+        let err = read(Box::new(child.stderr.take().expect("piped")));
+        let deadline = Instant::now() + COMMAND_ENDS_WITHIN;
+        let status = loop {
+            if let Some(status) = child.try_wait().expect("its parent may ask") {
+                break status;
+            }
+            if Instant::now() >= deadline {
+                let _ = child.kill();
+                panic!("{words:?} did not come to an end: {}", err.join().expect("it was read"));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        (status.code(), out.join().expect("it was read"), err.join().expect("it was read"))
     }
 
     /// The value of a metric, summed over all its labels that contain `labels`.
