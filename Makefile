@@ -85,11 +85,12 @@ bench-http:
 	$(CARGO) build --release --bin dynabase
 	python3 benches/http.py
 
-# make bench-mongo   direct and through dynabase in both isolations
+# make bench-mongo   direct and through dynabase in both isolations; then how often a request asks for memory
 .PHONY: bench-mongo bench-catalog
 bench-mongo: tools
 	$(CARGO) build --release --bin dynabase --example mongo_load
 	python3 benches/mongo.py $(ARGS)
+	$(CARGO) bench --bench mongo_allocations
 
 # make bench-catalog   a million organisations: memory, start, cold look-up, from write to enforcement; some ten minutes
 bench-catalog: tools

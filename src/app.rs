@@ -171,7 +171,8 @@ impl App {
         let mut mongodb = None;
         if let Some(upstream) = config.mongodb()? {
             let issuer = identity.issuer.clone();
-            let settings = front::mongo::Config { login_timeout: config.listen.handshake_timeout, issuer };
+            let member = config.mongodb_member();
+            let settings = front::mongo::Config { login_timeout: config.listen.handshake_timeout, issuer, member };
             let upstream_parts = Arc::clone(&upstream);
             let server = front::mongo::Server::new(Arc::clone(&gate), upstream, tls.clone(), settings, drain.clone())?;
             server.follow_moves();

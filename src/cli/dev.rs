@@ -42,6 +42,9 @@ const DEMO: [(&str, Tier); 4] =
 /// How long the printed tokens live: a day's work.
 const TOKEN_TTL: Duration = Duration::from_secs(24 * 3600);
 
+/// The set that MongoDB strings may name: the name that most examples have.
+const REPLICA_SET: &str = "rs0";
+
 /// How often the children are looked after.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -315,6 +318,8 @@ fn configure(
          tiers = \"tiers.toml\"\n\n\
          [listen]\npostgres = \"127.0.0.1:{}\"\nredis = \"127.0.0.1:{}\"\nmongodb = \"127.0.0.1:{}\"\n\
          http = \"127.0.0.1:{}\"\ndrain_timeout = \"5s\"\n\n\
+         # Strings with replicaSet={REPLICA_SET} work as well as those without: nobody comes from another machine.\n\
+         [mongodb]\nreplica_set = {REPLICA_SET:?}\nadvertise = \"127.0.0.1:{}\"\n\n\
          [identity]\nissuer = \"https://dev.dynabase.invalid/auth/v1\"\nhs256_secret = {:?}\n\n\
          [catalog]\nkind = \"mongodb\"\nurl = {:?}\n\n\
          [names]\nroot_secret = {:?}\n\n\
@@ -328,6 +333,7 @@ fn configure(
         ports.redis,
         ports.mongodb,
         ports.http,
+        ports.mongodb,
         secrets.hs256_secret,
         mongo.url(),
         secrets.root_secret,
@@ -367,5 +373,8 @@ async fn demo(config: &Config, catalog: &Catalog, folder: &Folder, org: &str, ti
         }
     };
     let token = token::token(config, &org, None, TOKEN_TTL)?;
-    Ok(Demo { org, tier: record.tenant.tier, token, service_key })
+    let tier = record.tenant.tier;
+    let tiers = config.load_tiers().map_err(Failure::failed)?;
+    let mongodb_connections = tiers.limits(tier).mongodb.connections;
+    Ok(Demo { org, tier, token, service_key, mongodb_connections })
 }

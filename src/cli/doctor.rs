@@ -391,6 +391,17 @@ async fn mongodb(config: &Config, findings: &mut Findings) {
     const PART: &str = "mongodb";
     let settings = &config.upstream.mongodb;
     let Some(url) = &settings.url else { return findings.good(PART, "not configured: no MongoDB front") };
+    if let Some(member) = config.mongodb.member().ok().flatten()
+        && let Some(host) = config.mongodb_stranger(&member)
+    {
+        findings.warning(
+            PART,
+            format_args!(
+                "the certificate in tls.cert_file is not for {host}, to which mongodb.advertise leads drivers"
+            ),
+            "advertise a name that the certificate is for, unless a balancer ends TLS with another one",
+        );
+    }
     let asked = within(async {
         let mut options = ClientOptions::parse(url.expose()).await?;
         options.server_selection_timeout = Some(Duration::from_secs(3));

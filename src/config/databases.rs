@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{Config, arm_failpoint};
 use crate::{
     catalog::Catalog,
+    front::mongo::member::Member,
     tenant::{Home, Tier, Tiers},
     transition::{Coordinator, Participants, participant},
     upstream::{self, neon::Homes, postgres::Provisioner},
@@ -54,6 +55,21 @@ impl Config {
     pub fn mongodb(&self) -> Result<Option<Arc<upstream::mongo::Upstream>>, String> {
         let names = self.names()?;
         Ok(self.upstream.mongodb.target()?.map(|target| upstream::mongo::Upstream::new(target, names)))
+    }
+
+    /// The replica set as whose primary MongoDB drivers may see us.
+    pub fn mongodb_member(&self) -> Option<Member> {
+        let member = self.mongodb.member().ok().flatten()?;
+        if let Some(host) = self.mongodb_stranger(&member) {
+            tracing::warn!(host, "the certificate is not for the host of mongodb.advertise: drivers will refuse it");
+        }
+        Some(member)
+    }
+
+    /// The advertised host, where the certificate shown to clients is not for it.
+    pub fn mongodb_stranger<'a>(&self, member: &'a Member) -> Option<&'a str> {
+        let tls = self.tls.as_ref()?;
+        (!tls.is_for(member.host()).unwrap_or(true)).then(|| member.host())
     }
 
     /// The way to Convex deployments, if there are any.

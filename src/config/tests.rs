@@ -61,6 +61,7 @@ fn every_key_of_the_structs_is_in_the_shipped_file() {
         include_str!("../upstream/postgres/config.rs"),
         include_str!("../identity/config.rs"),
         include_str!("../net/tls.rs"),
+        include_str!("../front/mongo/member.rs"),
     ];
     let mut keys = 0;
     for source in sources {
@@ -169,4 +170,27 @@ fn a_missing_secret_is_told_with_the_way_to_make_one() {
     let error = Config::parse(&repository(), SHIPPED, &[]).expect_err("required").to_string();
     assert!(error.contains("names.root_secret") && error.contains("openssl rand"), "{error}");
     assert!(error.contains("upstream.postgres.url") && error.contains("identity.issuer"), "{error}");
+}
+
+#[test]
+fn a_replica_set_is_named_with_the_address_that_leads_to_us_and_not_past_us() {
+    let upstream = "[upstream.mongodb]\nurl = \"mongodb://root:secret@Behind.example:27017,other.example/\"\n";
+    let fault = |keys: &str| {
+        let error = parse(&format!("[mongodb]\n{keys}\n{upstream}")).expect_err("a fault");
+        let [fault] = error.faults() else { panic!("{error}") };
+        (fault.line, fault.key.clone(), fault.what.clone())
+    };
+    assert_eq!(fault("replica_set = \"rs0\"").1, "mongodb.advertise");
+    assert_eq!(fault("advertise = \"front.example:27018\"").1, "mongodb.replica_set");
+    let (line, key, _) = fault("replica_set = \"rs0\"\nadvertise = \"front.example\"");
+    assert_eq!((line, key.as_str()), (Some(3), "mongodb.advertise"));
+    for past in ["behind.example:27017", "other.example:27017"] {
+        let (_, key, what) = fault(&format!("replica_set = \"rs0\"\nadvertise = \"{past}\""));
+        assert!(key == "mongodb.advertise" && what.contains("past this proxy"), "{key}: {what}");
+    }
+    let good = "[mongodb]\nreplica_set = \"rs0\"\nadvertise = \"front.example:27018\"\n";
+    assert_eq!(
+        parse(&format!("{good}{upstream}")).expect("good").mongodb_member().expect("one").host(),
+        "front.example"
+    );
 }

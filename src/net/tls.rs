@@ -9,9 +9,10 @@ use std::{
 use arc_swap::ArcSwap;
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
+    client::verify_server_name,
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem, pem::PemObject},
-    server::{WebPkiClientVerifier, danger::ClientCertVerifier},
+    server::{ParsedCertificate, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
 use serde::Deserialize;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
@@ -52,6 +53,19 @@ pub struct TlsConfig {
     /// Whether clients have to show a certificate; default `"none"`.
     #[serde(default)]
     pub client_auth: ClientAuth,
+}
+
+impl TlsConfig {
+    /// Whether the certificate is made out for a host by whose name clients connect.
+    ///
+    /// # Errors
+    /// It can't be read: not after [`ServerTls::load`].
+    pub fn is_for(&self, host: &str) -> Result<bool, TlsError> {
+        let chain = certificates("certificate", &self.cert_file)?;
+        let (Some(own), Ok(name)) = (chain.first(), ServerName::try_from(host)) else { return Ok(false) };
+        let parsed = ParsedCertificate::try_from(own).map_err(TlsError::Crypto)?;
+        Ok(verify_server_name(&parsed, &name).is_ok())
+    }
 }
 
 /// What is wrong with a certificate, a key or a list of authorities, in words that say what to mend.

@@ -188,8 +188,39 @@ pub struct MongodbLimits {
     pub queue_timeout: Duration,
     /// Open cursors.
     pub cursors: u32,
+    /// Collections: of its own databases, and shared ones that came into being by its requests.
+    #[serde(default = "collections")]
+    pub collections: u32,
+    /// Indexes of its own on one collection, beside the one over `_id`; `None` is what [`Self::indexes`] says.
+    #[serde(default)]
+    pub indexes: Option<u32>,
     /// Requests per second.
     pub rate: RateLimit,
+}
+
+/// Collections of a tier that does not say: what a small deployment bears of one tenant.
+fn collections() -> u32 {
+    500
+}
+
+/// Most collections of a tier: the names of those in shared databases stand in one document.
+const COLLECTIONS_MAX: u32 = 20_000;
+
+/// Indexes that the server lets a collection have beside the one over `_id`.
+pub const INDEXES_OF_SERVER: u32 = 63;
+
+/// Indexes of one tenant on a shared collection where the tier does not say: the server has 63 for all of them, so that
+/// five tenants can have filled it, and not one.
+const INDEXES_OF_SHARED: u32 = 12;
+
+impl MongodbLimits {
+    /// Indexes of one tenant on one collection.
+    pub fn indexes(&self, isolation: Isolation) -> u32 {
+        self.indexes.unwrap_or(match isolation {
+            Isolation::Filter => INDEXES_OF_SHARED,
+            Isolation::Database => INDEXES_OF_SERVER,
+        })
+    }
 }
 
 /// The Convex column of a tier.
@@ -324,6 +355,15 @@ impl Limits {
         need(!mongodb.timeout.is_zero(), "mongodb.timeout must be above zero");
         need(!mongodb.queue_timeout.is_zero(), "mongodb.queue_timeout must be above zero");
         need(mongodb.cursors >= 1, "mongodb.cursors must be at least 1");
+        let collections = 1..=COLLECTIONS_MAX;
+        need(
+            collections.contains(&mongodb.collections),
+            &format!("mongodb.collections must be 1 to {COLLECTIONS_MAX}"),
+        );
+        need(
+            mongodb.indexes.is_none_or(|indexes| (1..=INDEXES_OF_SERVER).contains(&indexes)),
+            &format!("mongodb.indexes must be 1 to {INDEXES_OF_SERVER}, all that the server has"),
+        );
         let convex = &self.convex;
         need(convex.subscriptions >= 1, "convex.subscriptions must be at least 1");
         need(convex.subscriptions_per_socket >= 1, "convex.subscriptions_per_socket must be at least 1");
@@ -384,95 +424,4 @@ impl Tiers {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_shipped_file_carries_the_decided_numbers() {
-        let tiers = Tiers::parse(include_str!("../../config/tiers.toml")).expect("the shipped file parses");
-        let row = |tier| {
-            let pg = &tiers.limits(tier).postgres;
-            let rate = (pg.rate.per_second, pg.rate.burst);
-            (pg.connections, pg.client_sockets, pg.storage >> 20, pg.statement_timeout.as_secs(), rate)
-        };
-        assert_eq!(row(Tier::Free), (5, 50, 512, 10, (50, 100)));
-        assert_eq!(row(Tier::Starter), (10, 100, 1024, 30, (200, 400)));
-        assert_eq!(row(Tier::Pro), (50, 500, 4096, 60, (2_000, 4_000)));
-        assert_eq!(row(Tier::Enterprise), (100, 1000, 8192, 120, (20_000, 40_000)));
-    }
-
-    #[test]
-    fn the_shipped_file_carries_the_decided_redis_numbers() {
-        let tiers = Tiers::parse(include_str!("../../config/tiers.toml")).expect("the shipped file parses");
-        let row = |tier| {
-            let redis = &tiers.limits(tier).redis;
-            let rate = (redis.rate.per_second, redis.rate.burst);
-            (redis.memory >> 20, redis.keys, redis.max_ttl.map(|ttl| ttl.as_secs()), redis.client_sockets, rate)
-        };
-        assert_eq!(row(Tier::Free), (50, 1_000, Some(3_600), 50, (500, 1_000)));
-        assert_eq!(row(Tier::Starter), (128, 10_000, Some(86_400), 200, (2_000, 4_000)));
-        assert_eq!(row(Tier::Pro), (512, 100_000, Some(604_800), 2_000, (20_000, 40_000)));
-        assert_eq!(row(Tier::Enterprise), (2048, 1_000_000, None, 10_000, (200_000, 400_000)));
-    }
-
-    #[test]
-    fn the_shipped_file_carries_the_decided_mongodb_convex_and_neon_numbers() {
-        let tiers = Tiers::parse(include_str!("../../config/tiers.toml")).expect("the shipped file parses");
-        let row = |tier| {
-            let Limits { mongodb, convex, neon, .. } = &**tiers.limits(tier);
-            let (rate, calls) = (mongodb.rate, convex.rate);
-            assert_eq!((neon.rate.per_second, neon.rate.burst), (rate.per_second, rate.burst));
-            (
-                (mongodb.connections, mongodb.timeout.as_secs(), mongodb.client_sockets, rate.per_second, rate.burst),
-                (convex.client_sockets, convex.subscriptions, convex.subscriptions_per_socket),
-                (calls.per_minute, calls.burst, convex.in_flight_writes, convex.payload >> 20, convex.upload >> 20),
-                (neon.connections, neon.storage >> 20, neon.min_cu_hundredths, neon.max_cu_hundredths),
-                (neon.suspend_after.map(|after| after.as_secs()), neon.branches),
-            )
-        };
-        assert_eq!(
-            row(Tier::Free),
-            ((2, 5, 50, 50, 100), (25, 100, 50), (300, 100, 8, 1, 10), (5, 512, 25, 25), (Some(300), 1))
-        );
-        assert_eq!(
-            row(Tier::Starter),
-            ((5, 15, 100, 200, 400), (200, 1_000, 100), (1_500, 500, 16, 4, 100), (10, 1024, 25, 100), (Some(300), 3))
-        );
-        assert_eq!(
-            row(Tier::Pro),
-            (
-                (20, 30, 500, 2_000, 4_000),
-                (2_000, 20_000, 500),
-                (10_000, 3_000, 128, 16, 1024),
-                (50, 4096, 50, 200),
-                (Some(1_800), 10)
-            )
-        );
-        assert_eq!(
-            row(Tier::Enterprise),
-            (
-                (50, 60, 1_000, 20_000, 40_000),
-                (20_000, 250_000, 1_000),
-                (60_000, 20_000, 512, 16, 5120),
-                (100, 8192, 100, 800),
-                (None, 25)
-            )
-        );
-    }
-
-    #[test]
-    fn a_rate_has_one_unit() {
-        let text = include_str!("../../config/tiers.toml");
-        for bad in ["{ burst = 100, ", "{ per_second = 1, per_minute = 1, burst = 100, "] {
-            let text = text.replacen("{ per_second = 50, burst = 100, ", bad, 1);
-            assert!(Tiers::parse(&text).is_err_and(|faults| faults[0].contains("postgres.rate")));
-        }
-    }
-
-    #[test]
-    fn an_unknown_key_is_an_error() {
-        let text = include_str!("../../config/tiers.toml")
-            .replace("client_sockets = 50\n", "client_sockets = 50\nconections = 5\n");
-        assert!(Tiers::parse(&text).is_err_and(|faults| faults[0].contains("conections")));
-    }
-}
+mod tests;

@@ -394,7 +394,7 @@ impl<'a> Choice<'a> {
                 doc! { "createIndexes": collection, "indexes": [index] }
             }
             1 => doc! { "dropIndexes": collection, "index": self.of(&["x", "*", "_id_", "x~acme1"]) },
-            2 => doc! { "listIndexes": collection },
+            2 => doc! { "listIndexes": collection, "cursor": { "batchSize": 1 } },
             3 => doc! { "create": collection, "capped": self.one_in(3), "size": 4096 },
             4 => doc! { "create": "view", "viewOn": collection, "pipeline": self.pipeline(0) },
             5 => doc! { "explain": { "find": collection, "filter": self.filter(0) }, "verbosity": "executionStats" },

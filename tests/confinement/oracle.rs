@@ -171,7 +171,13 @@ impl Confined<'_> {
                 need(self.org.is_none() || !exact, || "a collation by default".into())?;
                 self.pipeline(&list(sent, "pipeline"), false, false, false)
             }
-            "listIndexes" | "getMore" | "killCursors" => Ok(()),
+            // Its later batches can't be told from a find's: what others have must not be left for one.
+            "listIndexes" => {
+                let size = child(sent, "cursor").and_then(|cursor| cursor.get("batchSize"));
+                let all = size.is_none_or(|size| size.as_i32().is_some_and(|size| size >= 64));
+                need(self.org.is_none() || all, || "indexes in batches".into())
+            }
+            "getMore" | "killCursors" => Ok(()),
             other if self.org.is_none() => need(!other.is_empty(), || "a name".into()),
             other => Err(format!("{other} was sent on a shared collection")),
         }

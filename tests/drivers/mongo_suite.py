@@ -423,9 +423,50 @@ def tools_get_their_answers():
             for command in ("hostInfo", "whatsmyuri", "listCommands", "serverStatus", "getDefaultRWConcern"):
                 equal(c.admin.command(command)["ok"], 1.0)
             hello = c.admin.command("hello")
-            equal(hello["msg"], "isdbgrid")
-            for hidden in ("setName", "hosts", "me", "primary", "topologyVersion"):
+            # One node of a set of its own: of the server behind nothing is told.
+            address = url.split("@")[1].split("/")[0]
+            equal([hello[key] for key in ("setName", "hosts", "me", "primary", "secondary", "isWritablePrimary")],
+                  ["rs0", [address], address, address, False, True])
+            behind = DIRECT.split("@")[1].split("/")[0]
+            for hidden in ("msg", "topologyVersion", "electionId", "lastWrite", "passives", "arbiters"):
                 assert hidden not in hello, hidden
+            assert behind not in str(hello) and "secantus" not in str(hello), hello
+
+
+@case
+def strings_with_and_without_a_replica_set_work():
+    for org in ("acme", "initech"):
+        bare = tenant(org)["urls"]["mongodb"].split("/app?")[0]
+        string = lambda *options: f"{bare}/app?" + "&".join(("authMechanism=PLAIN", *options))
+        for options, sees in (
+            (["replicaSet=rs0"], "ReplicaSetWithPrimary"),
+            (["replicaSet=rs0", "directConnection=true"], "Single"),
+            (["directConnection=true"], "Single"),
+            ([], "ReplicaSetWithPrimary"),
+            (["loadBalanced=true"], "LoadBalanced"),
+        ):
+            with client(string(*options)) as c:
+                things = c.app.forms
+                things.insert_one({"way": len(options)})
+                equal(things.count_documents({}), 1)
+                with c.start_session() as session:
+                    session.with_transaction(lambda s: things.update_many({}, {"$set": {"in": True}}, session=s))
+                equal([d["in"] for d in things.find()], [True])
+                with things.watch(max_await_time_ms=200) as stream:
+                    things.insert_one({"_id": ObjectId()})
+                    equal(next(stream)["operationType"], "insert")
+                things.delete_many({})
+                equal(c.topology_description.topology_type_name, sees)
+        # Another name is not ours, and the driver says so itself.
+        for options, words in ((["replicaSet=other"], "other"), (["replicaSet=other", "directConnection=true"], "rs0")):
+            began = time.monotonic()
+            try:
+                with pymongo.MongoClient(string(*options), serverSelectionTimeoutMS=1500) as c:
+                    c.app.forms.find_one()
+                raise AssertionError("another set was found")
+            except pymongo.errors.ServerSelectionTimeoutError as error:
+                assert words in str(error), error
+            assert time.monotonic() - began < 30
 
 
 @case

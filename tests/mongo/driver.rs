@@ -53,6 +53,55 @@ async fn the_rust_driver_works_in_both_isolations() {
     as_tenant(&house.url("initech")).await;
 }
 
+/// The string of a tenant with other options than `directConnection=true`.
+fn string(house: &House, org: &str, options: &str) -> String {
+    house.url(org).replace("&directConnection=true", options)
+}
+
+#[tokio::test]
+async fn strings_with_and_without_the_sets_name_work_and_another_name_does_not() {
+    let house = House::with_set(mongo::shared().port, "rs0", None).await;
+    for (org, options) in [
+        ("globex", "&replicaSet=rs0"),
+        ("initech", "&replicaSet=rs0&directConnection=true"),
+        ("globex", "&directConnection=true"),
+        ("initech", ""),
+        ("globex", "&loadBalanced=true"),
+    ] {
+        as_tenant(&string(&house, org, options)).await;
+    }
+    for options in ["&replicaSet=other", "&replicaSet=other&directConnection=true"] {
+        let refused = refused(&string(&house, "globex", options)).await;
+        assert!(refused.contains("Server selection timeout"), "{refused}");
+    }
+}
+
+/// What the driver says of a string that leads nowhere.
+async fn refused(url: &str) -> String {
+    let mut options = mongodb::options::ClientOptions::parse(url).await.expect("a URL");
+    options.server_selection_timeout = Some(Duration::from_secs(1));
+    let client = Client::with_options(options).expect("options");
+    let things = client.default_database().expect("it names one").collection::<Document>("rust");
+    things.find_one(doc! {}).await.expect_err(url).to_string()
+}
+
+/// The driver goes on to what is advertised, and TLS is for that name, whatever address it came by.
+#[tokio::test]
+async fn the_advertised_name_is_what_the_certificate_has_to_be_for() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let own = certificate(folder.path(), "own");
+    assert!(own.is_for("localhost").expect("read") && !own.is_for("127.0.0.1").expect("read"));
+    let tls = Arc::new(ServerTls::load(&own, &[]).expect("good files"));
+    let house = House::with_set(mongo::shared().port, "rs0", Some(tls)).await;
+    let secure = format!("&tls=true&tlsCAFile={}", own.cert_file.display());
+    let named = |options: &str| string(&house, "initech", options).replace("127.0.0.1", "localhost");
+    for options in ["&replicaSet=rs0", ""] {
+        as_tenant(&named(&format!("{options}{secure}"))).await;
+    }
+    // By its number it is not found to be who it is.
+    refused(&string(&house, "initech", &secure)).await;
+}
+
 /// In a shared collection one tenant can't take all the indexes that the server has for it.
 #[tokio::test]
 async fn a_tenant_has_its_share_of_a_shared_collections_indexes() {

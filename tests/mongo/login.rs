@@ -38,6 +38,32 @@ async fn hello_makes_drivers_see_one_mongos_that_names_nobody() {
 }
 
 #[tokio::test]
+async fn hello_names_the_one_node_of_the_set_that_is_configured_and_no_other() {
+    let house = House::with_set(DEAD, "rs0", None).await;
+    let mut client = house.stranger().await;
+    let address = format!("127.0.0.1:{}", house.port);
+    for name in ["hello", "isMaster", "ismaster"] {
+        let told = client.run(doc! { name: 1, "$db": "admin" }).await;
+        for key in ["me", "primary"] {
+            assert_eq!(told.get_str(key).ok(), Some(address.as_str()), "{told}");
+        }
+        assert_eq!(told.get_array("hosts").ok(), Some(&vec![address.as_str().into()]));
+        assert_eq!((told.get_str("setName").ok(), told.get_i32("setVersion").ok()), (Some("rs0"), Some(1)));
+        assert_eq!(
+            (told.get_bool("isWritablePrimary").ok(), told.get_bool("secondary").ok()),
+            (Some(true), Some(false))
+        );
+        // A mongos of a set is nothing that a driver knows; the rest would be of who is behind.
+        for hidden in ["msg", "topologyVersion", "electionId", "lastWrite", "passives", "arbiters", "serviceId"] {
+            assert!(!told.contains_key(hidden), "{hidden}");
+        }
+    }
+    let told = client.run(doc! { "hello": 1, "loadBalanced": true, "$db": "admin" }).await;
+    assert!(told.get_object_id("serviceId").is_ok() && told.get_str("msg").ok() == Some("isdbgrid"), "{told}");
+    assert!(!told.contains_key("setName") && !told.contains_key("hosts"), "{told}");
+}
+
+#[tokio::test]
 async fn a_token_is_the_password() {
     let house = House::before(DEAD).await;
     for good in [plain(&token("acme")), oidc(&doc! { "jwt": token("acme") })] {

@@ -11,13 +11,13 @@ use std::{
 
 use bson::{Document, RawDocumentBuf, doc};
 use dynabase::{
-    front::mongo::{Config, Server},
+    front::mongo::{Config, Server, member::Settings},
     identity::{self, Secret, Verifier, mint},
     net::{ClientTls, Conn, Drain, Peer, Raw, ServerTls, Stream, TlsMode},
     quota::Table,
     session::Gate,
     tenant::{
-        Names, OrgId, Tenant, Tier, Tiers,
+        Isolation, Names, OrgId, Tenant, Tier, Tiers,
         directory::{Absent, Ask, Directory},
         namespace::{NameStyle, RootSecret},
     },
@@ -42,6 +42,10 @@ pub struct House {
     pub drain: Drain,
 }
 
+fn names() -> Names {
+    Names::new(RootSecret::new(&[7; 32]).expect("32 bytes"), NameStyle::Plain)
+}
+
 pub fn tenant(org: &str, tier: Tier, epoch: u64) -> Tenant {
     Tenant { epoch, ..Tenant::new(OrgId::parse(org).expect("an id"), tier) }
 }
@@ -60,16 +64,22 @@ impl House {
     }
 
     pub async fn with_tiers(port: u16, tiers: &str) -> Self {
-        Self::start(port, tiers, None).await
+        Self::start(port, tiers, None, None).await
+    }
+
+    /// A front that is seen as the primary of a set of one, on this machine or as `localhost` over TLS.
+    pub async fn with_set(port: u16, set: &str, tls: Option<Arc<ServerTls>>) -> Self {
+        Self::start(port, include_str!("../../config/tiers.toml"), tls, Some(set)).await
     }
 
     /// A front that speaks TLS alone; its clients come over a network.
     pub async fn with_tls(port: u16, tls: Arc<ServerTls>) -> Self {
-        Self::start(port, include_str!("../../config/tiers.toml"), Some(tls)).await
+        Self::start(port, include_str!("../../config/tiers.toml"), Some(tls), None).await
     }
 
-    async fn start(port: u16, tiers: &str, tls: Option<Arc<ServerTls>>) -> Self {
+    async fn start(port: u16, tiers: &str, tls: Option<Arc<ServerTls>>, set: Option<&str>) -> Self {
         let local = tls.is_none();
+        let host = if local { "127.0.0.1" } else { "localhost" };
         let tenants: HashMap<String, Arc<Tenant>> =
             [("acme", Tier::Free), ("globex", Tier::Starter), ("initech", Tier::Pro), ("umbrella", Tier::Enterprise)]
                 .into_iter()
@@ -102,12 +112,15 @@ impl House {
             replica_set: None,
             direct: true,
         };
-        let names = Names::new(RootSecret::new(&[7; 32]).expect("32 bytes"), NameStyle::Plain);
-        let config = Config { login_timeout: PATIENCE, issuer: "https://test.supabase.co/auth/v1".into() };
-        let drain = Drain::new();
-        let server = Server::new(gate, Upstream::new(target, names), tls, config, drain.clone()).expect("a front");
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("bound").port();
+        let member = set.map(|set| {
+            let settings = Settings { replica_set: Some(set.into()), advertise: Some(format!("{host}:{port}")) };
+            settings.member().expect("good").expect("there")
+        });
+        let config = Config { login_timeout: PATIENCE, issuer: "https://test.supabase.co/auth/v1".into(), member };
+        let drain = Drain::new();
+        let server = Server::new(gate, Upstream::new(target, names()), tls, config, drain.clone()).expect("a front");
         tokio::spawn(async move {
             static IDS: AtomicU64 = AtomicU64::new(1);
             while let Ok((tcp, peer)) = listener.accept().await {
@@ -123,6 +136,12 @@ impl House {
             }
         });
         Self { port, table, drain }
+    }
+
+    /// A tenant's own physical database.
+    pub fn place(&self, org: &str, database: &str) -> String {
+        let place = names().mongodb(&OrgId::parse(org).expect("an id"), Isolation::Database);
+        place.physical(database).expect("a name")
     }
 
     pub async fn stranger(&self) -> Client {
@@ -271,6 +290,8 @@ pub async fn server(act: impl Fn(&Document) -> Act + Send + Sync + 'static) -> (
                     let asked = body(&bytes);
                     let act = if asked.contains_key("hello") {
                         Act::Answer(doc! { "isWritablePrimary": true, "maxWireVersion": 27, "ok": 1.0 })
+                    } else if let Some(there) = looked_for(&asked) {
+                        Act::Answer(there)
                     } else {
                         let _ = happens.send(Event::Asked(asked.clone()));
                         act(&asked)
@@ -292,6 +313,14 @@ pub async fn server(act: impl Fn(&Document) -> Act + Send + Sync + 'static) -> (
         }
     });
     (port, events)
+}
+
+/// The answer to who looks whether collections are there: they are.
+fn looked_for(asked: &Document) -> Option<Document> {
+    asked.get("listCollections")?;
+    let names = asked.get_document("filter").ok()?.get_document("name").ok()?.get_array("$in").ok()?;
+    let batch: Vec<Document> = names.iter().map(|name| doc! { "name": name.clone(), "type": "collection" }).collect();
+    Some(doc! { "cursor": { "id": 0_i64, "ns": "x.$cmd.listCollections", "firstBatch": batch }, "ok": 1.0 })
 }
 
 /// Waits for an event that `wanted` picks.

@@ -7,7 +7,7 @@ use std::{
     path::Path,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, OnceLock},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use dynabase::{
@@ -30,6 +30,9 @@ use super::{
     wire::Wire,
 };
 
+/// Longest run of a command, on a busy machine: one that hangs fails its test.
+const COMMAND_ENDS_WITHIN: Duration = Duration::from_secs(180);
+
 const ADMIN_TOKEN: &str = "operators-of-the-tests";
 const ISSUER: &str = "https://tests.dynabase.invalid/auth/v1";
 
@@ -46,6 +49,7 @@ pub struct Limits {
     pub rate: &'static str,
     /// Of MongoDB.
     pub isolation: &'static str,
+    pub collections: u32,
 }
 
 impl Default for Limits {
@@ -60,6 +64,7 @@ impl Default for Limits {
             queue_timeout: "10s",
             rate: "{ per_second = 100000, burst = 100000, over = \"refuse\", max_delay = \"1s\" }",
             isolation: "filter",
+            collections: 500,
         }
     }
 }
@@ -113,7 +118,8 @@ impl Setup {
         let (mut text, neon) = (String::new(), self.neon_connections);
         for (name, limits) in ["FREE", "STARTER", "PRO", "ENTERPRISE"].iter().zip(&self.tiers) {
             let Limits { expiry, connections, client_sockets, storage, .. } = limits;
-            let Limits { statement_timeout, idle_in_transaction, queue_timeout, rate, isolation, .. } = limits;
+            let Limits { statement_timeout, idle_in_transaction, queue_timeout, rate, isolation, collections, .. } =
+                limits;
             write!(
                 text,
                 "[{name}]\nexpiry = \"{expiry}\"\n[{name}.postgres]\nconnections = {connections}\n\
@@ -123,7 +129,7 @@ impl Setup {
                  [{name}.redis]\nmemory = \"50MB\"\nkeys = 1000\nmax_ttl = \"1h\"\nclient_sockets = 50\n\
                  connections = 25\nrate = {rate}\n\
                  [{name}.mongodb]\nisolation = \"{isolation}\"\nconnections = 25\nclient_sockets = 50\ntimeout = \"30s\"\n\
-                 queue_timeout = \"5s\"\ncursors = 100\nrate = {rate}\n\
+                 queue_timeout = \"5s\"\ncursors = 100\ncollections = {collections}\nrate = {rate}\n\
                  [{name}.convex]\nclient_sockets = 50\nsubscriptions = 100\nsubscriptions_per_socket = 50\n\
                  in_flight_writes = 8\npayload = \"1MiB\"\nupload = \"10MiB\"\nrate = {rate}\n\
                  [{name}.neon]\nconnections = {neon}\nclient_sockets = 50\nstorage = \"4GB\"\nstatement_timeout = \"30s\"\n\
@@ -341,9 +347,29 @@ impl Proxy {
     pub fn command(&self, words: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String, String) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_dynabase"));
         command.args(words).arg("--config").arg(self.folder.path().join("dynabase.toml"));
-        let output = command.envs(environment.iter().copied()).output().expect("it starts");
-        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
-        (output.status.code(), text(output.stdout), text(output.stderr))
+        command.envs(environment.iter().copied()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("it starts");
+        let read = |mut pipe: Box<dyn Read + Send>| {
+            std::thread::spawn(move || {
+                let mut text = String::new();
+                pipe.read_to_string(&mut text).expect("UTF-8");
+                text
+            })
+        };
+        let out = read(Box::new(child.stdout.take().expect("piped")));
+        let err = read(Box::new(child.stderr.take().expect("piped")));
+        let deadline = Instant::now() + COMMAND_ENDS_WITHIN;
+        let status = loop {
+            if let Some(status) = child.try_wait().expect("its parent may ask") {
+                break status;
+            }
+            if Instant::now() >= deadline {
+                let _ = child.kill();
+                panic!("{words:?} did not come to an end: {}", err.join().expect("it was read"));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        (status.code(), out.join().expect("it was read"), err.join().expect("it was read"))
     }
 
     /// The value of a metric, summed over all its labels that contain `labels`.

@@ -20,6 +20,8 @@ pub struct Demo {
     pub token: String,
     /// Its service key.
     pub service_key: String,
+    /// Operations that its tier runs on MongoDB at a time.
+    pub mongodb_connections: u32,
 }
 
 /// Everything there is.
@@ -46,12 +48,14 @@ impl Ready {
         let mut text = String::from("\ndynabase is ready. Paste one of these; the tokens hold for 24 hours.\n");
         for demo in &self.tenants {
             text.push_str(&format!(
-                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n    mongosh '{}'\n    neon         {}\n    {}\n{}    service key  {}\n",
+                "\n  {} ({})\n    psql '{}'\n    redis-cli -u '{}'\n    mongosh '{}&maxPoolSize={}'\n    neon         {}\n    {}\n{}    service key  {}\n",
                 demo.org,
                 demo.tier,
                 self.postgres(demo),
                 self.redis(demo),
                 self.mongodb(demo),
+                // For programs that it is pasted into: more sockets would only wait for their turn.
+                demo.mongodb_connections,
                 self.neon(demo),
                 self.curl(demo),
                 self.convex(demo),

@@ -165,6 +165,8 @@ fn over_limit(over: &Over) -> Words {
         | Limit::Keys
         | Limit::Memory
         | Limit::Cursors
+        | Limit::Collections
+        | Limit::Indexes
         | Limit::Branches => (StatusCode::TOO_MANY_REQUESTS, "QuotaExceeded", limit.label()),
     };
     let retry_ms = retry_after.map(|wait| wait.as_millis().max(1));

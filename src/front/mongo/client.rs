@@ -29,6 +29,7 @@ use super::{
     refuse::{self, After, Answer, Repeat},
     rewrite::{self, Request, Scope, Verdict},
     send::{Asked, Form},
+    spare,
     tenancy::Tenancy,
     threshold,
 };
@@ -211,7 +212,9 @@ impl Client {
         match header.opcode {
             OP_MSG => {
                 let Some((head, payload)) = bytes.split_first_chunk() else { return After::Close };
-                self.command(asked, head, payload).await
+                let after = self.command(asked, head, payload).await;
+                spare::give(bytes);
+                after
             }
             OP_COMPRESSED => {
                 let max = if self.session.is_some() { MESSAGE_MAX_BYTES } else { STRANGER_MESSAGE_MAX_BYTES };
@@ -368,9 +371,9 @@ impl Client {
         };
         let request = Request { body: message.body.bytes(), sections: message.sections() };
         let bytes: usize = request.sections.iter().map(|(_, bytes)| bytes.len()).sum();
-        let mut sent = Vec::with_capacity(request.body.len() + bytes + bytes / 8 + GROWTH_BYTES);
+        let mut sent = spare::take(request.body.len() + bytes + bytes / 8 + GROWTH_BYTES);
         mongo::begin(&mut sent, 0, 0, OP_MSG);
-        match rewrite::rewrite(&scope, &request, &mut sent) {
+        let after = match rewrite::rewrite(&scope, &request, &mut sent) {
             Verdict::Refuse(fault) => {
                 self.count_refused();
                 super::forward::abort_refused(self, &tenancy, message.body);
@@ -389,7 +392,9 @@ impl Client {
                 mongo::end(&mut sent, 0);
                 super::forward::run(self, asked, &tenancy, &way, &forward, &mut sent).await
             }
-        }
+        };
+        spare::give(sent);
+        after
     }
 
     /// Whether the session may go on, and its rate.

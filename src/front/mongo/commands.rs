@@ -230,6 +230,58 @@ pub struct Row {
     pub required: u64,
     /// Bits of the fields that `filter` isolation writes where the client left them out.
     pub wanted: u64,
+    /// Fields that others depend on.
+    pub bits: Bits,
+}
+
+/// The bits, by their places, of fields that are looked for by their names with each command; 0 for one that the row has
+/// not. A walk over what a client wrote for each of them cost a fifth of rewriting a find.
+#[derive(Clone, Copy, Debug)]
+pub struct Bits {
+    /// `collection`.
+    pub collection: u64,
+    /// `collation`.
+    pub collation: u64,
+    /// `ordered`.
+    pub ordered: u64,
+    /// `upsert`.
+    pub upsert: u64,
+    /// `explain`.
+    pub explain: u64,
+}
+
+impl Bits {
+    const fn of(fields: &[Field]) -> Self {
+        Self {
+            collection: bit(fields, "collection"),
+            collation: bit(fields, "collation"),
+            ordered: bit(fields, "ordered"),
+            upsert: bit(fields, "upsert"),
+            explain: bit(fields, "explain"),
+        }
+    }
+}
+
+/// The bit of the field of that name.
+const fn bit(fields: &[Field], name: &str) -> u64 {
+    let mut at = 0;
+    while at < fields.len() {
+        if is_same(fields[at].name, name) {
+            return 1 << at;
+        }
+        at += 1;
+    }
+    0
+}
+
+/// Whether two names are one, for the compiler.
+pub const fn is_same(one: &str, other: &str) -> bool {
+    let (one, other) = (one.as_bytes(), other.as_bytes());
+    let mut same = 0;
+    while same < one.len() && same < other.len() && one[same] == other[same] {
+        same += 1;
+    }
+    same == one.len() && same == other.len()
 }
 
 const fn field(name: &'static str, rule: Rule) -> Field {
@@ -269,6 +321,7 @@ const fn data(name: &'static str, value: Value, reply: ReplyRule, fields: &'stat
         fields,
         required: bits(fields, Which::Required),
         wanted: bits(fields, Which::Wanted),
+        bits: Bits::of(fields),
     }
 }
 
@@ -321,6 +374,7 @@ const fn local(name: &'static str, emulate: Emulate) -> Row {
         fields: &[],
         required: 0,
         wanted: 0,
+        bits: Bits::of(&[]),
     }
 }
 
@@ -328,6 +382,11 @@ impl Row {
     const fn or(mut self, alias: &'static str) -> Self {
         self.alias = Some(alias);
         self
+    }
+
+    /// Whether it may leave fewer collections, or others, than there were.
+    pub fn takes_away(&self) -> bool {
+        matches!(self.name, "drop" | "dropDatabase" | "renameCollection")
     }
 
     const fn filter(mut self, treat: Treat) -> Self {

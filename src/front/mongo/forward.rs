@@ -18,7 +18,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::{
     Server,
     client::Client,
-    commands::Home,
+    commands::{Home, ReplyRule},
     cursors::{self, Named},
     large::{LARGE_BYTES, Room},
     mask::Mask,
@@ -27,6 +27,7 @@ use super::{
     reply::{Mapping, Seen},
     rewrite::Forward,
     send::Asked,
+    spare,
     tenancy::{self, Open, RETURNS_MAX, SessionId, Tenancy, Way},
     turn::Turn,
 };
@@ -34,6 +35,7 @@ use crate::{
     quota::clock,
     refusal::{Limit, Over, Refusal},
     session::Session,
+    tenant::Isolation,
     upstream::mongo::{Error, Lease, account, connection},
     wire::mongo::bson::{Document, kind},
 };
@@ -122,7 +124,7 @@ pub async fn run(
     let limits = &policy.limits.mongodb;
     session.meter().transactions.fetch_add(1, Ordering::Relaxed);
     let server = Arc::clone(&client.server);
-    let mut reply = Vec::new();
+    let mut reply = spare::take(0);
     let outcome = {
         let work = exchange(&server, tenancy, way, forward, sent, &mut reply);
         tokio::select! {
@@ -294,18 +296,20 @@ async fn replied(
     reply: Vec<u8>,
 ) -> After {
     let Some(session) = &client.session else { return After::Close };
+    let cursor = cursors::asked_for(forward, sent).filter(|_| forward.row.name == "getMore");
+    let before = cursor.filter(|_| forward.reply == ReplyRule::BulkWrite).and_then(|id| tenancy.refused_of(id));
     let mapping = Mapping {
         rule: forward.reply,
         isolation: way.isolation,
         org: session.slot().org(),
         place: &way.place,
         mask: &tenancy.mask,
-        failed: &forward.failed,
+        failed: before.as_deref().unwrap_or(&forward.failed),
         ordered: forward.ordered,
-        cursor: cursors::asked_for(forward, sent).filter(|_| forward.row.name == "getMore"),
+        cursor,
         not_there: &held.named.others,
     };
-    let mut out = Vec::with_capacity(reply.len() + 64);
+    let mut out = spare::take(reply.len() + 64);
     Client::begin(asked, &mut out);
     let mapped = connection::body(&reply).and_then(|body| mapping.put(body, &mut out));
     let seen = match mapped {
@@ -322,6 +326,9 @@ async fn replied(
     if seen.topology {
         client.server.upstream.renew();
     }
+    if way.isolation == Isolation::Database && forward.row.takes_away() {
+        client.server.registry.known.forget_all(way.place.prefix());
+    }
     if seen.ok {
         held.named.known.iter().for_each(|&id| tenancy.drop_cursor(id));
     }
@@ -335,7 +342,7 @@ async fn replied(
     }
     drop(held);
     // A slow client keeps one copy, not two.
-    drop(reply);
+    spare::give(reply);
     if !Client::waits(asked) {
         return After::Stay;
     }
@@ -363,11 +370,16 @@ fn books(
     let (id, namespace) = seen.cursor.as_ref().filter(|(id, _)| *id != 0)?;
     let policy = session.slot().policy();
     let max = usize::try_from(policy.limits.mongodb.cursors).unwrap_or(usize::MAX);
-    if tenancy.keep_cursor(*id, namespace, way, max) {
+    // Not read on: what would come is others' as well, and all of the tenant's is there.
+    let unread = forward.reply == ReplyRule::Indexes && way.isolation == Isolation::Filter;
+    if !unread && tenancy.keep_cursor(*id, namespace, way, max, &forward.failed) {
         return None;
     }
     let (server, way, id, namespace) = (Arc::clone(&client.server), Arc::clone(way), *id, namespace.clone());
     client.server.later(async move { tenancy::kill_cursor(&server.upstream, &way, id, &namespace).await });
+    if unread {
+        return None;
+    }
     Some(Over {
         limit: Limit::Cursors,
         tier: policy.tenant.tier,

@@ -11,7 +11,10 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
-use super::large::{self, Room};
+use super::{
+    large::{self, Room},
+    spare,
+};
 use crate::{
     net::Stream,
     wire::{
@@ -90,6 +93,9 @@ impl Backlog {
         // What is moved to the front is no more than what was taken from there.
         if self.at >= self.bytes.len() - self.at {
             self.compact();
+        }
+        if self.bytes.capacity() == 0 {
+            self.bytes = spare::take(bytes.len());
         }
         self.bytes.extend_from_slice(bytes);
     }

@@ -253,7 +253,7 @@ fn put_server_status(client: &Client, out: &mut Vec<u8>) {
     let [major, minor, patch] = version(client);
     bson::put_str(out, "host", "dynabase");
     bson::put_str(out, "version", &format!("{major}.{minor}.{patch}"));
-    bson::put_str(out, "process", "mongos");
+    bson::put_str(out, "process", if client.member(false).is_some() { "mongod" } else { "mongos" });
     bson::put_i64(out, "pid", 0);
     let uptime_ms = clock::now_ms().saturating_sub(client.server.since_ms);
     bson::put_f64(out, "uptime", f64::from(u32::try_from(uptime_ms / 1000).unwrap_or(u32::MAX)));

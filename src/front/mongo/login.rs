@@ -1,14 +1,16 @@
 //! The handshake: hello, and SASL PLAIN and MONGODB-OIDC with a token as the password.
 //!
 //! The hello is ours alone. It says mongos (`isdbgrid`), the one kind of server that has sessions, retryable writes and
-//! transactions and names no addresses; it has no `topologyVersion`, so that drivers poll instead of holding a second
-//! socket open; it leaves room for what rewriting adds to messages.
+//! transactions and names no addresses, or the primary of a set of one where that is configured (`member`); it has no
+//! `topologyVersion`, so that drivers poll instead of holding a second socket open; it leaves room for what rewriting adds
+//! to messages.
 
 use std::sync::{Arc, atomic::Ordering};
 
 use super::{
     client::Client,
     commands::Emulate,
+    member::{self, Member},
     refuse::{self, After, Answer, Repeat},
     rewrite,
     send::Asked,
@@ -68,7 +70,11 @@ impl Client {
             bson::put_bool(out, "ismaster", true);
         }
         bson::put_bool(out, "isWritablePrimary", true);
-        bson::put_str(out, "msg", "isdbgrid");
+        let balanced = get("loadBalanced")?.is_some_and(|it| it.truthy());
+        match self.member(balanced) {
+            Some(member) => member.put(out),
+            None => bson::put_str(out, "msg", "isdbgrid"),
+        }
         bson::put_i32(out, "maxBsonObjectSize", DOCUMENT_ADVERTISED_BYTES);
         bson::put_i32(out, "maxMessageSizeBytes", MESSAGE_ADVERTISED_BYTES);
         bson::put_i32(out, "maxWriteBatchSize", BATCH_ADVERTISED);
@@ -94,13 +100,18 @@ impl Client {
         if let Some(done) = speculated {
             bson::put_document(out, "speculativeAuthenticate", Document::new(&done).map_err(malformed)?);
         }
-        if get("loadBalanced")?.is_some_and(|it| it.truthy()) {
+        if balanced {
             bson::put_object_id(out, "serviceId", &self.server.service_id);
         }
         bson::put_f64(out, "ok", 1.0);
         bson::close(out, reply);
         let _ = asked;
         Ok(())
+    }
+
+    /// The set's member as whom this client sees us, if not as a mongos.
+    pub(super) fn member(&self, balanced: bool) -> Option<&Member> {
+        member::seen(self.server.config.member.as_ref(), &self.peer, balanced)
     }
 
     /// A login inside a hello; what goes wrong with it is told by the field's absence.

@@ -2,9 +2,9 @@
 //!
 //! [`Server::serve`] is one client from its first byte to its last: `client` holds the conversation, `send` its answers, `login` the
 //! handshake, `commands` says what becomes of each command, `rewrite` makes a request of a tenant one that can't leave
-//! the tenant, `prepare` does what it needs before, `forward` sends it on within the tenant's limits, `large` bounds what is in
-//! memory, `reply` maps what comes back, `local` answers what the server must not be asked, and `cursors` what is asked
-//! about cursors of nobody's. `tenancy` is what all clients of a tenant share; `mask` hides the server's names of
+//! the tenant, `prepare` does what it needs before, if there is `room`, `forward` sends it on within the tenant's limits, `large` bounds what is in
+//! memory, `spare` keeps buffers, `reply` maps what comes back, `local` answers what the server must not be asked, and `cursors` what is asked
+//! about cursors of nobody's. `member` is how drivers may see a replica set. `tenancy` is what all clients of a tenant share; `mask` hides the server's names of
 //! sessions and cursors.
 
 mod client;
@@ -16,11 +16,14 @@ mod large;
 mod local;
 mod login;
 pub mod mask;
+pub mod member;
 mod prepare;
 mod refuse;
 pub mod reply;
 pub mod rewrite;
+mod room;
 mod send;
+mod spare;
 mod tenancy;
 mod threshold;
 mod turn;
@@ -47,6 +50,8 @@ pub struct Config {
     pub login_timeout: Duration,
     /// Who issues tokens: told to clients that ask how to get one.
     pub issuer: String,
+    /// The set as whose primary it is seen; `None`: a mongos.
+    pub member: Option<member::Member>,
 }
 
 /// Serves MongoDB clients. One per process.

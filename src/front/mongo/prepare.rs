@@ -1,5 +1,5 @@
-//! What has to be so at the server before a request is sent: the tenant's rights, room for its indexes, what a shared
-//! collection needs.
+//! What has to be so at the server before a request is sent: the tenant's rights, room for its collections (`room`) and
+//! indexes, what a shared collection needs.
 //!
 //! A shared collection comes into being with the first document of any tenant, and with it the platform's index over
 //! `{org_id: 1, _id: 1}` ([`index::PLATFORM`]): without it a tenant's query would walk over everybody's documents. It is
@@ -14,19 +14,17 @@ use super::{
     Server,
     commands::ReplyRule,
     local::shared,
-    refuse::Answer,
+    refuse::{self, Answer, Repeat},
     rewrite::{Forward, Prepare, index},
+    room,
     tenancy::{Tenancy, Way},
 };
 use crate::{
-    tenant::Isolation,
+    refusal::{Limit, Over, Refusal},
+    tenant::{Isolation, tier::INDEXES_OF_SERVER},
     upstream::mongo::{Error, Upstream, account},
     wire::mongo::bson::Document,
 };
-
-/// Indexes that one tenant may have on a shared collection: the server has 64 for all of them, so that five tenants can
-/// have filled it, and not one.
-const INDEXES_MAX: usize = 12;
 
 /// How long a request waits for the platform's index on its collection. On an empty collection it is there at once; on a
 /// full one of before it is built while requests go on.
@@ -58,8 +56,19 @@ pub async fn before(
 ) -> Result<Ready, Error> {
     let upstream = &server.upstream;
     let filter = way.isolation == Isolation::Filter;
-    if filter && forward.creates {
-        for namespace in shared_collections(forward, sent, way) {
+    let known = &server.registry.known;
+    let new: Vec<String> = match room::is_known(forward, way, known) {
+        true => Vec::new(),
+        false => {
+            let brought = room::brought(forward, sent, way);
+            brought.into_iter().filter(|name| !known.has(name, way.isolation)).collect()
+        }
+    };
+    if !new.is_empty() {
+        if let Some(over) = room::met(upstream, tenancy, way, &new, known).await? {
+            return Ok(Ready::Refused(refuse::render(&Refusal::OverLimit(over), Repeat::Plain)));
+        }
+        for namespace in new.into_iter().take(COLLECTIONS_MAX).filter(|_| filter) {
             platform_index(server, namespace).await;
         }
     }
@@ -73,9 +82,10 @@ pub async fn before(
     match &forward.prepare {
         Some(Prepare::IndexRoom { collection }) => {
             let wished = wished_indexes(sent);
-            if let Some(full) = index_room(upstream, tenancy, way, (forward.database, collection), &wished).await? {
+            if let Some(over) = index_room(upstream, tenancy, way, (forward.database, collection), &wished).await? {
+                let full = refuse::render(&Refusal::OverLimit(over), Repeat::Plain);
                 // What only makes faster is left out, as where the server itself has no more room.
-                let left_out = forward.reply == ReplyRule::IndexesWished;
+                let left_out = filter && forward.reply == ReplyRule::IndexesWished;
                 return Ok(if left_out { Ready::LeftOut } else { Ready::Refused(full) });
             }
         }
@@ -88,27 +98,10 @@ pub async fn before(
     Ok(Ready::Go)
 }
 
-/// The collections that a request may bring into being: physical `database.collection`.
-fn shared_collections(forward: &Forward<'_>, sent: &[u8], way: &Way) -> Vec<String> {
-    match forward.collection {
-        Some(collection) => way
-            .place
-            .physical(forward.database)
-            .map(|physical| format!("{physical}.{collection}"))
-            .into_iter()
-            .collect(),
-        None => {
-            let mut found = namespaces(forward, sent);
-            found.truncate(COLLECTIONS_MAX);
-            found
-        }
-    }
-}
-
 /// Asks for the platform's index of a shared collection, the first time.
 async fn platform_index(server: &Server, namespace: String) {
-    let indexed = Arc::clone(&server.registry.indexed);
-    if !indexed.note(&namespace) {
+    let known = Arc::clone(&server.registry.known);
+    if !known.index(&namespace) {
         return;
     }
     let Some((database, collection)) = namespace.split_once('.') else { return };
@@ -124,7 +117,7 @@ async fn platform_index(server: &Server, namespace: String) {
             }
             Err(error) => {
                 tracing::debug!(namespace, %error, "a shared collection's index has to be asked for again");
-                indexed.forget(&namespace);
+                known.forget(&namespace);
             }
         }
         drop(tell);
@@ -146,35 +139,45 @@ fn wished_indexes(sent: &[u8]) -> Vec<String> {
     list.into_iter().flatten().map_while(Result::ok).filter_map(|it| name(it.document()?)).collect()
 }
 
-/// The refusal of indexes beyond the tenant's share of a shared collection's.
+/// The limit that keeps a tenant from having these indexes on a collection as well.
 async fn index_room(
     upstream: &Upstream,
     tenancy: &Tenancy,
     way: &Way,
     (database, collection): (&str, &str),
     wished: &[String],
-) -> Result<Option<Answer>, Error> {
+) -> Result<Option<Over>, Error> {
+    let policy = tenancy.policy();
+    let max = policy.limits.mongodb.indexes(way.isolation);
+    // The server's own number then.
+    if way.isolation == Isolation::Database && max >= INDEXES_OF_SERVER {
+        return Ok(None);
+    }
     let Some(physical) = way.place.physical(database) else { return Ok(None) };
-    let listed = account::run(upstream, doc! { "listIndexes": collection, "cursor": {}, "$db": physical }).await;
+    let listed =
+        account::run(upstream, doc! { "listIndexes": collection, "cursor": { "batchSize": 1000 }, "$db": physical })
+            .await;
     let listed = match listed {
         // Not there yet.
-        Err(error) if error.code() == Some(26) => return Ok(None),
+        Err(error) if error.code() == Some(26) => Tree::new(),
         listed => account::decode(&listed?)?,
     };
     let names = listed.get_document("cursor").and_then(|cursor| cursor.get_array("firstBatch"));
     let names: Vec<&str> =
         names.into_iter().flatten().filter_map(|it| it.as_document()?.get_str("name").ok()).collect();
     let mark = format!("{}{}", index::MARK, tenancy.org());
-    let own = names.iter().filter(|name| name.ends_with(&mark)).count();
-    let new = wished.iter().filter(|name| !names.contains(&name.as_str())).count();
-    if new == 0 || own + new <= INDEXES_MAX {
+    let own = |name: &&&str| match way.isolation {
+        Isolation::Filter => name.ends_with(&mark),
+        Isolation::Database => **name != index::ID,
+    };
+    let in_use = names.iter().filter(own).count();
+    let new = wished.iter().filter(|name| *name != index::ID && !names.contains(&name.as_str())).count();
+    if new == 0 || in_use + new <= usize::try_from(max).unwrap_or(usize::MAX) {
         return Ok(None);
     }
-    let text = format!(
-        "too many indexes: {own} of {INDEXES_MAX} that one tenant may have on a collection of a shared database; drop \
-         some, or raise the tier"
-    );
-    Ok(Some(Answer::new(67, "CannotCreateIndex", text)))
+    let in_use = u64::try_from(in_use).unwrap_or(u64::MAX);
+    let tier = policy.tenant.tier;
+    Ok(Some(Over { limit: Limit::Indexes, tier, max: max.into(), in_use, retry_after: None }))
 }
 
 /// Logical databases beyond the request's own that a bulk write names: the tenant's user needs its rights on them.
@@ -191,7 +194,7 @@ fn further_databases(forward: &Forward<'_>, sent: &[u8], way: &Way) -> Vec<Strin
 }
 
 /// The physical `database.collection` that a bulk write names.
-fn namespaces(forward: &Forward<'_>, sent: &[u8]) -> Vec<String> {
+pub(super) fn namespaces(forward: &Forward<'_>, sent: &[u8]) -> Vec<String> {
     let mut found = Vec::new();
     if forward.reply != ReplyRule::BulkWrite {
         return found;

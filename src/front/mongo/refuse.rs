@@ -191,6 +191,21 @@ fn over_limit(over: &Over) -> Answer {
             "IngressRequestRateLimitExceeded",
             format!("too many open cursors: {in_use} of {max} of tier {tier}; read to the end or close some"),
         ),
+        Limit::Collections => Answer::new(
+            242,
+            "CannotCreateCollection",
+            format!(
+                "cannot create a new collection: {in_use} of {max} of tier {tier} are there; drop some (in shared \
+                 databases that gives no room: write to one of before), or raise the tier"
+            ),
+        ),
+        Limit::Indexes => Answer::new(
+            67,
+            "CannotCreateIndex",
+            format!(
+                "too many indexes: {in_use} of {max} of tier {tier} on one collection; drop some, or raise the tier"
+            ),
+        ),
         // Limits of other databases; nothing here meets them.
         Limit::Storage
         | Limit::IdleInTransaction
@@ -287,13 +302,24 @@ mod tests {
 
     #[test]
     fn no_limit_makes_a_driver_forget_its_token_or_its_pool() {
-        for limit in [Limit::ClientSockets, Limit::Connections, Limit::Rate, Limit::Cursors, Limit::StatementTimeout] {
+        for limit in [
+            Limit::ClientSockets,
+            Limit::Connections,
+            Limit::Rate,
+            Limit::Cursors,
+            Limit::StatementTimeout,
+            Limit::Collections,
+            Limit::Indexes,
+        ] {
             let answer = render(&over(limit), Repeat::Plain);
-            assert!(matches!(answer.code, 462 | 50), "{answer:?}");
+            assert!(matches!(answer.code, 462 | 50 | 242 | 67), "{answer:?}");
             assert!(answer.message.contains('2') && answer.message.contains("FREE"), "{answer:?}");
         }
         assert_eq!(render(&over(Limit::Rate), Repeat::Plain).labels, OVERLOADED);
-        assert_eq!(render(&over(Limit::Cursors), Repeat::Plain).labels, [""; 0]);
+        // Repeated at once it would be the same.
+        for limit in [Limit::Cursors, Limit::Collections, Limit::Indexes] {
+            assert_eq!(render(&over(limit), Repeat::Plain).labels, [""; 0]);
+        }
     }
 
     #[test]

@@ -44,7 +44,8 @@ pub struct Mapping<'a> {
     pub place: &'a MongoNamespace,
     /// The tenant's permutations.
     pub mask: &'a Mask,
-    /// Statements that were refused before and left out, by their index.
+    /// Statements that were refused before, by their index: left out, or in a `bulkWrite` to be found among the
+    /// server's results.
     pub failed: &'a [Failed],
     /// Whether the first failure ends the command.
     pub ordered: bool,
@@ -65,7 +66,8 @@ pub struct Seen {
     pub topology: bool,
     /// The transaction is over, by the server.
     pub transient: bool,
-    /// The cursor: the server's id, and its physical namespace. An id of 0 is a cursor that is read to its end.
+    /// The cursor: the server's id, and its physical namespace. An id of 0 is a cursor that is read to its end, and has
+    /// none.
     pub cursor: Option<(i64, String)>,
 }
 
@@ -109,15 +111,6 @@ impl Mapping<'_> {
                 (b"codeName", _) if seen.topology => bson::put_str(out, "codeName", UNREACHABLE.1),
                 (b"errmsg", _) if self.cursor.is_some() => self.put_cursor_text(seen.code, &element, out)?,
                 (b"errmsg" | b"note", _) => self.put_message(&element, out),
-                (b"nErrors", ReplyRule::BulkWrite) => {
-                    let theirs = element.whole().unwrap_or_default();
-                    let ours = if theirs > 0 && self.ordered { 0 } else { self.failed.len() };
-                    bson::put_i32(
-                        out,
-                        "nErrors",
-                        i32::try_from(theirs).unwrap_or(i32::MAX).saturating_add(count(ours)),
-                    );
-                }
                 (b"upserted", ReplyRule::Writes) => self.put_upserted(&element, out)?,
                 (b"writeErrors", _) => {
                     self.put_write_errors(element.array(), out)?;
@@ -250,11 +243,15 @@ impl Mapping<'_> {
         let Some(cursor) = element.document() else { return Ok(()) };
         let id = cursor.get("id")?.and_then(|it| it.i64()).unwrap_or_default();
         let namespace = cursor.get("ns")?.and_then(|it| it.str()).unwrap_or_default();
-        seen.cursor = Some((id, namespace.to_owned()));
+        // Of one that is read to its end nobody asks where it was.
+        let namespace = if id == 0 { String::new() } else { namespace.to_owned() };
+        seen.cursor = Some((id, namespace));
         let copy = bson::open_document(out, "cursor");
         for element in cursor {
             let element = element?;
             match (element.key, rule) {
+                // They are all here: see the rewriting of `listIndexes`.
+                (b"id", ReplyRule::Indexes) if self.isolation == Isolation::Filter => bson::put_i64(out, "id", 0),
                 (b"id", _) if element.i64().is_some() => {
                     let id =
                         self.mask.cursor(id).map_err(|_| Error { at: "reply", what: "an id that can't be hidden" })?;
@@ -276,8 +273,6 @@ impl Mapping<'_> {
         let (Some(name), Some(batch)) = (element.name(), element.array()) else { return Ok(()) };
         let list = bson::open_array(out, name);
         let mut at = 0;
-        let mut ours = self.failed.iter().peekable();
-        let mut erred = false;
         for entry in batch {
             let Some(entry) = entry?.document() else { continue };
             let called = entry.get("name")?.and_then(|it| it.str()).unwrap_or_default();
@@ -287,13 +282,15 @@ impl Mapping<'_> {
             if rule == ReplyRule::Indexes && index::logical(&self.scope(), called).is_none() {
                 continue;
             }
-            if rule == ReplyRule::BulkWrite {
-                erred |= entry.get("ok")?.is_some_and(|ok| !ok.truthy());
-                let idx = self.index(entry.get("idx")?.and_then(|it| it.whole()).unwrap_or_default());
-                while let Some(one) = ours.next_if(|one| i64::try_from(one.index).is_ok_and(|it| it < idx)) {
-                    put_bulk_error(out, at, one);
-                    at += 1;
+            if rule == ReplyRule::BulkWrite
+                && let Some(one) = self.refused(entry.get("idx")?.and_then(|it| it.whole()))
+            {
+                if entry.get("ok")?.is_some_and(|ok| ok.truthy()) {
+                    return Err(Error { at: "reply", what: "an operation that no server takes was taken" });
                 }
+                put_bulk_error(out, at, one);
+                at += 1;
+                continue;
             }
             let copy = bson::open_document(out, bson::Index::new(at).as_str());
             for element in entry {
@@ -302,10 +299,6 @@ impl Mapping<'_> {
                     (b"errmsg", _) => self.put_message(&element, out),
                     (b"ns", _) => self.put_text(&element, out),
                     (b"keyPattern" | b"keyValue", ReplyRule::BulkWrite) => self.put_key(&element, out)?,
-                    (b"idx", ReplyRule::BulkWrite) => {
-                        let idx = self.index(element.whole().unwrap_or_default());
-                        bson::put_i32(out, "idx", i32::try_from(idx).unwrap_or(i32::MAX));
-                    }
                     (b"name", ReplyRule::Indexes) => {
                         bson::put_str(out, "name", index::logical(&self.scope(), called).unwrap_or(called));
                     }
@@ -317,15 +310,14 @@ impl Mapping<'_> {
             bson::close(out, copy);
             at += 1;
         }
-        // In order, the server's failure came before ours was reached.
-        if rule == ReplyRule::BulkWrite && !(erred && self.ordered) {
-            for one in ours {
-                put_bulk_error(out, at, one);
-                at += 1;
-            }
-        }
         bson::close(out, list);
         Ok(())
+    }
+
+    /// The operation of that number, where it was refused before.
+    fn refused(&self, number: Option<i64>) -> Option<&Failed> {
+        let index = usize::try_from(number?).ok()?;
+        self.failed.binary_search_by_key(&index, |one| one.index).ok().and_then(|at| self.failed.get(at))
     }
 
     fn scope(&self) -> Scope<'_> {
@@ -401,10 +393,6 @@ impl Mapping<'_> {
         bson::close(out, copy);
         Ok(())
     }
-}
-
-fn count(number: usize) -> i32 {
-    i32::try_from(number).unwrap_or(i32::MAX)
 }
 
 fn has_text(list: Option<Document<'_>>, wanted: &str) -> Result<bool, Error> {

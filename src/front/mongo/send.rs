@@ -5,6 +5,7 @@ use std::{sync::atomic::Ordering, time::Duration};
 use super::{
     client::Client,
     refuse::{After, Answer},
+    spare,
 };
 use crate::wire::mongo::{
     self, HEADER_BYTES,
@@ -92,7 +93,9 @@ impl Client {
         if let Some(session) = &self.session {
             session.meter().bytes_out.fetch_add(message.len() as u64, Ordering::Relaxed);
         }
-        match tokio::time::timeout(SEND_TIMEOUT, self.inbox.send(&message)).await {
+        let sent = tokio::time::timeout(SEND_TIMEOUT, self.inbox.send(&message)).await;
+        spare::give(message);
+        match sent {
             Ok(Ok(())) => After::Stay,
             _ => After::Close,
         }

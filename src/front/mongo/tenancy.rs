@@ -21,11 +21,12 @@ use tokio::sync::Semaphore;
 use super::{
     large::Rooms,
     mask::Mask,
+    rewrite::Failed,
     threshold::{Inside, Threshold, Thresholds},
     turn::{Turn, Turns},
 };
 use crate::{
-    quota::{Slot, clock},
+    quota::{Policy, Slot, clock},
     tenant::{Isolation, OrgId, namespace::MongoNamespace},
     upstream::mongo::{Account, Error, Lease, Upstream},
     wire::mongo::bson,
@@ -40,8 +41,12 @@ const TRANSACTION_IDLE: Duration = Duration::from_secs(60);
 /// Prepared collections that are remembered; to prepare one again costs an errand.
 const PREPARED_MAX: usize = 1000;
 
-/// Collections of all shared databases that are remembered; to ask for an index that is there costs an errand.
-const INDEXED_MAX: usize = 10_000;
+/// Collections of all tenants that are remembered to be there; to look again costs an errand.
+const KNOWN_MAX: usize = 10_000;
+
+/// Refused operations of which a tenant's open cursors remember why, some hundred bytes each. Of those beyond, and where
+/// another process reads on, the results say that they were refused in the server's words.
+const REFUSED_MAX: usize = 1000;
 
 /// Requests of one tenant that give things back at a time: they take no turns.
 pub const RETURNS_MAX: usize = 2;
@@ -119,6 +124,8 @@ struct Cursor {
     namespace: String,
     way: Arc<Way>,
     used_ms: u64,
+    /// Operations of a `bulkWrite` that were refused and whose results are still to come.
+    refused: Arc<[Failed]>,
 }
 
 /// One tenant.
@@ -167,6 +174,11 @@ impl Tenancy {
         self.slot.org()
     }
 
+    /// Its tier and limits now.
+    pub fn policy(&self) -> Arc<Policy> {
+        Arc::clone(&self.slot.policy())
+    }
+
     /// How a request goes now.
     pub fn way(&self, upstream: &Upstream) -> Arc<Way> {
         let way = self.way.load_full();
@@ -204,7 +216,7 @@ impl Tenancy {
 
     /// Notes a cursor that a reply left open, or that was used. False, and nothing noted, when it would be one more
     /// than `max`.
-    pub fn keep_cursor(&self, id: i64, namespace: &str, way: &Arc<Way>, max: usize) -> bool {
+    pub fn keep_cursor(&self, id: i64, namespace: &str, way: &Arc<Way>, max: usize, refused: &[Failed]) -> bool {
         let mut cursors = self.cursors.lock();
         let used_ms = clock::now_ms();
         if let Some(cursor) = cursors.get_mut(&id) {
@@ -213,9 +225,20 @@ impl Tenancy {
         }
         let fits = cursors.len() < max;
         if fits {
-            cursors.insert(id, Cursor { namespace: namespace.to_owned(), way: Arc::clone(way), used_ms });
+            let kept: usize = match refused {
+                [] => 0,
+                _ => cursors.values().map(|cursor| cursor.refused.len()).sum(),
+            };
+            let refused = if kept + refused.len() <= REFUSED_MAX { refused } else { &[] };
+            let (namespace, way, refused) = (namespace.to_owned(), Arc::clone(way), refused.into());
+            cursors.insert(id, Cursor { namespace, way, used_ms, refused });
         }
         fits
+    }
+
+    /// The operations that were refused of the `bulkWrite` whose results a cursor holds.
+    pub fn refused_of(&self, id: i64) -> Option<Arc<[Failed]>> {
+        self.cursors.lock().get(&id).map(|cursor| Arc::clone(&cursor.refused))
     }
 
     /// Forgets a cursor.
@@ -286,31 +309,58 @@ pub struct Registry {
     tenancies: DashMap<OrgId, Arc<Tenancy>>,
     /// Of tenants without a client, too.
     pub thresholds: Thresholds,
-    /// Shared collections that have the platform's index.
-    pub indexed: Arc<Indexed>,
+    /// Collections that are there.
+    pub known: Arc<Known>,
 }
 
-/// Shared collections of which the platform's index was asked for by this process. One that an operator drops has it
-/// again after the next start.
+/// Collections that are known to this process to be there, by their physical `database.collection`. One that an operator
+/// drops is so until the next start.
 #[derive(Debug, Default)]
-pub struct Indexed(Mutex<HashSet<String>>);
+pub struct Known(Mutex<HashMap<String, Indexed>>);
 
-impl Indexed {
-    /// Notes a physical `database.collection`; false when it was noted before.
-    pub fn note(&self, namespace: &str) -> bool {
-        let mut noted = self.0.lock();
-        if noted.contains(namespace) {
-            return false;
+/// Whether the platform's index was asked for, which a shared collection needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Indexed {
+    Yes,
+    No,
+}
+
+impl Known {
+    /// Whether it is there; of a shared one, whether its index was asked for as well.
+    pub fn has(&self, namespace: &str, isolation: Isolation) -> bool {
+        match self.0.lock().get(namespace) {
+            Some(Indexed::Yes) => true,
+            Some(Indexed::No) => isolation == Isolation::Database,
+            None => false,
         }
-        if noted.len() >= INDEXED_MAX {
-            noted.clear();
-        }
-        noted.insert(namespace.to_owned())
     }
 
-    /// Asks for it again the next time.
+    /// Notes one that is there.
+    pub fn note(&self, namespace: &str) {
+        self.put(namespace, Indexed::No);
+    }
+
+    /// Notes that the index of one is asked for; false when it was before.
+    pub fn index(&self, namespace: &str) -> bool {
+        self.put(namespace, Indexed::Yes) != Some(Indexed::Yes)
+    }
+
+    fn put(&self, namespace: &str, indexed: Indexed) -> Option<Indexed> {
+        let mut noted = self.0.lock();
+        if noted.len() >= KNOWN_MAX && !noted.contains_key(namespace) {
+            noted.clear();
+        }
+        noted.insert(namespace.to_owned(), indexed)
+    }
+
+    /// Looks again the next time.
     pub fn forget(&self, namespace: &str) {
         self.0.lock().remove(namespace);
+    }
+
+    /// Looks again the next time at all whose names begin so.
+    pub fn forget_all(&self, prefix: &str) {
+        self.0.lock().retain(|name, _| !name.starts_with(prefix));
     }
 }
 

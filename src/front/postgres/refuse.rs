@@ -132,7 +132,12 @@ fn over_limit(severity: Severity, over: &Over) -> Report {
             String::new(),
         ),
         // Limits of other databases; nothing here meets them.
-        Limit::Cursors | Limit::Subscriptions | Limit::InFlight | Limit::Branches => (
+        Limit::Cursors
+        | Limit::Collections
+        | Limit::Indexes
+        | Limit::Subscriptions
+        | Limit::InFlight
+        | Limit::Branches => (
             "53400",
             format!("too many {}: {in_use} of {max} of tier {tier}", limit.label()),
             counted,

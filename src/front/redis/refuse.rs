@@ -82,7 +82,12 @@ fn over_limit(over: &Over) -> (String, After) {
             (format!("ERR {} exceeded", over.limit.label()), After::Stay)
         }
         // Limits of other databases; nothing here meets them.
-        Limit::Cursors | Limit::Subscriptions | Limit::InFlight | Limit::Branches => {
+        Limit::Cursors
+        | Limit::Collections
+        | Limit::Indexes
+        | Limit::Subscriptions
+        | Limit::InFlight
+        | Limit::Branches => {
             (format!("ERR too many {}: {in_use} of {max} of tier {tier}", over.limit.label()), After::Stay)
         }
     }

@@ -13,7 +13,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 
-use super::{Holding, Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Stage, Trouble, value};
+use super::{Holding, Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Stage, Trouble, over, value};
 use crate::{
     catalog::ledger::failpoint::reach,
     tenant::{Isolation, Limits, OrgId, Protocol, Tenant},
@@ -142,10 +142,15 @@ impl Participant for Mongo {
         Protocol::Mongodb
     }
 
-    fn look<'a>(&'a self, tenant: &'a Tenant, _to: &'a Limits) -> Reply<'a, Look> {
+    fn look<'a>(&'a self, tenant: &'a Tenant, to: &'a Limits) -> Reply<'a, Look> {
         Box::pin(async move {
             let prior = self.upstream.standing(&tenant.org).await.map_err(trouble)?;
-            Ok(Look { prior: value(&prior), over: Vec::new() })
+            let own = self.upstream.own_collections(&tenant.org).await.map_err(trouble)?;
+            let made = self.upstream.made(&tenant.org).await.map_err(trouble)?.len();
+            // In one of both places it has its documents.
+            let used = own.max(u64::try_from(made).unwrap_or(u64::MAX));
+            let over = over(Protocol::Mongodb, "collections", used, to.mongodb.collections.into());
+            Ok(Look { prior: value(&prior), over: over.into_iter().collect() })
         })
     }
 
@@ -155,6 +160,7 @@ impl Participant for Mongo {
             if let Some(it) = moving(order) {
                 // Before anything is done, so that a no has done nothing.
                 self.upstream.fit(&it).await.map_err(move_trouble)?;
+                self.upstream.note_moved(&it).await.map_err(move_trouble)?;
             }
             self.set(order, &room, PREPARES).await?;
             match moving(order) {

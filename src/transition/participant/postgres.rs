@@ -63,7 +63,8 @@ pub(super) fn trouble(error: ProvisionError) -> Trouble {
         ProvisionError::Admin(AdminError::Dial(_)) => Trouble::Failed(error.to_string()),
         // With a code the server has said no, and rolled back; without one the connection broke.
         ProvisionError::Admin(AdminError::Sql { cause, .. }) => match cause.code() {
-            Some(code) if matches!(&code.code()[..2], "57" | "53" | "55" | "40" | "08") => {
+            // 25P03: it stood still in its transaction for so long that the server ended it.
+            Some(code) if matches!(&code.code()[..2], "57" | "53" | "55" | "40" | "08") || code.code() == "25P03" => {
                 Trouble::Unknown(error.to_string())
             }
             Some(_) => Trouble::No(error.to_string()),

@@ -233,7 +233,12 @@ pub(super) async fn purge(upstream: &Upstream, org: &OrgId) -> Result<(), Error>
 
 /// Collections (not views) of a physical database, without the server's own.
 pub async fn collections(upstream: &Upstream, database: &str) -> Result<Vec<String>, Error> {
-    let ask = doc! { "listCollections": 1, "filter": { "type": "collection" }, "nameOnly": true, "$db": database };
+    named(upstream, database, doc! { "type": "collection" }).await
+}
+
+/// What of a physical database a filter finds by name and type, without the server's own.
+pub(super) async fn named(upstream: &Upstream, database: &str, filter: Document) -> Result<Vec<String>, Error> {
+    let ask = doc! { "listCollections": 1, "filter": filter, "nameOnly": true, "$db": database };
     let mut names = Vec::new();
     let mut told = decode(&run(upstream, ask).await?)?;
     loop {

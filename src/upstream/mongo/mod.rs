@@ -10,6 +10,7 @@ mod config;
 pub mod connection;
 mod hold;
 mod holdings;
+mod made;
 mod moving;
 mod pool;
 mod standing;
@@ -29,6 +30,7 @@ pub use config::{Config, Login, Target};
 pub use connection::{Error, Reply};
 pub use hold::{Hold, STALE};
 pub use holdings::Held;
+pub use made::Room;
 pub use moving::{Known, Move, MoveError, Round};
 pub use pool::{Lease, Pool};
 pub use standing::Standing;
@@ -196,6 +198,7 @@ impl Upstream {
             account::purge(self, org).await?;
             self.forget_standing(org).await?;
             self.forget_hold(org).await?;
+            self.forget_made(org).await?;
         }
         Ok(())
     }

@@ -34,6 +34,9 @@ use crate::{
 const BATCH: i32 = 500;
 const BATCH_BYTES: usize = 8 << 20;
 
+/// Shared collections of a tenant that comes from databases of its own: more than any tier lets it have.
+const ROOM_OF_MOVED: u32 = 1_000_000;
+
 /// The field that tells whose a shared document is.
 const ORG: &str = "org_id";
 
@@ -212,6 +215,28 @@ impl Upstream {
                     return Err(MoveError::Unfit(format!("{database}.{view} is no plain collection")));
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Notes the shared collections that a move will bring into being as the tenant's doing, whatever its room: who
+    /// decided on the move has looked at it.
+    ///
+    /// # Errors
+    /// The deployment's.
+    pub async fn note_moved(&self, it: &Move) -> Result<(), MoveError> {
+        if it.to == Isolation::Database {
+            return Ok(());
+        }
+        let target = self.place(&it.org, it.to);
+        let physical = |(database, collection): (String, String)| {
+            let database = target.physical(&database)?;
+            Some(format!("{database}.{collection}"))
+        };
+        let names: Vec<String> = self.places(&it.org, it.from).await?.into_keys().filter_map(physical).collect();
+        let absent = self.absent(&names).await?;
+        if !absent.is_empty() {
+            self.note_made(&it.org, &absent, ROOM_OF_MOVED).await?;
         }
         Ok(())
     }

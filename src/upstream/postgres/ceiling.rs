@@ -13,6 +13,10 @@ use crate::tenant::SqlLimits;
 /// What the comment of a role begins with.
 const MARK: &str = "dynabase fence ";
 
+/// Longest wait for who sets the same role's ceilings, and longest pause within: below a coordinator's lease (15 s), so that
+/// who comes after one that stands still goes on at once.
+const HELD_MS: u32 = 10_000;
+
 /// Who wrote: newer is larger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Mark {
@@ -90,7 +94,11 @@ impl Provisioner {
     pub async fn set_ceiling(&self, role: &str, ceiling: &Ceiling, mark: Mark) -> Result<bool, ProvisionError> {
         let client = self.open().await?;
         let doing = "setting the role's ceilings";
-        run(&client, doing, "begin").await?;
+        // A process that stands still here keeps nobody waiting: the server ends its session, and with it the lock.
+        let bounds = format!(
+            "begin; set local lock_timeout = '{HELD_MS}ms'; set local idle_in_transaction_session_timeout = '{HELD_MS}ms'"
+        );
+        run(&client, doing, &bounds).await?;
         lock_in_transaction(&client, tenant_lock(role)).await?;
         let Some((_, written)) = read(&client, role).await? else {
             return Err(ProvisionError::Tainted { what: "is not there: `dynabase tenant provision` makes it".into() });

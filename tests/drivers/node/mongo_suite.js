@@ -107,7 +107,55 @@ async function withOidc() {
   }
 }
 
+// With a set's name, with directConnection, with neither, behind a balancer; and with a name that is not ours.
+async function withSet(org) {
+  const bare = tenant(org).urls.mongodb.split('/app?')[0];
+  const string = (...more) => `${bare}/app?${['authMechanism=PLAIN', ...more].join('&')}`;
+  for (const [more, sees] of [
+    [['replicaSet=rs0'], 'ReplicaSetWithPrimary'],
+    [['replicaSet=rs0', 'directConnection=true'], 'Single'],
+    [['directConnection=true'], 'Single'],
+    [[], 'ReplicaSetWithPrimary'],
+    [['loadBalanced=true'], 'LoadBalanced'],
+  ]) {
+    const client = new MongoClient(string(...more), options);
+    let seen;
+    client.on('topologyDescriptionChanged', (event) => { seen = event.newDescription.type; });
+    try {
+      const c = client.db().collection('forms');
+      await c.deleteMany({});
+      await client.withSession((session) => session.withTransaction(() => c.insertOne({ n: 1 }, { session })));
+      assert.equal(await c.countDocuments({}), 1);
+      await c.deleteMany({});
+      assert.equal(seen, sees, more.join('&'));
+    } finally {
+      await client.close();
+    }
+  }
+  const quick = { serverSelectionTimeoutMS: 1500 };
+  for (const more of [['replicaSet=other'], ['replicaSet=other', 'directConnection=true']]) {
+    const client = new MongoClient(string(...more), quick);
+    try {
+      await assert.rejects(client.db().collection('forms').findOne({}), (error) => error.name === 'MongoServerSelectionError');
+    } finally {
+      await client.close();
+    }
+  }
+  const connection = await mongoose.createConnection(string('replicaSet=rs0'), options).asPromise();
+  try {
+    const Form = connection.model('Form', new mongoose.Schema({ n: Number }));
+    await Form.deleteMany({});
+    await Form.create({ n: 2 });
+    assert.equal((await Form.findOne({})).n, 2);
+    await Form.deleteMany({});
+  } finally {
+    await connection.close();
+  }
+}
+
 const cases = {
+  a_replica_set_as_a_filter_tenant: () => withSet('globex'),
+  a_replica_set_as_a_database_tenant: () => withSet('umbrella'),
   the_driver_as_a_filter_tenant: () => withDriver(tenant('globex').urls.mongodb),
   the_driver_as_a_database_tenant: () => withDriver(tenant('initech').urls.mongodb),
   the_driver_compressed: () => withDriver(`${tenant('initech').urls.mongodb}&compressors=zlib`),

@@ -99,30 +99,55 @@ fn refused_statements_stand_among_the_servers_errors_in_order() {
     assert_eq!(index(mapped.get_array("writeErrors").expect("there")), [0, 3]);
 }
 
+/// Where one was refused the server has refused what stood for it: its number, its place and the count are the server's.
 #[test]
 fn refused_operations_of_a_bulk_write_have_their_results_among_the_servers() {
-    let failed = [0, 2].map(|index| Failed { index, code: 66, message: "org_id".into() });
-    let theirs = |ok: f64| {
-        let entries = [doc! { "ok": 1.0, "idx": 0, "n": 1 }, doc! { "ok": ok, "idx": 1, "n": 0, "code": 11000 }];
-        let errors = i32::from(ok == 0.0);
-        doc! { "cursor": { "id": 0_i64, "firstBatch": entries, "ns": "admin.$cmd.bulkWrite" }, "nErrors": errors, "ok": 1.0 }
+    let failed = [0, 3].map(|index| Failed { index, code: 66, message: "org_id".into() });
+    let stood_in = |idx: i32| doc! { "ok": 0.0, "idx": idx, "code": 52, "errmsg": "$refused is not valid", "n": 0 };
+    let text = "E11000 duplicate key error collection: shared_app.c index: _id_ dup key: { _id: 1 }";
+    let key = doc! { "org_id": "acme", "_id": 1 };
+    let twice = doc! { "ok": 0.0, "idx": 2, "code": 11000, "errmsg": text, "keyValue": key, "n": 0 };
+    let batch = |name: &str, id: i64, entries: Vec<::bson::Document>| {
+        let reply =
+            doc! { "cursor": { "id": id, name: entries, "ns": "admin.$cmd.bulkWrite" }, "nErrors": 3, "ok": 1.0 };
+        let (mapped, _) = map_as(Isolation::Filter, ReplyRule::BulkWrite, &failed, false, reply);
+        assert_eq!(mapped.get_i32("nErrors").ok(), Some(3));
+        let list = mapped.get_document("cursor").and_then(|cursor| cursor.get_array(name)).expect("there").clone();
+        list.into_iter().map(|it| it.as_document().expect("a document").clone()).collect::<Vec<_>>()
     };
-    let results = |ordered: bool, failed: &[Failed], ok: f64| {
-        let (mapped, _) = map_as(Isolation::Filter, ReplyRule::BulkWrite, failed, ordered, theirs(ok));
-        let batch = mapped.get_document("cursor").and_then(|cursor| cursor.get_array("firstBatch")).expect("there");
-        let one = |it: &::bson::Bson| {
-            let entry = it.as_document().expect("a document");
-            (entry.get_i32("idx").expect("there"), entry.get_f64("ok").is_ok_and(|ok| ok == 1.0))
-        };
-        (batch.iter().map(one).collect::<Vec<_>>(), mapped.get_i32("nErrors").expect("there"))
+    let refused = |idx: i32| doc! { "ok": 0.0, "idx": idx, "code": 66, "errmsg": "org_id", "n": 0 };
+    let done = doc! { "ok": 1.0, "idx": 1, "n": 1 };
+    assert_eq!(batch("firstBatch", 77, vec![stood_in(0), done.clone()]), [refused(0), done]);
+    // Later batches too, with the names that the tenant knows.
+    let later = batch("nextBatch", 0, vec![twice, stood_in(3)]);
+    assert_eq!(later[1], refused(3));
+    let text = "E11000 duplicate key error collection: app.c index: _id_ dup key: { _id: 1 }";
+    assert_eq!((later[0].get_str("errmsg").ok(), later[0].get_i32("idx").ok()), (Some(text), Some(2)));
+    assert_eq!(later[0].get_document("keyValue").ok(), Some(&doc! { "_id": 1 }));
+}
+
+/// Nothing may be told to have failed that was done.
+#[test]
+fn a_server_that_takes_what_none_takes_is_not_believed() {
+    let failed = [Failed { index: 0, code: 66, message: "org_id".into() }];
+    let reply =
+        doc! { "cursor": { "id": 0_i64, "firstBatch": [{ "ok": 1.0, "idx": 0, "n": 1 }], "ns": "x" }, "ok": 1.0 };
+    let names = Names::new(RootSecret::new(&[7; 32]).expect("long enough"), NameStyle::Plain);
+    let org = OrgId::parse("acme").expect("an org");
+    let (place, mask) = (names.mongodb(&org, Isolation::Filter), mask());
+    let mapping = Mapping {
+        rule: ReplyRule::BulkWrite,
+        isolation: Isolation::Filter,
+        org: &org,
+        place: &place,
+        mask: &mask,
+        failed: &failed,
+        ordered: false,
+        cursor: None,
+        not_there: &[],
     };
-    // The server got the operations 1 and 3.
-    assert_eq!(results(false, &failed, 1.0), (vec![(0, false), (1, true), (2, false), (3, true)], 2));
-    assert_eq!(results(false, &failed, 0.0), (vec![(0, false), (1, true), (2, false), (3, false)], 3));
-    // In order: the refused one is the last, unless the server's own failure came first.
-    let last = [Failed { index: 2, code: 66, message: "org_id".into() }];
-    assert_eq!(results(true, &last, 1.0), (vec![(0, true), (1, true), (2, false)], 1));
-    assert_eq!(results(true, &last, 0.0), (vec![(0, true), (1, false)], 1));
+    let raw = RawDocumentBuf::try_from(&reply).expect("encodes").into_bytes();
+    assert!(mapping.put(Document::new(&raw).expect("sound"), &mut Vec::new()).is_err());
 }
 
 #[test]
@@ -278,4 +303,10 @@ fn the_platforms_index_and_the_servers_numbers_are_not_shown() {
         listed.get_document("cursor").and_then(|it| it.get_array("firstBatch")).is_ok_and(Vec::is_empty),
         "{listed}"
     );
+    // What is left of others' is not to be asked for.
+    let indexes =
+        doc! { "firstBatch": [{ "v": 2, "name": "a_1~acme", "key": { "a": 1 } }], "id": 77_i64, "ns": "shared_app.c" };
+    let (listed, seen) = map_in(Isolation::Filter, ReplyRule::Indexes, &[], doc! { "cursor": indexes, "ok": 1.0 });
+    assert_eq!(listed.get_document("cursor").and_then(|it| it.get_i64("id")).ok(), Some(0));
+    assert_eq!(seen.cursor.map(|(id, _)| id), Some(77), "to be closed");
 }

@@ -4,7 +4,7 @@ use super::Mapping;
 use crate::{
     front::mongo::{
         commands::ReplyRule,
-        rewrite::{ORG, index},
+        rewrite::{ORG, index, put_text as put_string},
     },
     tenant::Isolation,
     wire::{
@@ -70,16 +70,17 @@ impl Mapping<'_> {
 
     pub(super) fn put_mapped(&self, element: &Element<'_>, text: &str, out: &mut Vec<u8>) {
         let Some(name) = element.name() else { return bson::put(out, element) };
-        let mut text = std::borrow::Cow::Borrowed(text);
-        if text.contains(self.place.prefix()) {
-            text = text.replace(self.place.prefix(), "").into();
-        }
-        // The end of an index's name in a shared collection.
-        let mark = format!("{}{}", index::MARK, self.org);
-        if self.isolation == Isolation::Filter && text.contains(&mark) {
-            text = text.replace(&mark, "").into();
-        }
-        bson::put_str(out, name, &text);
+        // The end of an index's name in a shared collection: of most texts there is none, and none is made.
+        let marked = self.isolation == Isolation::Filter && text.contains(index::MARK);
+        let mark = if marked { format!("{}{}", index::MARK, self.org) } else { String::new() };
+        put_string(out, name.as_bytes(), |out| {
+            for piece in text.split(self.place.prefix()) {
+                match marked {
+                    true => piece.split(&mark).for_each(|piece| out.extend_from_slice(piece.as_bytes())),
+                    false => out.extend_from_slice(piece.as_bytes()),
+                }
+            }
+        });
     }
 
     /// What an index holds of a document, without `org_id`.

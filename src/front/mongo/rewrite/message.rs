@@ -24,16 +24,14 @@ const FIELDS_MAX: usize = 48;
 /// Where the generic fields begin among the slots.
 const GENERIC_AT: usize = 32;
 
+/// Indexes that are listed at once: more than the 64 that the server lets a collection have.
+const INDEXES_BATCH: i32 = 1000;
+
 /// The slot of a generic field.
 const fn slot_of(name: &str) -> usize {
     let mut at = 0;
     while at < GENERIC.len() {
-        let (one, other) = (GENERIC[at].as_bytes(), name.as_bytes());
-        let mut same = 0;
-        while same < one.len() && same < other.len() && one[same] == other[same] {
-            same += 1;
-        }
-        if same == one.len() && same == other.len() {
+        if commands::is_same(GENERIC[at], name) {
             return GENERIC_AT + at;
         }
         at += 1;
@@ -89,31 +87,36 @@ struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// Walks a body once: `first` is its first element, already found.
-    fn read(row: &'static Row, body: Document<'a>, first: &Element<'a>) -> Result<Self, Fault> {
+    /// None of a body's yet.
+    fn new(row: &'static Row, body: Document<'a>) -> Self {
+        Self { row, body: body.bytes(), list: [Place::default(); FIELDS_MAX], count: 0, seen: 0 }
+    }
+
+    /// Walks the body once, in place, as the table is not a small one: `first` is its first element, already found.
+    fn read(&mut self, body: Document<'a>, first: &Element<'a>) -> Result<(), Fault> {
         bson::validate_element(first, DEPTH_MAX)?;
-        let mut fields = Self { row, body: body.bytes(), list: [Place::default(); FIELDS_MAX], count: 0, seen: 0 };
+        let row = self.row;
         let mut at = 4 + first.span.len();
         for element in body.iter().skip(1) {
             let element = element?;
-            let slot = fields.slot(element.key).ok_or_else(|| Fault::unknown_field(row.name, element.key))?;
-            if fields.seen & 1 << slot != 0 {
+            let slot = self.slot(element.key).ok_or_else(|| Fault::unknown_field(row.name, element.key))?;
+            if self.seen & 1 << slot != 0 {
                 return Err(Fault::duplicate(row.name, element.key));
             }
             bson::validate_element(&element, DEPTH_MAX)?;
-            fields.seen |= 1 << slot;
+            self.seen |= 1 << slot;
             let narrow = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
-            fields.list[fields.count] = Place {
+            self.list[self.count] = Place {
                 at: narrow(at),
                 bytes: narrow(element.span.len()),
                 // Known names are short, and a slot is below 64.
                 key_bytes: u8::try_from(element.key.len()).unwrap_or(u8::MAX),
                 slot: u8::try_from(slot).unwrap_or(u8::MAX),
             };
-            fields.count += 1;
+            self.count += 1;
             at += element.span.len();
         }
-        Ok(fields)
+        Ok(())
     }
 
     fn slot(&self, key: &[u8]) -> Option<usize> {
@@ -130,7 +133,12 @@ impl<'a> Fields<'a> {
         self.list[..self.count].iter().map(|place| (self.element(place), usize::from(place.slot)))
     }
 
-    /// A generic field.
+    /// A field of the command's own by its bit, which is 0 where the command has none of the kind.
+    fn own(&self, bit: u64) -> Option<Element<'a>> {
+        if self.seen & bit == 0 { None } else { self.generic(bit.trailing_zeros() as usize) }
+    }
+
+    /// A field by its slot; a generic one, mostly.
     fn generic(&self, slot: usize) -> Option<Element<'a>> {
         if self.seen & 1 << slot == 0 {
             return None;
@@ -143,8 +151,8 @@ impl<'a> Fields<'a> {
         self.iter().find(|(element, _)| element.key == name.as_bytes()).map(|(element, _)| element)
     }
 
-    fn truthy(&self, name: &str) -> bool {
-        self.get(name).is_some_and(|element| element.truthy())
+    fn truthy(&self, bit: u64) -> bool {
+        self.own(bit).is_some_and(|element| element.truthy())
     }
 
     /// `$db`, which every message has.
@@ -229,6 +237,7 @@ struct Body<'a> {
     told: Told,
     statements: bool,
     ordered: bool,
+    target: Option<(&'a str, &'a str)>,
 }
 
 fn forward<'a>(
@@ -239,7 +248,8 @@ fn forward<'a>(
     first: Element<'a>,
     out: &mut Vec<u8>,
 ) -> Result<Verdict<'a>, Fault> {
-    let mut fields = Fields::read(row, body, &first)?;
+    let mut fields = Fields::new(row, body);
+    fields.read(body, &first)?;
     // A section is an argument like those of the body: known, and there once.
     for (name, _) in request.sections {
         let slot = fields
@@ -287,16 +297,8 @@ fn forward<'a>(
         return Err(Fault::message_too_large(bytes));
     }
     required(&fields)?;
-    if let Some(first) = rewritten.told.failed.first().filter(|_| rewritten.statements) {
-        let bulk = row.reply == ReplyRule::BulkWrite;
-        let sliced = fields.get("cursor").and_then(|cursor| cursor.document()?.get("batchSize").ok()?).is_some();
-        if bulk && sliced {
-            // The results of what is left out stand among the others in the first batch, which has to be the only one.
-            return Err(Fault::new(first.code, "BadValue", first.message.as_str()));
-        }
-        if rewritten.told.written == 0 {
-            return Err(Fault::statements(rewritten.told.failed, bulk));
-        }
+    if rewritten.statements && rewritten.told.written == 0 && !rewritten.told.failed.is_empty() {
+        return Err(Fault::statements(rewritten.told.failed, row.reply == ReplyRule::BulkWrite));
     }
     Ok(Verdict::Forward(Forward {
         row,
@@ -310,9 +312,10 @@ fn forward<'a>(
         ids: rewritten.ids,
         creates: matches!(row.name, "create" | "createIndexes")
             || rewritten.told.creates
-            || row.name == "findAndModify" && fields.truthy("upsert"),
+            || row.name == "findAndModify" && fields.truthy(row.bits.upsert),
         failed: rewritten.told.failed,
         ordered: rewritten.ordered,
+        target: rewritten.target,
     }))
 }
 
@@ -363,7 +366,7 @@ fn put_body<'a>(
     out: &mut Vec<u8>,
 ) -> Result<Body<'a>, Fault> {
     let row = fields.row;
-    let collection_field = fields.get("collection");
+    let collection_field = fields.own(row.bits.collection);
     let bulk = row.home == Home::Cursor
         && db == "admin"
         && collection_field.or(Some(first)).and_then(|name| name.str()) == Some("$cmd.bulkWrite");
@@ -384,7 +387,8 @@ fn put_body<'a>(
     let mut body = Body {
         database: db,
         collection: None,
-        reply: row.reply,
+        // What a `bulkWrite` left for later speaks of names as its first results do.
+        reply: if bulk && row.value == Value::Cursor { ReplyRule::BulkWrite } else { row.reply },
         prepare: None,
         transaction: None,
         retryable: false,
@@ -392,10 +396,11 @@ fn put_body<'a>(
         ids: Vec::new(),
         told: Told::default(),
         statements: false,
-        ordered: fields.get("ordered").is_none_or(|ordered| ordered.truthy()),
+        target: None,
+        ordered: fields.own(row.bits.ordered).is_none_or(|ordered| ordered.truthy()),
     };
     put_first(scope, fields, first, bulk, &mut body, out)?;
-    let collation = match fields.get("collation") {
+    let collation = match fields.own(row.bits.collation) {
         Some(element) => index::collation(&element)?,
         None => Collation::Simple,
     };
@@ -518,7 +523,8 @@ fn put_explained<'a>(
     if !EXPLAINED.contains(&row.name) {
         return Err(Fault::new(20, "IllegalOperation", format!("Explain not supported for {}", row.name)));
     }
-    let fields = Fields::read(row, inner, &name)?;
+    let mut fields = Fields::new(row, inner);
+    fields.read(inner, &name)?;
     if let Some(db) = fields.generic(DB)
         && db.str() != Some(body.database)
     {
@@ -565,6 +571,13 @@ fn put_field<'a>(
         Rule::Flag | Rule::Number | Rule::Text => {}
         Rule::Document => {
             document()?;
+            if filter && fields.row.reply == ReplyRule::Indexes {
+                // All at once: a `getMore` is not told from a find's, and would show those of others.
+                let open = bson::open_document(out, field.name);
+                bson::put_i32(out, "batchSize", INDEXES_BATCH);
+                bson::close(out, open);
+                return Ok(());
+            }
         }
         Rule::Array => {
             array()?;
@@ -592,7 +605,14 @@ fn put_field<'a>(
         Rule::Validator => predicate::check(scope, document()?)?,
         Rule::Filter => {
             let filter = if element.kind == kind::NULL { None } else { Some(document()?) };
-            return statement::put_filter(scope, collation, field.name, filter, fields.truthy("upsert"), out);
+            return statement::put_filter(
+                scope,
+                collation,
+                field.name,
+                filter,
+                fields.truthy(fields.row.bits.upsert),
+                out,
+            );
         }
         Rule::Projection => {
             let given = if element.kind == kind::NULL { None } else { Some(document()?) };
@@ -608,9 +628,10 @@ fn put_field<'a>(
             let source = if body.collection.is_some() { Source::Collection } else { Source::Database };
             let mut cx = context(scope, collation, body);
             pipeline::put(&mut cx, field.name, array()?, source, 0, out)?;
-            body.prepare = cx.prepare;
-            if fields.truthy("explain") {
+            (body.prepare, body.target) = (cx.prepare, cx.target);
+            if fields.truthy(fields.row.bits.explain) {
                 body.reply = ReplyRule::Explain;
+                body.target = None;
             }
             return Ok(());
         }
@@ -645,15 +666,16 @@ fn put_field<'a>(
             if index::only_wished(array()?)? {
                 body.reply = ReplyRule::IndexesWished;
             }
-            if let Some(collection) = body.collection.filter(|_| filter) {
-                body.prepare = Some(Prepare::IndexRoom { collection });
-            }
+            body.prepare = body.collection.map(|collection| Prepare::IndexRoom { collection });
             return index::put_all(scope, field.name, array()?, out);
         }
         Rule::IndexNames if filter => return index::put_names(scope, element, out),
         Rule::IndexNames => {}
         Rule::Collection => {
-            name::collection_of(scope, body.database, at, element)?;
+            let named = name::collection_of(scope, body.database, at, element)?;
+            if field.name == "toCollection" {
+                body.target = Some((body.database, named));
+            }
         }
         // Beyond the plan, `explain` counts documents and keys that were looked at: others' among them.
         Rule::Verbosity if filter => {
@@ -678,7 +700,7 @@ fn put_field<'a>(
 }
 
 fn context<'c, 'a>(scope: &'c Scope<'c>, collation: Collation, body: &Body<'a>) -> Cx<'c, 'a> {
-    Cx { scope, database: body.database, collection: body.collection, collation, prepare: None }
+    Cx { scope, database: body.database, collection: body.collection, collation, prepare: None, target: None }
 }
 
 fn put_cursors(at: &str, list: Document<'_>, ids: &mut Vec<usize>, out: &mut Vec<u8>) -> Result<(), Fault> {

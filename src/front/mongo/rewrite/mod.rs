@@ -37,6 +37,7 @@ mod stage;
 mod statement;
 mod update;
 
+pub(super) use name::put_text;
 pub(super) use statement::STATEMENTS_MAX;
 
 use crate::{
@@ -100,12 +101,15 @@ pub struct Forward<'a> {
     /// Where in the buffer further ids stand: 8 bytes each for cursors (`getMore`, `killCursors`), 16 for sessions
     /// (`endSessions`, `killSessions`, `refreshSessions`).
     pub ids: Vec<usize>,
-    /// Statements that were left out and have to appear in the reply as errors, by index.
+    /// Statements that were refused and have to appear in the reply as errors, by index. They were left out; in a
+    /// `bulkWrite` something stands for each that the server refuses as well.
     pub failed: Vec<Failed>,
     /// Whether the first failure ends the command; what follows it was left out as well.
     pub ordered: bool,
     /// Whether it may bring its collections into being.
     pub creates: bool,
+    /// Another collection that it may bring into being, and its logical database.
+    pub target: Option<(&'a str, &'a str)>,
 }
 
 /// What a request needs on its collection; done by the front with the platform's own rights, once.
@@ -116,7 +120,7 @@ pub enum Prepare<'a> {
         /// The collection watched.
         collection: &'a str,
     },
-    /// Room for the tenant's indexes that the request makes: no tenant has the collection's all.
+    /// Room for the tenant's indexes that the request makes: of a shared collection no tenant has all.
     IndexRoom {
         /// The collection indexed.
         collection: &'a str,

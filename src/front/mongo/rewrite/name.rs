@@ -83,7 +83,7 @@ pub(super) fn put_namespace<'a>(
 }
 
 /// A string element whose text `write` appends.
-pub(super) fn put_text<T>(out: &mut Vec<u8>, key: &[u8], write: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+pub fn put_text<T>(out: &mut Vec<u8>, key: &[u8], write: impl FnOnce(&mut Vec<u8>) -> T) -> T {
     bson::put_head(out, kind::STRING, key);
     let at = out.len();
     out.extend_from_slice(&[0; 4]);

@@ -46,6 +46,8 @@ pub(super) struct Cx<'c, 'a> {
     pub collation: Collation,
     /// What it turned out to need.
     pub prepare: Option<Prepare<'a>>,
+    /// The collection that it writes to, and its logical database.
+    pub target: Option<(&'a str, &'a str)>,
 }
 
 /// Stages that see only what comes in.

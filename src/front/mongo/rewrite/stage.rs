@@ -358,8 +358,7 @@ pub(super) fn put_union<'a>(
     Ok(())
 }
 
-/// `into` of `$merge` and `$out`: a collection, or one of another database of the tenant. Gives the collection when
-/// it is of the command's own database.
+/// `into` of `$merge` and `$out`: a collection, or one of another database of the tenant. Gives both names.
 fn put_into<'a>(
     cx: &Cx<'_, 'a>,
     at: &str,
@@ -367,11 +366,11 @@ fn put_into<'a>(
     into: &Element<'a>,
     more: &[&str],
     out: &mut Vec<u8>,
-) -> Result<Option<&'a str>, Fault> {
+) -> Result<(&'a str, &'a str), Fault> {
     if into.kind == kind::STRING {
         let name = name::collection_of(cx.scope, cx.database, at, into)?;
         bson::put_str(out, key, name);
-        return Ok(Some(name));
+        return Ok((cx.database, name));
     }
     let mut known = vec!["db", "coll"];
     known.extend_from_slice(more);
@@ -393,12 +392,13 @@ fn put_into<'a>(
         }
     }
     bson::close(out, open);
-    Ok((db == cx.database).then_some(coll))
+    Ok((db, coll))
 }
 
 /// `$out` of `database`.
-pub(super) fn put_out(cx: &Cx<'_, '_>, stage: &Element<'_>, out: &mut Vec<u8>) -> Result<(), Fault> {
-    put_into(cx, "$out", "$out", stage, &["timeseries"], out).map(|_| ())
+pub(super) fn put_out<'a>(cx: &mut Cx<'_, 'a>, stage: &Element<'a>, out: &mut Vec<u8>) -> Result<(), Fault> {
+    cx.target = Some(put_into(cx, "$out", "$out", stage, &["timeseries"], out)?);
+    Ok(())
 }
 
 /// `$merge`. In `filter` what is written carries the tenant's `org_id`, and matches only what carries it: by default
@@ -443,10 +443,15 @@ pub(super) fn put_merge<'a>(
         bson::close(out, open);
         Ok::<_, Fault>(target)
     })?;
-    if filter {
-        let collection = target.ok_or_else(|| Fault::forbidden("$merge into another database"))?;
-        cx.prepare = Some(Prepare::MergeIndex { collection });
+    if !filter {
+        cx.target = Some(target);
+        return Ok(());
     }
+    let (database, collection) = target;
+    if database != cx.database {
+        return Err(Fault::forbidden("$merge into another database"));
+    }
+    cx.prepare = Some(Prepare::MergeIndex { collection });
     Ok(())
 }
 

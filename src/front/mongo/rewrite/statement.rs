@@ -1,6 +1,6 @@
 //! The statements of `insert`, `update`, `delete` and `bulkWrite`, one by one.
 
-use super::{Failed, Fault, Scope, index, name, predicate, predicate::Collation, stage::known_fields, update};
+use super::{Failed, Fault, ORG, Scope, index, name, predicate, predicate::Collation, stage::known_fields, update};
 use crate::{
     tenant::Isolation,
     wire::mongo::bson::{self, Document, Element, Index},
@@ -39,6 +39,8 @@ pub(super) struct Told {
     pub failed: Vec<Failed>,
     /// How many were written.
     pub written: usize,
+    /// How many stand in the list: those that were written, and what stands for the refused.
+    listed: usize,
     /// Whether one of them may bring a document into being, and its collection with it.
     pub creates: bool,
 }
@@ -60,7 +62,9 @@ fn too_many(count: usize) -> Fault {
     Fault::new(16, "InvalidLength", text)
 }
 
-/// Writes all statements; one that fails is left out, and with `ordered` all behind it.
+/// Writes all statements; one that fails is left out, and with `ordered` all behind it. In a `bulkWrite`, whose results
+/// may come in several batches, something stands for it that the server refuses: so each result has its number, and
+/// what is counted is counted by one.
 ///
 /// # Errors
 /// The request as a whole is wrong.
@@ -120,17 +124,25 @@ fn one(
 ) -> Result<bool, Fault> {
     let from = out.len();
     if element {
-        bson::put_head(out, bson::kind::DOCUMENT, Index::new(told.written).as_str().as_bytes());
+        bson::put_head(out, bson::kind::DOCUMENT, Index::new(told.listed).as_str().as_bytes());
     }
+    let head = out.len();
     match kind.put(scope, item, out) {
         Ok(creates) => {
             told.written += 1;
+            told.listed += 1;
             told.creates |= creates;
             Ok(true)
         }
         // A namespace is all its operations'.
         Err(fault) if fault.concerns_statement() && kind != Kind::Namespaces => {
-            out.truncate(from);
+            if kind == Kind::Operations {
+                out.truncate(head);
+                put_refused(scope, item, out)?;
+                told.listed += 1;
+            } else {
+                out.truncate(from);
+            }
             told.fail(index, fault);
             Ok(false)
         }
@@ -206,6 +218,28 @@ const BULK_UPDATE: Shape = Shape {
 
 const BULK_DELETE: Shape =
     Shape { known: &["delete", "filter", "multi", "hint", "collation"], filter: "filter", update: None };
+
+/// What stands for a refused operation: an insertion into the same collection whose `_id` no server takes, and by whose
+/// error nothing is written. Were it written, it would be the tenant's own.
+fn put_refused(scope: &Scope<'_>, item: Document<'_>, out: &mut Vec<u8>) -> Result<(), Fault> {
+    let at = Kind::Operations.at();
+    let namespace = item.iter().next().transpose()?.ok_or_else(|| Fault::missing(at, "insert"))?;
+    if !namespace.is_number() {
+        return Err(Fault::wrong_type(at, namespace.key, "number"));
+    }
+    let open = bson::open(out);
+    bson::put_as(out, "insert", &namespace);
+    let document = bson::open_document(out, "document");
+    let id = bson::open_document(out, "_id");
+    bson::put_bool(out, "$refused", true);
+    bson::close(out, id);
+    if scope.isolation == Isolation::Filter {
+        bson::put_str(out, ORG, scope.org.as_str());
+    }
+    bson::close(out, document);
+    bson::close(out, open);
+    Ok(())
+}
 
 fn put_operation(scope: &Scope<'_>, item: Document<'_>, out: &mut Vec<u8>) -> Result<bool, Fault> {
     let at = Kind::Operations.at();

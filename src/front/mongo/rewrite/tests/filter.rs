@@ -284,19 +284,22 @@ fn statements_and_their_options() {
                 r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"org_id": "x"}}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"}"#,
                 "0:66",
             ),
-            // What is refused is left out, and only what follows it in order.
+            // For what is refused stands what the server refuses, and what follows it in order is left out.
             (
                 r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"org_id": "x"}}, {"delete": 0, "filter": {}}], "nsInfo": [{"ns": "app.c"}], "ordered": false, "$db": "admin"}"#,
-                r#"{"bulkWrite": 1, "ops": [{"delete": 0, "filter": {"org_id": "acme"}}], "nsInfo": [{"ns": "shared_app.c"}], "ordered": false, "$db": "admin"}"#,
+                r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"_id": {"$refused": true}, "org_id": "acme"}}, {"delete": 0, "filter": {"org_id": "acme"}}], "nsInfo": [{"ns": "shared_app.c"}], "ordered": false, "$db": "admin"}"#,
             ),
             (
                 r#"{"bulkWrite": 1, "ops": [{"delete": 0, "filter": {}}, {"insert": 0, "document": {"org_id": "x"}}, {"delete": 0, "filter": {}}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"}"#,
-                r#"{"bulkWrite": 1, "ops": [{"delete": 0, "filter": {"org_id": "acme"}}], "nsInfo": [{"ns": "shared_app.c"}], "$db": "admin"}"#,
+                r#"{"bulkWrite": 1, "ops": [{"delete": 0, "filter": {"org_id": "acme"}}, {"insert": 0, "document": {"_id": {"$refused": true}, "org_id": "acme"}}], "nsInfo": [{"ns": "shared_app.c"}], "$db": "admin"}"#,
             ),
-            // Its results are not asked for slice by slice then.
             (
-                r#"{"bulkWrite": 1, "ops": [{"insert": 0, "document": {"org_id": "x"}}, {"delete": 0, "filter": {}}], "nsInfo": [{"ns": "app.c"}], "ordered": false, "cursor": {"batchSize": 1}, "$db": "admin"}"#,
-                "66",
+                r#"{"bulkWrite": 1, "@ops": [{"update": 1, "filter": {}, "updateMods": {"$set": {"org_id": "x"}}}, {"delete": 0, "filter": {}}], "nsInfo": [{"ns": "app.c"}, {"ns": "app.d"}], "ordered": false, "cursor": {"batchSize": 1}, "$db": "admin"}"#,
+                r#"{"bulkWrite": 1, "nsInfo": [{"ns": "shared_app.c"}, {"ns": "shared_app.d"}], "ordered": false, "cursor": {"batchSize": 1}, "$db": "admin", "@ops": [{"insert": 1, "document": {"_id": {"$refused": true}, "org_id": "acme"}}, {"delete": 0, "filter": {"org_id": "acme"}}]}"#,
+            ),
+            (
+                r#"{"bulkWrite": 1, "ops": [{"insert": "0", "document": {"org_id": "x"}}, {"delete": 0, "filter": {}}], "nsInfo": [{"ns": "app.c"}], "ordered": false, "$db": "admin"}"#,
+                "14",
             ),
             (r#"{"bulkWrite": 1, "ops": [{"nope": 0}], "nsInfo": [{"ns": "app.c"}], "$db": "admin"}"#, "40415"),
             (
@@ -525,6 +528,11 @@ fn indexes_are_the_tenants_own() {
             ),
             (r#"{"dropIndexes": "c", "index": "_id_"}"#, r#"{"dropIndexes": "c", "index": "_id_"}"#),
             (r#"{"listIndexes": "c"}"#, r#"{"listIndexes": "c"}"#),
+            // All at once: a later batch would show those of others.
+            (
+                r#"{"listIndexes": "c", "cursor": {"batchSize": 1}}"#,
+                r#"{"listIndexes": "c", "cursor": {"batchSize": 1000}}"#,
+            ),
             (
                 r#"{"find": "c", "projection": {"a": 1}, "hint": "a_1"}"#,
                 r#"{"find": "c", "projection": {"a": 1}, "hint": "a_1~acme", "filter": {"org_id": "acme"}}"#,

@@ -3,7 +3,7 @@
 use super::{Became, check, check_all, forwarded, parse, place, run_bytes, run_document};
 use crate::{
     front::mongo::{
-        commands::{self, Found, GENERIC, REFUSED, ROWS, Treat},
+        commands::{self, Found, GENERIC, REFUSED, ROWS, ReplyRule, Treat},
         rewrite::{Prepare, Request, Scope, Verdict, rewrite},
     },
     tenant::Isolation::{self, Database, Filter},
@@ -627,7 +627,9 @@ fn places_of_ids_are_told() {
             forwarded(isolation, &text, |forward, _| assert_eq!(forward.collection, None));
         }
         let text = r#"{"getMore": {"$numberLong": "77"}, "collection": "$cmd.bulkWrite", "$db": "admin"}"#;
-        forwarded(isolation, text, |forward, _| assert_eq!(forward.database, "admin"));
+        forwarded(isolation, text, |forward, _| {
+            assert_eq!((forward.database, forward.reply), ("admin", ReplyRule::BulkWrite));
+        });
         check(isolation, r#"{"getMore": {"$numberLong": "77"}, "collection": "c", "$db": "admin"}"#, "13");
         check(isolation, r#"{"getMore": {"$numberLong": "77"}, "collection": "system.users"}"#, "13");
     }
