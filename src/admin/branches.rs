@@ -72,6 +72,7 @@ fn failed(error: &BranchError) -> Answer {
         BranchError::Exists => (StatusCode::CONFLICT, "exists"),
         BranchError::Unknown => (StatusCode::NOT_FOUND, "unknown_branch"),
         BranchError::Over(_) => (StatusCode::UNPROCESSABLE_ENTITY, "branches_limit_exceeded"),
+        BranchError::Elsewhere => (StatusCode::CONFLICT, "elsewhere"),
         BranchError::InUse => (StatusCode::LOCKED, "in_use"),
         BranchError::Catalog(_) => (StatusCode::SERVICE_UNAVAILABLE, "catalog_down"),
         BranchError::Home(_) => (StatusCode::BAD_GATEWAY, "database_down"),

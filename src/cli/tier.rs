@@ -300,7 +300,8 @@ async fn verify(which: &Which, as_json: bool) -> Result<(), Failure> {
     if as_json {
         let databases: Vec<Value> = answers.iter().map(verified_json).collect();
         print(json!({
-            "org_id": tenant.org, "tier": tenant.tier, "epoch": tenant.epoch, "agrees": agrees,
+            "org_id": tenant.org, "tier": tenant.tier, "home": coordinator.home(&tenant), "epoch": tenant.epoch,
+            "agrees": agrees,
             "transition": open.as_ref().map(|entry| &entry.id), "databases": databases,
         }));
     } else {
@@ -312,6 +313,7 @@ async fn verify(which: &Which, as_json: bool) -> Result<(), Failure> {
             })
             .collect();
         print(table(["DATABASE", tenant.tier.name(), ""], &rows));
+        print(format_args!("home: {}", coordinator.home(&tenant).word()));
     }
     match (agrees, open) {
         (true, _) => Ok(()),

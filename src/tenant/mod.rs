@@ -144,6 +144,8 @@ pub struct Tenant {
     pub users: Vec<String>,
     /// Where its databases are, as far as that differs from what its tier says.
     pub routes: Routes,
+    /// No transaction of its SQL databases begins now: they change their home in a moment.
+    pub still: bool,
 }
 
 /// The logical user and database that every tenant has.
@@ -161,6 +163,7 @@ impl Tenant {
             databases: Vec::new(),
             users: Vec::new(),
             routes: Routes::default(),
+            still: false,
         }
     }
 
@@ -187,6 +190,16 @@ impl Tenant {
     /// Where the Postgres port finds the tenant's databases.
     pub fn home(&self, limits: &Limits) -> Home {
         self.routes.postgres.unwrap_or(limits.postgres.home)
+    }
+
+    /// Where the door of `protocol` leads for `database`. The Neon door leads to the Neon home, unless the tenant's
+    /// database has moved from there; a branch stays where branches are.
+    pub fn home_of(&self, protocol: Protocol, database: &str, limits: &Limits) -> Home {
+        match protocol {
+            Protocol::Neon if self.has_database(database) => self.routes.sql.unwrap_or(Home::Neon),
+            Protocol::Neon => Home::Neon,
+            _ => self.home(limits),
+        }
     }
 }
 

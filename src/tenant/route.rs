@@ -22,6 +22,14 @@ impl Home {
             Home::Neon => Protocol::Neon,
         }
     }
+
+    /// The word in records and answers.
+    pub fn word(self) -> &'static str {
+        match self {
+            Home::Main => "main",
+            Home::Neon => "neon",
+        }
+    }
 }
 
 /// A tenant's project at Neon, as its management API named it.
@@ -126,6 +134,9 @@ pub struct Routes {
     /// Instead of the tier's `postgres.home`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub postgres: Option<Home>,
+    /// Where the Neon door leads instead of the Neon home: the tenant's database was there and has moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sql: Option<Home>,
     /// Instead of the tier's `mongodb.isolation`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mongodb: Option<Isolation>,

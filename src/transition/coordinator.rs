@@ -3,7 +3,10 @@
 //!
 //! A transition's work is a task of its own, never part of a client's or an operator's request: who asked may go.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -12,18 +15,18 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::{
     Refused,
-    life::{Errand, Purging},
-    participant::{Look, Participant, Participants, ReadBack, Trouble, moves},
+    life::{Errand, GRACE_MAX, Purging},
+    participant::{Look, Participant, Participants, ReadBack, Trouble, moves, rehomes},
     state::{SEATS, State},
     work::Work,
 };
 use crate::{
     catalog::{
-        Catalog, Decision, Deed, Entry, Fault, LedgerFault, Over, Part, Phase, Step,
+        Catalog, Decision, Deed, Entry, Fault, Kept, LedgerFault, Over, Part, Phase, Step, date,
         ledger::{failpoint::reach, lease, this_process},
         now_ms,
     },
-    tenant::{Limits, OrgId, Protocol, Routes, Status, Tenant, Tier, Tiers},
+    tenant::{Home, Limits, OrgId, Protocol, Routes, Status, Tenant, Tier, Tiers},
 };
 
 /// Longest time for preparing, all participants together. These are shorter in tests, which wait for them.
@@ -213,13 +216,18 @@ impl Coordinator {
         Arc::clone(self.0.tiers.load().limits(tier))
     }
 
+    /// Where a tenant's SQL databases are.
+    pub fn home(&self, tenant: &Tenant) -> Home {
+        tenant.home(&self.limits(tenant.tier))
+    }
+
     /// Looks at every database and begins a transition. Give its entry to [`Self::drive`].
     ///
     /// # Errors
     /// Why it did not begin: nothing was changed.
     pub async fn begin(&self, request: &Request) -> Result<Entry, Refused> {
         let record = self.0.catalog.get(&request.org).await.map_err(|fault| Refused::from(LedgerFault::from(fault)))?;
-        let tenant = record.tenant;
+        let mut tenant = record.tenant;
         if tenant.status == Status::Deleting {
             return Err(Refused::Deleting);
         }
@@ -234,13 +242,16 @@ impl Coordinator {
         if tenant.tier == request.to {
             return Err(Refused::Same);
         }
-        let to = self.limits(request.to);
+        let (from, to) = (self.limits(tenant.tier), self.limits(request.to));
+        let pinned = tenant.routes.postgres;
+        tenant.routes.postgres = Some(tenant.home(&from));
+        let homes = rehomes(&tenant, &to, self.0.participants.0[Protocol::Neon as usize].is_some());
         let looks = self.look(&tenant, &to).await?;
         let over: Vec<Over> = looks.iter().flatten().flat_map(|look| look.over.clone()).collect();
         if !over.is_empty() && !request.force {
             return Err(Refused::Over(over));
         }
-        let moves = moves(&tenant, &self.limits(tenant.tier), &to);
+        let moves = moves(&tenant, &from, &to).is_some() || homes.is_some();
         let participants = Protocol::ALL
             .into_iter()
             .zip(looks)
@@ -266,12 +277,13 @@ impl Coordinator {
             participants,
             reason: None,
             over,
-            pins: pins(&tenant, &self.limits(tenant.tier), &to),
+            pins: pins(homes, pinned, &from, &to),
+            kept: homes.map(|(home, _)| self.keeping(home)),
             by: request.by.to_owned(),
             owner: self.0.owner.clone(),
             fence: 0,
             lease_until_ms: lease(LEASE),
-            deadline_ms: lease(if moves.is_some() { MOVE_WITHIN } else { PREPARE_WITHIN }),
+            deadline_ms: lease(if moves { MOVE_WITHIN } else { PREPARE_WITHIN }),
             cancel: false,
             began_ms: now_ms(),
             closed_ms: None,
@@ -282,6 +294,11 @@ impl Coordinator {
         tracing::info!(org = %entry.org, id = entry.id, from = %entry.from, to = %entry.to, "tier transition begun");
         self.tell(&entry);
         Ok(entry)
+    }
+
+    /// What the record will say of a home that is left now.
+    fn keeping(&self, home: Home) -> Kept {
+        Kept { home, purge_after: date::format(SystemTime::now() + self.grace().min(GRACE_MAX)) }
     }
 
     async fn look(&self, tenant: &Tenant, to: &Limits) -> Result<[Option<Look>; SEATS], Refused> {
@@ -380,12 +397,12 @@ impl Coordinator {
     }
 }
 
-/// A database on PostgreSQL stays where it is: what the old tier said about its place is said by the record from the commit
-/// on, where the new tier would say otherwise. Documents on MongoDB move with the tier ([`moves`]).
-fn pins(tenant: &Tenant, from: &Limits, to: &Limits) -> Routes {
-    let home = from.postgres.home;
-    let postgres = (tenant.routes.postgres.is_none() && home != to.postgres.home).then_some(home);
-    Routes { postgres, ..Routes::default() }
+/// What the commit writes of where the tenant's SQL databases are: the new home, also for the Neon door, which leads
+/// there from now on; or, where they stay, what only the old tier has said of it.
+fn pins(homes: Option<(Home, Home)>, pinned: Option<Home>, from: &Limits, to: &Limits) -> Routes {
+    let there = homes.map(|(_, there)| there);
+    let stays = (pinned.is_none() && from.postgres.home != to.postgres.home).then_some(from.postgres.home);
+    Routes { postgres: there.or(stays), sql: there, ..Routes::default() }
 }
 
 /// `<org>.<epoch after>.<random>`.

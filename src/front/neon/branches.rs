@@ -101,6 +101,7 @@ fn failed(error: &BranchError) -> Response<Body> {
         BranchError::Unknown => (StatusCode::NOT_FOUND, "unknown_branch"),
         // As Neon's own API refuses one too many.
         BranchError::Over(_) => (StatusCode::UNPROCESSABLE_ENTITY, "branches_limit_exceeded"),
+        BranchError::Elsewhere => (StatusCode::CONFLICT, "elsewhere"),
         BranchError::InUse => (StatusCode::LOCKED, "in_use"),
         BranchError::Catalog(_) => return refuse::rest(&Refusal::CatalogDown),
         BranchError::Home(error) => {

@@ -378,6 +378,7 @@ impl Relay {
         self.session.take(1).map_err(Event::OverRate)?;
         self.delayed = None;
         self.conversation.pace();
+        self.go_home();
         match self.pool.try_take(&self.home) {
             Taken::Lease(lease) if self.conversation.preparation(&lease.remote).is_empty() => {
                 down.clear();
@@ -385,6 +386,22 @@ impl Relay {
                 self.say(cx, down, &[])
             }
             taken => Err(Event::Link(taken)),
+        }
+    }
+
+    /// Goes where the tenant's database is now, if it has changed its home since the last transaction.
+    pub(self) fn go_home(&mut self) {
+        let policy = self.session.slot().policy();
+        let home = policy.tenant.home_of(self.session.protocol(), &self.home.logical, &policy.limits);
+        if home.protocol() == self.pool.protocol() {
+            return;
+        }
+        let tenant = Arc::clone(&policy.tenant);
+        drop(policy);
+        // Not where it would lead nowhere: a branch, which is in one home only.
+        if let Some(there) = link::place(&self.server, &self.session, &tenant, home, &self.home.logical) {
+            (self.pool, self.home) = there;
+            self.conversation.move_to(self.server.shared(&self.home.database));
         }
     }
 
