@@ -90,21 +90,24 @@ impl Homecoming {
         let ends = self.ends(main, &order.tenant, homes).await?;
         let it = self.step(&ends, &order.tenant, order.mark(PREPARES), order.returns);
         it.fit(&self.dump).await.map_err(told)?;
-        let filled = async {
-            it.begin().await?;
-            it.fill(&self.dump, &|word| order.progress.say(word)).await
-        };
-        match filled.await {
+        it.begin().await.map_err(told)?;
+        let say = |word| order.progress.say(word);
+        let mut filled = it.fill(&self.dump, &say).await.map_err(told);
+        if matches!(filled, Err(Trouble::No(_))) {
+            // A table may have gone while it was read.
+            filled = it.fill(&self.dump, &say).await.map_err(told);
+        }
+        match filled {
             Ok(filled) => {
                 self.filled.lock().insert(order.tenant.org.clone(), (order.fence, filled));
                 Ok(())
             }
-            Err(MoveError::Unfit(why)) => {
+            Err(Trouble::No(why)) => {
                 // A no leaves nothing behind.
                 it.restore().await.map_err(told)?;
-                Err(told(MoveError::Unfit(why)))
+                Err(Trouble::No(why))
             }
-            Err(error) => Err(told(error)),
+            Err(trouble) => Err(trouble),
         }
     }
 
