@@ -14,7 +14,7 @@ use bson::{Document, doc};
 use dynabase::{
     catalog::{self, Catalog, Expect, KeyRecord, Record},
     identity::service_key,
-    tenant::{OrgId, Tenant, Tier, directory::ServiceKey},
+    tenant::{Home, OrgId, Tenant, Tier, directory::ServiceKey},
 };
 use serde_json::Value;
 
@@ -350,7 +350,8 @@ fn a_folder_goes_to_mongodb_and_comes_back_the_same() {
         let catalog = Catalog::open(&catalog::Config::folder(&from)).await.expect("a folder");
         for n in 0..ORGS {
             let org = OrgId::parse(&format!("moved-{n}")).expect("an id");
-            let tenant = Tenant { epoch: n as u64 + 1, ..Tenant::new(org.clone(), Tier::ALL[n % 4]) };
+            let mut tenant = Tenant { epoch: n as u64 + 1, ..Tenant::new(org.clone(), Tier::ALL[n % 4]) };
+            tenant.routes.postgres = [None, Some(Home::Main), Some(Home::Neon)][n % 3];
             catalog.put(Record::new(tenant), Expect::Absent).await.expect("kept");
             if n % 10 == 0 {
                 let hash = service_key::mint().expect("randomness").hash();

@@ -89,6 +89,12 @@ async fn one_command_gives_a_prompt_and_leaves_nothing_behind() {
     assert_eq!(ask(upstream, "select count(*) from pg_database where datname like 't\\_%'").await, "4");
 
     let documents = mongodb::Client::with_uri_str(text(&first, "/upstreams/mongodb")).await.expect("a URL");
+    // The demo tenants' homes are where their tiers say.
+    let orgs = documents.database("dynabase").collection::<bson::Document>("orgs");
+    for (org, home) in [("acme", "neon"), ("globex", "main"), ("initech", "main"), ("umbrella", "main")] {
+        let found = orgs.count_documents(bson::doc! {"_id": org, "routes.postgres": home}).await.expect("asked");
+        assert_eq!(found, 1, "{org}");
+    }
     let notes = documents.database("dynabase_tests").collection("notes");
     notes.insert_one(bson::doc! {"_id": 1}).await.expect("written");
 

@@ -290,13 +290,13 @@ fn an_open_transaction_is_waited_for_and_what_can_t_be_carried_is_told_so() {
     wire.query("begin; insert into t values (1)");
     let mut child = house.proxy.begin(&["tier", "set", "acme", "PRO", "--wait"], &[]);
     until("it stands still", || stands_still(&house));
+    // The one that holds its connection without a transaction is told in the server's own words.
+    let end = eventually("the pinned session ends", || pinned.read());
+    assert_eq!(end.field(b'C'), "57P01");
     // Who comes now waits for the new home.
     let token = house.acme().token();
     let address = house.proxy.address();
     let late = std::thread::spawn(move || Wire::login(address, &token, &[]).expect("in").ask("select count(*) from t"));
-    // The one that holds its connection without a transaction is told in the server's own words.
-    let end = eventually("the pinned session ends", || pinned.read());
-    assert_eq!(end.field(b'C'), "57P01");
     assert_eq!(wire.query("insert into t values (2)").codes(), [""; 0], "the transaction goes on");
     assert!(stands_still(&house));
     assert_eq!(wire.query("commit").codes(), [""; 0]);
@@ -461,4 +461,37 @@ fn a_coordinator_that_was_frozen_while_filling_touches_nothing_once_another_one_
     frozen.wait().expect("it ends");
     assert_eq!((house.home().as_str(), wire.ask("select count(*) from t").as_str()), ("main", "2"));
     assert_eq!(house.verify().0, Some(0));
+}
+
+/// `cargo test --test integration homes::the_pause -- --ignored --nocapture`, with `DYNABASE_HOME_ROWS` rows of some
+/// hundred bytes.
+#[test]
+#[ignore = "measures"]
+fn the_pause_by_the_size_of_the_database() {
+    let rows = std::env::var("DYNABASE_HOME_ROWS").ok().and_then(|rows| rows.parse::<u64>().ok()).unwrap_or(100_000);
+    let house = House::start("");
+    let mut wire = house.acme().wire();
+    let fill = format!(
+        "create table big (id bigint primary key, n int, text text); create index on big (n); \
+         insert into big select n, n % 1000, repeat(md5(n::text), 3) from generate_series(1, {rows}) n"
+    );
+    assert_eq!(wire.query(&fill).codes(), [""; 0]);
+    let bytes = wire.ask("select pg_size_pretty(pg_database_size(current_database()))");
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut other = house.acme().wire();
+    let writer = writer(&stop, move |n| {
+        match other.query(&format!("update big set n = n + 1 where id = {}", 1 + n % rows)).codes() {
+            codes if codes.is_empty() => Ok(()),
+            codes => Err(format!("{codes:?}")),
+        }
+    });
+    for tier in ["PRO", "FREE", "PRO", "FREE"] {
+        let began = Instant::now();
+        house.tier(tier);
+        println!("{rows} rows, {bytes}: {tier} in {:?}: {}", began.elapsed(), house.note());
+    }
+    stop.store(true, Ordering::Relaxed);
+    let told = writer.join().expect("it wrote");
+    println!("{} updates meanwhile, longest wait {:?}", told.done, told.longest);
+    assert_eq!(told.refused, [""; 0]);
 }

@@ -15,6 +15,7 @@ mod mongo;
 mod moving;
 mod neon;
 mod neon_api;
+mod neon_homes;
 mod neon_projects;
 mod postgres;
 mod provision;

@@ -24,7 +24,7 @@ use crate::support::{
 };
 
 /// A proxy with Neon homes on its own server, reached by `url`.
-fn setup(url: &str) -> Setup {
+pub fn setup(url: &str) -> Setup {
     Setup {
         listen: "http = \"127.0.0.1:0\"".into(),
         sections: format!("[upstream.neon]\nurl = \"{url}\"\nstorage_interval = \"1h\""),
@@ -68,13 +68,13 @@ pub fn ask(port: u16, head: &str, body: &str) -> (u16, String) {
 }
 
 /// `POST /sql` to a tenant's database.
-fn sql_in(port: u16, org: &Org<'_>, database: &str, query: &str) -> (u16, Value) {
+pub fn sql_in(port: u16, org: &Org<'_>, database: &str, query: &str) -> (u16, Value) {
     let head = format!("POST /sql HTTP/1.1\r\nNeon-Connection-String: postgres://app:{}@x/{database}", org.token());
     let (status, body) = ask(port, &head, &json!({"query": query, "params": []}).to_string());
     (status, serde_json::from_str(&body).expect("JSON"))
 }
 
-fn sql(port: u16, org: &Org<'_>, query: &str) -> Value {
+pub fn sql(port: u16, org: &Org<'_>, query: &str) -> Value {
     let (status, answer) = sql_in(port, org, "app", query);
     assert_eq!(status, 200, "{query}: {answer}");
     answer["rows"].clone()

@@ -334,6 +334,7 @@ fn schemas() -> Value {
             "tier": { "type": "string", "enum": ["FREE", "STARTER", "PRO", "ENTERPRISE"] },
             "status": { "type": "string", "enum": ["active", "suspended", "deleting"] },
             "epoch": number,
+            "home": { "type": "string", "enum": ["main", "neon"] },
             "sessions": number,
             "protocols": list(object(json!({
                 "protocol": text, "sessions": count, "connections": count, "stored_bytes": number,

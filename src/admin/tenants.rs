@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::{
     quota::Slot,
-    tenant::{OrgId, Protocol, Status, Tier},
+    tenant::{Home, OrgId, Protocol, Status, Tier},
 };
 
 /// Tenants on one page unless asked for fewer or more.
@@ -36,6 +36,7 @@ pub(super) struct View {
     tier: Tier,
     status: Status,
     epoch: u64,
+    home: Home,
     sessions: usize,
     protocols: Vec<Protocols>,
 }
@@ -54,6 +55,7 @@ impl View {
             tier: policy.tenant.tier,
             status: policy.tenant.status,
             epoch: policy.tenant.epoch,
+            home: policy.tenant.home(),
             sessions: slot.sessions().len(),
             protocols: protocols.into(),
         }

@@ -15,7 +15,14 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: &Arguments) -> Result<(), Failure> {
-    Config::load(&arguments.config).map_err(Failure::usage)?;
+    let config = Config::load(&arguments.config).map_err(Failure::usage)?;
     super::print(format_args!("{}: good", arguments.config.display()));
+    for tier in config.without_neon(&config.load_tiers().map_err(Failure::usage)?) {
+        super::print(format_args!(
+            "new tenants on {tier} get the main home: {} says postgres.home = \"neon\", and [upstream.neon] has neither url \
+             nor api_key",
+            config.tiers.0.display()
+        ));
+    }
     Ok(())
 }

@@ -30,7 +30,7 @@ use crate::{
     catalog::{Catalog, Expect},
     config::{Config, Runtime},
     tenant::{
-        DEFAULT_NAME, Home, Names, OrgId, Tier,
+        DEFAULT_NAME, Names, OrgId, Tier,
         namespace::{NameStyle, Password, RootSecret},
     },
 };
@@ -347,25 +347,12 @@ fn configure(
     Config::load(&config).map_err(Failure::failed)
 }
 
-/// Leads a new tenant's Postgres port to its Neon home, where FREE tenants are meant to live: what is written over `/sql`
-/// is read there.
-async fn to_neon(catalog: &Catalog, org: &OrgId) -> Result<(), Failure> {
-    let mut record = catalog.get(org).await.map_err(|fault| key::unknown(org, &fault))?;
-    record.tenant.routes.postgres = Some(Home::Neon);
-    let epoch = record.tenant.epoch;
-    record.tenant.epoch += 1;
-    catalog.put(record, Expect::Epoch(epoch)).await.map_err(Failure::failed)
-}
-
 /// A demo tenant with what its developer needs; made if it is not there.
 async fn demo(config: &Config, catalog: &Catalog, folder: &Folder, org: &str, tier: Tier) -> Result<Demo, Failure> {
     let org = OrgId::parse(org).ok_or_else(|| Failure::failed("a demo tenant's name"))?;
     // A start that was cut off may have left one that is not wholly made.
     if !catalog.get(&org).await.is_ok_and(|record| record.tenant.epoch > 0) {
         tenant::create(config, catalog, &org, tier).await?;
-        if tier == Tier::Free {
-            to_neon(catalog, &org).await?;
-        }
     }
     let record = catalog.get(&org).await.map_err(|fault| key::unknown(&org, &fault))?;
     let kept = folder.service_key(&org).map_err(Failure::failed)?;

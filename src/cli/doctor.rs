@@ -19,7 +19,7 @@ use crate::{
     catalog::{Catalog, Fault},
     config::{Config, program_folders},
     identity,
-    tenant::Tier,
+    tenant::{Home, Tier},
     upstream::{
         convex::Origin,
         neon::Homes,
@@ -223,13 +223,16 @@ async fn catalog(config: &Config, findings: &mut Findings) {
         Ok(_) => findings.good("tiers", config.tiers.0.display()),
         Err(error) => findings.fault("tiers", error, "mend the tiers' file, or the collection tiers"),
     }
-    let (mut good, mut damaged) = (0u64, Vec::new());
+    let (mut good, mut damaged, mut at_neon) = (0u64, Vec::new(), 0u64);
     let mut list = catalog.list();
     while good + (damaged.len() as u64) < DOCUMENTS_MAX
         && let Some(item) = list.recv().await
     {
         match item {
-            Ok(_) => good += 1,
+            Ok(record) => {
+                good += 1;
+                at_neon += u64::from(record.tenant.home() == Home::Neon);
+            }
             Err(Fault::Damaged(what)) => damaged.push(what),
             Err(fault) => return findings.fault(PART, fault, reach),
         }
@@ -246,7 +249,21 @@ async fn catalog(config: &Config, findings: &mut Findings) {
         Catalog::File(_) => "a folder",
         Catalog::Mongo(_) => "MongoDB",
     };
-    findings.good(PART, format_args!("{kind}, {good} organisation(s), {} damaged{more}", damaged.len()));
+    findings.good(
+        PART,
+        format_args!(
+            "{kind}, {good} organisation(s), {} at the main home, {at_neon} at Neon, {} damaged{more}",
+            good - at_neon,
+            damaged.len()
+        ),
+    );
+    if at_neon > 0 && !config.upstream.neon.is_on() {
+        findings.fault(
+            PART,
+            format_args!("{at_neon} organisation(s) have a Neon home, and there is no [upstream.neon]: their Postgres port refuses"),
+            "configure [upstream.neon] as it was when they were created",
+        );
+    }
 }
 
 /// The server of the main databases, or that of the Neon homes.
@@ -304,7 +321,15 @@ async fn neon(config: &Config, findings: &mut Findings) {
     /// No tenant's project is called so; looking for it changes nothing.
     const NOBODY: &str = "dynabase_doctor";
     match config.names().and_then(|names| config.upstream.neon.homes(names)) {
-        Ok(None) => findings.good(PART, "not configured: no Neon homes"),
+        Ok(None) => {
+            let without = config.load_tiers().map(|tiers| config.without_neon(&tiers)).unwrap_or_default();
+            let tiers: Vec<&str> = without.iter().map(|tier| tier.name()).collect();
+            match tiers.as_slice() {
+                [] => findings.good(PART, "not configured: no Neon homes"),
+                tiers => findings
+                    .good(PART, format_args!("not configured: new tenants on {} get the main home", tiers.join(", "))),
+            }
+        }
         Err(error) => findings.fault(PART, error, "edit [upstream.neon]"),
         Ok(Some(Homes::Server(_))) => postgres(PART, &config.upstream.neon.server(), findings).await,
         Ok(Some(Homes::Projects(projects))) => match within(projects.api().find_project(NOBODY)).await {

@@ -170,10 +170,16 @@ async fn list(catalog: &Catalog, as_json: bool) -> Result<(), Failure> {
         let rows: Vec<_> = tenants
             .iter()
             .map(|Record { tenant, created_at, .. }| {
-                [tenant.org.to_string(), tenant.tier.to_string(), word(tenant.status).into(), created_at.clone()]
+                [
+                    tenant.org.to_string(),
+                    tenant.tier.to_string(),
+                    word(tenant.status).into(),
+                    tenant.home().label().into(),
+                    created_at.clone(),
+                ]
             })
             .collect();
-        print(table(["ORG", "TIER", "STATUS", "CREATED"], &rows));
+        print(table(["ORG", "TIER", "STATUS", "HOME", "CREATED"], &rows));
     }
     match damaged {
         0 => Ok(()),
@@ -218,6 +224,7 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
         ["tier".into(), tenant.tier.to_string()],
         ["status".into(), word(tenant.status).into()],
         ["epoch".into(), tenant.epoch.to_string()],
+        ["home".into(), tenant.home().label().into()],
         ["created".into(), record.created_at.clone()],
         ["credentials".into(), format!("generation {}", tenant.generation)],
         [
@@ -252,6 +259,7 @@ fn described(record: &Record) -> Value {
         "status": tenant.status,
         "epoch": tenant.epoch,
         "generation": tenant.generation,
+        "home": tenant.home(),
         "databases": tenant.databases,
         "users": tenant.users,
         "created_at": record.created_at,

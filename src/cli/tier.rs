@@ -300,8 +300,7 @@ async fn verify(which: &Which, as_json: bool) -> Result<(), Failure> {
     if as_json {
         let databases: Vec<Value> = answers.iter().map(verified_json).collect();
         print(json!({
-            "org_id": tenant.org, "tier": tenant.tier, "home": coordinator.home(&tenant), "epoch": tenant.epoch,
-            "agrees": agrees,
+            "org_id": tenant.org, "tier": tenant.tier, "epoch": tenant.epoch, "home": tenant.home(), "agrees": agrees,
             "transition": open.as_ref().map(|entry| &entry.id), "databases": databases,
         }));
     } else {
@@ -309,11 +308,12 @@ async fn verify(which: &Which, as_json: bool) -> Result<(), Failure> {
             .iter()
             .map(|it| {
                 let (state, words) = verified_words(it);
+                let is_home = words.is_empty() && it.database == tenant.home().protocol();
+                let words = if is_home { "the Postgres port leads here".to_owned() } else { words };
                 [it.database.label().to_owned(), state.to_owned(), words]
             })
             .collect();
         print(table(["DATABASE", tenant.tier.name(), ""], &rows));
-        print(format_args!("home: {}", coordinator.home(&tenant).word()));
     }
     match (agrees, open) {
         (true, _) => Ok(()),

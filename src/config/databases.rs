@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{Config, arm_failpoint, program_folders};
 use crate::{
     catalog::Catalog,
-    tenant::Tiers,
+    tenant::{Home, Tier, Tiers},
     transition::{Coordinator, Participants, participant},
     upstream::{
         self,
@@ -48,6 +48,12 @@ impl Config {
             }
         };
         Ok(Coordinator::new(catalog, tiers, participants).purging(self.tenants.clone()))
+    }
+
+    /// The tiers whose new tenants would have a Neon home, if there were any: they get the main one.
+    pub fn without_neon(&self, tiers: &Tiers) -> Vec<Tier> {
+        let wants = |tier: &Tier| tiers.limits(*tier).postgres.home == Home::Neon;
+        Tier::ALL.into_iter().filter(wants).filter(|_| !self.upstream.neon.is_on()).collect()
     }
 
     /// The way to MongoDB, if it is configured.

@@ -187,18 +187,20 @@ impl Tenant {
                 })
     }
 
-    /// Where the Postgres port finds the tenant's databases.
-    pub fn home(&self, limits: &Limits) -> Home {
-        self.routes.postgres.unwrap_or(limits.postgres.home)
+    /// Where the Postgres port finds the tenant's databases: as its record says since it was made. A record that says
+    /// nothing (older than that, or written by hand) means the main home. The tier has no word in it: changed by hand,
+    /// it would lead to an empty database.
+    pub fn home(&self) -> Home {
+        self.routes.postgres.unwrap_or(Home::Main)
     }
 
     /// Where the door of `protocol` leads for `database`. The Neon door leads to the Neon home, unless the tenant's
     /// database has moved from there; a branch stays where branches are.
-    pub fn home_of(&self, protocol: Protocol, database: &str, limits: &Limits) -> Home {
+    pub fn home_of(&self, protocol: Protocol, database: &str) -> Home {
         match protocol {
             Protocol::Neon if self.has_database(database) => self.routes.sql.unwrap_or(Home::Neon),
             Protocol::Neon => Home::Neon,
-            _ => self.home(limits),
+            _ => self.home(),
         }
     }
 }

@@ -15,19 +15,19 @@ pub enum Home {
 }
 
 impl Home {
+    /// The word used in configuration, records and on the command line.
+    pub fn label(self) -> &'static str {
+        match self {
+            Home::Main => "main",
+            Home::Neon => "neon",
+        }
+    }
+
     /// The protocol under which what happens there is counted.
     pub fn protocol(self) -> Protocol {
         match self {
             Home::Main => Protocol::Postgres,
             Home::Neon => Protocol::Neon,
-        }
-    }
-
-    /// The word in records and answers.
-    pub fn word(self) -> &'static str {
-        match self {
-            Home::Main => "main",
-            Home::Neon => "neon",
         }
     }
 }
@@ -131,7 +131,7 @@ fn own() -> Sharing {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Routes {
-    /// Instead of the tier's `postgres.home`.
+    /// The home of its PostgreSQL databases, written down when it is made ([`super::Tenant::home`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub postgres: Option<Home>,
     /// Where the Neon door leads instead of the Neon home: the tenant's database was there and has moved.

@@ -143,7 +143,8 @@ pub struct PostgresLimits {
     pub queue_timeout: Duration,
     /// Pool mode for clients that do not ask for one.
     pub pool_mode: PoolMode,
-    /// Where the database is, unless the tenant's own record says otherwise.
+    /// Where a tenant that is made on this tier has its home; the main one where there are no Neon homes. Its record
+    /// keeps that: whoever is there stays there.
     pub home: Home,
     /// Statements (transactions count each statement) per second.
     pub rate: RateLimit,

@@ -216,9 +216,14 @@ impl Coordinator {
         Arc::clone(self.0.tiers.load().limits(tier))
     }
 
-    /// Where a tenant's SQL databases are.
-    pub fn home(&self, tenant: &Tenant) -> Home {
-        tenant.home(&self.limits(tenant.tier))
+    /// The home of a tenant that is made on `tier`: where the tier says, and on the main server where there are no Neon
+    /// homes.
+    pub fn home_for(&self, tier: Tier) -> Home {
+        let there = self.0.participants.0[Protocol::Neon as usize].is_some();
+        match self.limits(tier).postgres.home {
+            Home::Neon if there => Home::Neon,
+            Home::Neon | Home::Main => Home::Main,
+        }
     }
 
     /// Looks at every database and begins a transition. Give its entry to [`Self::drive`].
@@ -227,7 +232,7 @@ impl Coordinator {
     /// Why it did not begin: nothing was changed.
     pub async fn begin(&self, request: &Request) -> Result<Entry, Refused> {
         let record = self.0.catalog.get(&request.org).await.map_err(|fault| Refused::from(LedgerFault::from(fault)))?;
-        let mut tenant = record.tenant;
+        let tenant = record.tenant;
         if tenant.status == Status::Deleting {
             return Err(Refused::Deleting);
         }
@@ -243,8 +248,6 @@ impl Coordinator {
             return Err(Refused::Same);
         }
         let (from, to) = (self.limits(tenant.tier), self.limits(request.to));
-        let pinned = tenant.routes.postgres;
-        tenant.routes.postgres = Some(tenant.home(&from));
         let homes = rehomes(&tenant, &to, self.0.participants.0[Protocol::Neon as usize].is_some());
         let looks = self.look(&tenant, &to).await?;
         let over: Vec<Over> = looks.iter().flatten().flat_map(|look| look.over.clone()).collect();
@@ -277,7 +280,7 @@ impl Coordinator {
             participants,
             reason: None,
             over,
-            pins: pins(homes, pinned, &from, &to),
+            pins: pins(homes),
             kept: homes.map(|(home, _)| self.keeping(home)),
             by: request.by.to_owned(),
             owner: self.0.owner.clone(),
@@ -369,6 +372,9 @@ impl Coordinator {
         let mut answers = Vec::new();
         for database in Protocol::ALL {
             let answer = match &self.0.participants.0[database as usize] {
+                None if database == tenant.home().protocol() => Some(Err(Trouble::No(
+                    "the tenant's home is there, and this installation has no such database".into(),
+                ))),
                 None => None,
                 Some(participant) => {
                     let reading = participant.read_back(&tenant, &limits);
@@ -398,11 +404,10 @@ impl Coordinator {
 }
 
 /// What the commit writes of where the tenant's SQL databases are: the new home, also for the Neon door, which leads
-/// there from now on; or, where they stay, what only the old tier has said of it.
-fn pins(homes: Option<(Home, Home)>, pinned: Option<Home>, from: &Limits, to: &Limits) -> Routes {
+/// there from now on. What does not move stays where the record has said since the tenant was made.
+fn pins(homes: Option<(Home, Home)>) -> Routes {
     let there = homes.map(|(_, there)| there);
-    let stays = (pinned.is_none() && from.postgres.home != to.postgres.home).then_some(from.postgres.home);
-    Routes { postgres: there.or(stays), sql: there, ..Routes::default() }
+    Routes { postgres: there, sql: there, ..Routes::default() }
 }
 
 /// `<org>.<epoch after>.<random>`.

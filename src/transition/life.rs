@@ -15,6 +15,7 @@
 //! Invariants:
 //! - The record is there before anything of a tenant is made, and goes after everything of it is gone: nothing is ever
 //!   left that nobody knows of. A tenant that is not wholly made has epoch 0 and is refused.
+//! - That record says where its PostgreSQL home is, from the first word on: tiers decide it for new tenants only.
 //! - What was interrupted is taken up as a tier transition is; repeating the command goes on.
 
 use std::{
@@ -195,7 +196,8 @@ impl Coordinator {
             Err(Fault::Unknown) => {}
             Err(fault) => return Err(Refused::Catalog(fault)),
         }
-        let tenant = Tenant { epoch: 0, status: Status::Suspended, ..Tenant::new(org.clone(), tier) };
+        let mut tenant = Tenant { epoch: 0, status: Status::Suspended, ..Tenant::new(org.clone(), tier) };
+        tenant.routes.postgres = Some(self.home_for(tier));
         reach("before a draft");
         match self.catalog().put(Record::new(tenant), Expect::Absent).await {
             Ok(()) => {}

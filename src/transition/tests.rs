@@ -10,8 +10,8 @@ use super::{
     *,
 };
 use crate::{
-    catalog::{Catalog, Config, Expect, LedgerFault, Phase, Record},
-    tenant::{Limits, OrgId, Protocol, Tenant, Tier, Tiers},
+    catalog::{Catalog, Config, Entry, Expect, LedgerFault, Phase, Record},
+    tenant::{Home, Limits, OrgId, Protocol, Tenant, Tier, Tiers},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -305,6 +305,55 @@ async fn databases_stay_where_they_are() {
     // Documents move with the tier, so that the record need not say where they are.
     let routes = world.catalog.get(&world.org).await.expect("there").tenant.routes;
     assert_eq!(routes.mongodb, None);
+}
+
+/// Begins to make a tenant.
+async fn draft(coordinator: &Coordinator, name: &str, tier: Tier) -> Entry {
+    let org = OrgId::parse(name).expect("an id");
+    coordinator.begin_errand(&Errand { org, act: Act::Create(tier), by: "test" }).await.expect("it begins")
+}
+
+#[tokio::test]
+async fn a_new_tenant_s_home_is_written_down_and_its_tier_decides_it_only_then() {
+    let world = World::new().await;
+    let record = async |org: &OrgId| world.catalog.get(org).await.expect("there").tenant;
+    // Made before homes were written down: where it was, whatever its tier says of new ones.
+    assert_eq!(record(&world.org).await.home(), Home::Main);
+    for (name, tier, home) in
+        [("cold", Tier::Free, Home::Neon), ("hot", Tier::Starter, Home::Main), ("large", Tier::Enterprise, Home::Main)]
+    {
+        let done = world.coordinator.drive(draft(&world.coordinator, name, tier).await).await.expect("it ends");
+        assert_eq!((done.phase, record(&done.org).await.routes.postgres), (Phase::Done, Some(home)), "{name}");
+        // An operator's own hand.
+        let mut edited = world.catalog.get(&done.org).await.expect("there");
+        edited.tenant.tier = if tier == Tier::Free { Tier::Pro } else { Tier::Free };
+        edited.tenant.epoch += 1;
+        world.catalog.put(edited, Expect::Epoch(1)).await.expect("written");
+        assert_eq!(record(&done.org).await.home(), home, "{name}");
+    }
+    // What was begun goes on as it was begun.
+    let begun = draft(&world.coordinator, "begun", Tier::Free).await;
+    let elsewhere = include_str!("../../config/tiers.toml").replace("home = \"neon\"", "home = \"main\"");
+    world.coordinator.set_tiers(Tiers::parse(&elsewhere).expect("good"));
+    world.coordinator.drive(begun.clone()).await.expect("it ends");
+    assert_eq!(record(&begun.org).await.home(), Home::Neon);
+}
+
+#[tokio::test]
+async fn without_neon_homes_a_new_tenant_gets_the_main_one_and_a_missing_home_is_told() {
+    let world = World::new().await;
+    let cold = draft(&world.coordinator, "cold", Tier::Free).await;
+    world.coordinator.drive(cold.clone()).await.expect("it ends");
+    let without = coordinator(&world.catalog, &world.doubles[..4]);
+    let poor = draft(&without, "poor", Tier::Free).await;
+    without.drive(poor.clone()).await.expect("it ends");
+    let told = async |org: &OrgId| {
+        let (tenant, answers) = without.verify(org).await.expect("readable");
+        (tenant.home(), answers[Protocol::Neon as usize].agrees())
+    };
+    assert_eq!(world.catalog.get(&poor.org).await.expect("there").tenant.routes.postgres, Some(Home::Main));
+    assert_eq!(told(&poor.org).await, (Home::Main, true));
+    assert_eq!(told(&cold.org).await, (Home::Neon, false));
 }
 
 #[tokio::test]

@@ -74,7 +74,11 @@ fn orgs() -> Document {
             "generation": {"bsonType": "number", "minimum": 0, "maximum": 4_294_967_295_i64},
             "databases": names.clone(),
             "users": names,
-            "routes": {"bsonType": "object"},
+            // The words that decide where data is looked for.
+            "routes": {"bsonType": "object", "properties": {
+                "postgres": {"enum": ["main", "neon"]},
+                "mongodb": {"enum": ["filter", "database"]},
+            }},
         },
     }
 }

@@ -147,7 +147,14 @@ async fn an_edit_by_hand_is_enforced() {
 async fn the_rules_keep_an_operators_typing_error_out() {
     let (catalog, database) = fresh().await;
     catalog.put(Record::new(tenant("acme")), Expect::Absent).await.expect("kept");
-    for bad in [doc! {"tier": "GOLD"}, doc! {"status": "Active"}, doc! {"epoch": "2"}] {
+    for bad in [
+        doc! {"tier": "GOLD"},
+        doc! {"status": "Active"},
+        doc! {"epoch": "2"},
+        doc! {"routes": {"postgres": "moon"}},
+        doc! {"routes": {"mongodb": "shared"}},
+        doc! {"routes": "neon"},
+    ] {
         assert!(orgs(&database).update_one(doc! {"_id": "acme"}, doc! {"$set": &bad}).await.is_err(), "{bad}");
     }
     for id in ["ACME", "a b", ""] {

@@ -11,6 +11,7 @@ pub const ENFORCED_WITHIN: Duration = Duration::from_millis(500);
 
 pub async fn documents_come_back_as_they_went(catalog: Catalog) {
     let mut record = Record::new(tenant("acme"));
+    record.tenant.routes.postgres = Some(crate::tenant::Home::Neon);
     record.more.insert("extra".into(), json!({"postgres": ["a", {"b": 1.5}]}));
     assert_eq!(catalog.get(&org("acme")).await, Err(Fault::Unknown));
     catalog.put(record.clone(), Expect::Absent).await.expect("kept");

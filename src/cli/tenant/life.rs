@@ -12,7 +12,7 @@ use super::{
 use crate::{
     catalog::{Catalog, Deed, Entry, Fault, LedgerFault, Phase},
     config::Config,
-    tenant::{Isolation, OrgId, Tier},
+    tenant::{Home, Isolation, OrgId, Tier},
     transition::{Act, Coordinator, Errand, Refused, holdings_json},
 };
 
@@ -23,6 +23,7 @@ const OTHERS_WAIT: Duration = Duration::from_secs(600);
 pub async fn create(config: &Config, catalog: &Catalog, org: &OrgId, tier: Tier) -> Result<(), Failure> {
     let tiers = place::tiers(config, catalog).await?;
     let shared = tiers.limits(tier).mongodb.isolation == Isolation::Filter;
+    let meant = tiers.limits(tier).postgres.home;
     let coordinator = config.coordinator(catalog.clone(), tiers).map_err(Failure::usage)?;
     match carry(&coordinator, org, Act::Create(tier)).await {
         Err(Refused::Exists) => Err(Failure::failed(format_args!(
@@ -31,7 +32,13 @@ pub async fn create(config: &Config, catalog: &Catalog, org: &OrgId, tier: Tier)
         Err(refused) => Err(failed(org, &refused)),
         Ok(entry) => {
             over(&entry, "Mend that and run the command again: it goes on.")?;
-            eprintln!("{org}: created on {tier}");
+            let home = catalog.get(org).await.map_err(|fault| key::unknown(org, &fault))?.tenant.home();
+            eprintln!("{org}: created on {tier}; its PostgreSQL home is {}", home.label());
+            if home == Home::Main && meant == Home::Neon {
+                eprintln!(
+                    "{org}: {tier} says \"neon\" (tiers.toml), and there are no Neon homes here: see [upstream.neon]"
+                );
+            }
             // A new tenant is where its tier says.
             if config.upstream.mongodb.url.is_some() && shared {
                 eprintln!(

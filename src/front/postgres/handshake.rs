@@ -198,7 +198,7 @@ pub async fn enter(
         return Err(Refusal::Draining.into());
     }
     let policy = session.slot().policy();
-    let home = policy.tenant.home_of(protocol, &options.database, &policy.limits);
+    let home = policy.tenant.home_of(protocol, &options.database);
     let allowed = session.identity().user.as_deref().is_none_or(|user| user == options.user);
     if !allowed || !policy.tenant.has_user(&options.user) {
         return Err(Denied::UnknownUser);

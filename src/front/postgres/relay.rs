@@ -6,6 +6,7 @@
 //! lease is closed, its places are given back.
 
 mod end;
+mod home;
 mod limit;
 mod link;
 mod pending;
@@ -386,22 +387,6 @@ impl Relay {
                 self.say(cx, down, &[])
             }
             taken => Err(Event::Link(taken)),
-        }
-    }
-
-    /// Goes where the tenant's database is now, if it has changed its home since the last transaction.
-    pub(self) fn go_home(&mut self) {
-        let policy = self.session.slot().policy();
-        let home = policy.tenant.home_of(self.session.protocol(), &self.home.logical, &policy.limits);
-        if home.protocol() == self.pool.protocol() {
-            return;
-        }
-        let tenant = Arc::clone(&policy.tenant);
-        drop(policy);
-        // Not where it would lead nowhere: a branch, which is in one home only.
-        if let Some(there) = link::place(&self.server, &self.session, &tenant, home, &self.home.logical) {
-            (self.pool, self.home) = there;
-            self.conversation.move_to(self.server.shared(&self.home.database));
         }
     }
 

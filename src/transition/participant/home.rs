@@ -28,9 +28,9 @@ pub const HOME_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// How long transactions that are under way may take to come to an end.
 const STILL_WITHIN: Duration = Duration::from_secs(15);
 
-/// Between which homes a tenant's SQL databases move with its tier; its record says where they are.
+/// Between which homes a tenant's SQL databases move with its tier.
 pub fn rehomes(tenant: &Tenant, to: &Limits, has_neon: bool) -> Option<(Home, Home)> {
-    let (from, to) = (tenant.routes.postgres?, to.postgres.home);
+    let (from, to) = (tenant.home(), to.postgres.home);
     (has_neon && from != to).then_some((from, to))
 }
 
@@ -121,7 +121,7 @@ impl Homecoming {
         it.open().await.map_err(told)?;
         order.progress.say(format!(
             "moved to {}: {} rows in {} tables are the same in both places, {} of them travelled in the pause",
-            homes.1.word(),
+            homes.1.label(),
             carried.rows,
             carried.tables,
             carried.late

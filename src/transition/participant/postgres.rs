@@ -221,7 +221,7 @@ impl Participant for Postgres {
             let (mut expected, mut told) = (value(&wanted), value(&found));
             let mut agrees = found.is(&wanted);
             if let Some(homecoming) = &self.homecoming {
-                let home = tenant.home(limits);
+                let home = tenant.home();
                 let open = homecoming.is_open(&self.provisioner, tenant, home).await?;
                 agrees &= open;
                 expected["home"] = json!(home);

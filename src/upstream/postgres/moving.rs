@@ -246,25 +246,23 @@ impl Move<'_> {
     /// # Errors
     /// [`MoveError::Unfit`] where both are not the same in the end; the others.
     pub async fn carry(&self, dump: &Dump, filled: Option<Filled>) -> Result<Carried, MoveError> {
-        let mut scripts = Vec::new();
-        for database in self.databases() {
-            scripts.push(self.script(dump, database).await?);
-        }
-        let (fresh, scripts) = match filled {
-            Some(Filled(before)) if before == scripts => (false, before),
-            // The schema has changed, or nothing was brought before.
-            _ => (true, self.fill(dump, &|_| {}).await?.0),
+        let scripts = async {
+            let mut scripts = Vec::new();
+            for database in self.databases() {
+                scripts.push(self.script(dump, database).await?);
+            }
+            Ok::<Vec<Script>, MoveError>(scripts)
         };
-        let mut carried = Carried::default();
+        let (scripts, carried) = match filled {
+            Some(Filled(before)) => {
+                let (now, carried) = tokio::join!(scripts, self.level());
+                if now? == before { (before, carried?) } else { self.begin_anew(dump).await? }
+            }
+            None => self.begin_anew(dump).await?,
+        };
+        reach("after the rows");
         for (database, script) in self.databases().zip(&scripts) {
             let ends = self.ends(database).await?;
-            for table in rows::tables(&ends.from).await? {
-                let (rows, late) = rows::level(&ends, &table).await?;
-                carried.tables += 1;
-                carried.rows += rows;
-                carried.late += if fresh { rows } else { late };
-            }
-            reach("after the rows");
             rows::sequences(&ends).await?;
             script.end(&ends).await?;
             let there = self.to.mover(self.tenant, self.names, self.by, database).0;
@@ -273,6 +271,28 @@ impl Move<'_> {
             rows::same_sequences(&ends).await?;
         }
         reach("after the comparison");
+        Ok(carried)
+    }
+
+    /// Everything in the pause: nothing was brought before, or the schema has changed since.
+    async fn begin_anew(&self, dump: &Dump) -> Result<(Vec<Script>, Carried), MoveError> {
+        let Filled(scripts) = self.fill(dump, &|_| {}).await?;
+        let carried = self.level().await?;
+        Ok((scripts, Carried { late: carried.rows, ..carried }))
+    }
+
+    /// Makes the rows of every table the same on both sides, and sees that they are.
+    async fn level(&self) -> Result<Carried, MoveError> {
+        let mut carried = Carried::default();
+        for database in self.databases() {
+            let ends = self.ends(database).await?;
+            for table in rows::tables(&ends.from).await? {
+                let (rows, late) = rows::level(&ends, &table).await?;
+                carried.tables += 1;
+                carried.rows += rows;
+                carried.late += late;
+            }
+        }
         Ok(carried)
     }
 

@@ -9,14 +9,19 @@ use std::{
 use futures_util::future::{Either, select};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{Relay, Told, next_kind, pending::Pending};
+use super::{
+    Relay, Told,
+    home::{MOVED_PAUSE, find},
+    next_kind,
+    pending::Pending,
+};
 use crate::{
     front::postgres::{Server, cancel, conversation::Conversation, count_refusal, options::Options, out::Out, refuse},
     net::{Peer, Stream},
     quota::clock,
     refusal::{Limit, Over, Refusal},
     session::Session,
-    tenant::{self, OverRate, PoolMode, Protocol, Tenant},
+    tenant::{OverRate, PoolMode, Protocol},
     upstream::postgres::{
         Connection, Home, Lease, Pool, STILL_PATIENCE, TakeError, Taken, Upstream,
         connection::{Parameters, Value},
@@ -30,9 +35,6 @@ use crate::{
 
 /// Cancels for what a client left running, before its backend is ended otherwise.
 const CANCELS: u32 = 3;
-
-/// Pause before a database is looked for again that is no longer, or not yet, where it was looked for.
-const MOVED_PAUSE: Duration = Duration::from_millis(10);
 
 /// Bytes of a usual greeting: some fifteen parameters.
 const GREETING: usize = 512;
@@ -217,27 +219,6 @@ pub(super) async fn begin(
     Ok(Begun { link, pool, home, conversation, mode, early })
 }
 
-/// One of the tenant's databases in one of its homes: the pool, and where its connections lead; `None` where there is no
-/// such home, or not this database.
-pub(super) fn place(
-    server: &Server,
-    session: &Session,
-    tenant: &Tenant,
-    home: tenant::Home,
-    database: &str,
-) -> Option<(Arc<Pool>, Arc<Home>)> {
-    let upstream = match home {
-        tenant::Home::Main => &server.upstream,
-        tenant::Home::Neon => server.neon.as_ref()?,
-    };
-    if !tenant.has_database_in(home.protocol(), database) {
-        return None;
-    }
-    let pool = upstream.pool(session.slot());
-    let home = upstream.home(&pool, tenant, database)?;
-    Some((pool, home))
-}
-
 /// The refusal for a lease that was not to be had.
 fn take_refusal(session: &Session, home: Protocol, error: &TakeError, waited: Duration) -> Refusal {
     match error {
@@ -253,33 +234,6 @@ fn take_refusal(session: &Session, home: Protocol, error: &TakeError, waited: Du
         }
         TakeError::ServerFull | TakeError::Moved | TakeError::Still => Refusal::UpstreamSlow,
         TakeError::Connect(_) => Refusal::UpstreamDown,
-    }
-}
-
-/// Takes a first connection to the database, in whichever home it is by then.
-async fn find(
-    server: &Server,
-    session: &Session,
-    pool: &mut Arc<Pool>,
-    home: &mut Arc<Home>,
-    deadline: Instant,
-) -> Result<Lease, TakeError> {
-    let began = Instant::now();
-    let mut deadline = deadline;
-    loop {
-        let taken = pool.try_take(home);
-        match pool.take(home, taken, deadline).await {
-            Err(TakeError::Moved) if began.elapsed() < STILL_PATIENCE => {
-                tokio::time::sleep(MOVED_PAUSE).await;
-                let policy = Arc::clone(&session.slot().policy());
-                let now = policy.tenant.home_of(session.protocol(), &home.logical, &policy.limits);
-                if let Some(there) = place(server, session, &policy.tenant, now, &home.logical) {
-                    (*pool, *home) = there;
-                }
-                deadline = Instant::now() + policy.limits.sql(pool.protocol()).queue_timeout;
-            }
-            done => return done,
-        }
     }
 }
 

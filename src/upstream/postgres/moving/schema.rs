@@ -1,7 +1,8 @@
 //! The schema: read by `pg_dump`, made on the other side in three parts with the rows between them.
 //!
 //! `pg_dump` reaches its server through here ([`Dump::schema`]): a socket in a folder that only we may enter leads to
-//! whatever way we have to it, with its TLS.
+//! whatever way we have to it, with its TLS. It is let in without a password; the login behind is ours. (Nor would it give
+//! one: over a socket without TLS it takes a server's offer of channel binding for an attack.)
 
 use std::{
     fmt::Write as _,
@@ -11,15 +12,31 @@ use std::{
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt},
-    net::UnixListener,
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
+    net::{UnixListener, UnixStream},
     process::Command,
     task::JoinSet,
 };
 
 use super::{Ends, MoveError, reach};
-use crate::upstream::postgres::{Admin, AdminError, Target, admin::Connection, provision::run};
+use crate::{
+    tenant::{Namespace, namespace::Password},
+    upstream::postgres::{
+        Admin, AdminError,
+        admin::Connection,
+        login::{self, Login},
+        provision::run,
+    },
+    wire::postgres::backend::{self, Status},
+};
+
+/// Longest startup packet of `pg_dump`.
+const STARTUP_MAX: usize = 10_000;
+
+/// Longest login for it.
+const LOGIN_WITHIN: Duration = Duration::from_secs(20);
 
 /// Longest run of `pg_dump`.
 const DUMP_WITHIN: Duration = Duration::from_secs(60);
@@ -105,7 +122,6 @@ impl Dump {
             .env("PGHOST", &folder.0)
             .env("PGPORT", PORT.to_string())
             .env("PGUSER", login.user())
-            .env("PGPASSWORD", login.password())
             .env("PGDATABASE", login.database())
             .env("PGSSLMODE", "disable")
             .env("PGGSSENCMODE", "disable")
@@ -122,7 +138,7 @@ impl Dump {
         };
         let ended = tokio::select! {
             ended = tokio::time::timeout(DUMP_WITHIN, run) => ended,
-            () = lead(&listener, login.target()) => return Err(MoveError::Unfit("pg_dump's socket broke".into())),
+            () = lead(&listener, login) => return Err(MoveError::Unfit("pg_dump's socket broke".into())),
         };
         let (status, text, words) = match ended {
             Ok(ended) => ended.map_err(io)?,
@@ -148,17 +164,36 @@ async fn whole(of: Option<impl AsyncRead + Unpin>, max: u64) -> std::io::Result<
 }
 
 /// Leads each connection to the server; never ends by itself.
-async fn lead(listener: &UnixListener, target: &Target) {
+async fn lead(listener: &UnixListener, login: &Admin) {
     let mut led = JoinSet::new();
-    while let Ok((mut near, _)) = listener.accept().await {
-        let target = target.clone();
+    while let Ok((near, _)) = listener.accept().await {
+        let login = login.clone();
         led.spawn(async move {
-            match target.dial().await {
-                Ok(mut far) => drop(tokio::io::copy_bidirectional(&mut near, &mut far).await),
-                Err(error) => tracing::warn!(%error, "pg_dump can't be led to its server"),
+            if let Err(why) = lead_one(near, &login).await {
+                tracing::warn!(why, "pg_dump can't be led to its server");
             }
         });
     }
+}
+
+/// Logs in behind, and says to the one in front that it is in.
+async fn lead_one(mut near: UnixStream, login: &Admin) -> Result<(), String> {
+    let words = |error: std::io::Error| error.to_string();
+    let len = usize::try_from(near.read_u32().await.map_err(words)?).unwrap_or(0);
+    // Its startup packet asks for nothing that the login behind does not say itself.
+    let mut hello = vec![0; len.checked_sub(4).filter(|len| *len <= STARTUP_MAX).ok_or("no startup packet")?];
+    near.read_exact(&mut hello).await.map_err(words)?;
+    let place = Namespace { role: login.user().to_owned(), database: login.database().to_owned() };
+    let (password, keys) = (Password::new(login.password()), Mutex::default());
+    let behind = Login { place: &place, database: &place.database.as_str().into(), password: &password, keys: &keys };
+    let mut far = login::connect(login.target(), &behind, LOGIN_WITHIN).await.map_err(|error| error.to_string())?;
+    let mut greeting = backend::AUTHENTICATION_OK.to_vec();
+    for (name, value) in far.remote.parameters.iter() {
+        backend::put_parameter(&mut greeting, name, value);
+    }
+    greeting.extend_from_slice(&backend::ready_message(Status::Idle));
+    near.write_all(&greeting).await.map_err(words)?;
+    tokio::io::copy_bidirectional(&mut near, &mut far.stream).await.map(drop).map_err(words)
 }
 
 /// A folder for one socket, gone with it.
