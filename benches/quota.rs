@@ -34,6 +34,7 @@ fn record(epoch: u64) -> Arc<Tenant> {
         databases: Vec::new(),
         users: Vec::new(),
         routes: Default::default(),
+        still: false,
     })
 }
 

@@ -258,9 +258,9 @@ impl App {
             table.run_ticker().await;
             "the table's ticker"
         });
-        let postgres = Arc::clone(&self.postgres);
+        let (postgres, stills) = (Arc::clone(&self.postgres), self.table.stills());
         parts.spawn(async move {
-            postgres.run_maintenance().await;
+            postgres.run_maintenance(stills).await;
             "the upstream's maintenance"
         });
         if let Some((upstream, server)) = self.mongodb {
@@ -270,8 +270,9 @@ impl App {
             });
         }
         if let Some(neon) = self.neon.clone() {
+            let stills = self.table.stills();
             parts.spawn(async move {
-                neon.run_maintenance().await;
+                neon.run_maintenance(stills).await;
                 "the maintenance of Neon homes"
             });
         }

@@ -7,6 +7,7 @@ mod convex_door;
 mod dev;
 mod doctor;
 mod floors;
+mod homes;
 mod http_tls;
 mod life;
 mod load;

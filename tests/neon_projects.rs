@@ -25,7 +25,12 @@ struct World {
 }
 
 impl World {
+    /// With Neon homes that no tier moves anything out of.
     fn start() -> Self {
+        Self::with(include_str!("../config/tiers.toml").replace("home = \"neon\"", "home = \"main\""))
+    }
+
+    fn with(tiers: String) -> Self {
         let ground = Ground::start();
         let double = NeonDouble::on(ground.clone());
         let sections = format!(
@@ -38,10 +43,7 @@ impl World {
         let proxy = Proxy::start(&Setup {
             listen: "http = \"127.0.0.1:0\"".into(),
             sections,
-            files: vec![
-                ("neon.pem", ground.ca.clone()),
-                ("tiers.toml", include_str!("../config/tiers.toml").to_owned()),
-            ],
+            files: vec![("neon.pem", ground.ca.clone()), ("tiers.toml", tiers)],
             ..Setup::default()
         });
         Self { ground, double, proxy }
@@ -195,6 +197,52 @@ fn a_tenant_lives_in_a_project_of_its_own_from_creation_to_deletion() {
     world.run(&["tenant", "delete", "acme", "--now", "--yes"]);
     assert_eq!(world.double.counts().0, 1);
     assert_eq!(world.sql(&globex, "app", "select 1 as one"), json!([{"one": 1}]));
+}
+
+#[test]
+fn a_database_moves_out_of_its_project_and_back_by_logins_that_are_no_superusers() {
+    // As shipped: FREE is at home at Neon.
+    let world = World::with(include_str!("../config/tiers.toml").to_owned());
+    let acme = world.create("acme", "FREE");
+    let host = text(&world.double.endpoint(0)["host"]);
+    let mut wire = acme.wire();
+    let made = wire.query(
+        "create table t (id int primary key, n int references t (id)); insert into t values (1, null), (2, 1); \
+         create schema other; create table other.u (s serial, x text); insert into other.u (x) values ('a'), ('b'); \
+         create table private (x int); revoke all on private from current_user",
+    );
+    assert_eq!(made.codes(), [""; 0]);
+    let (code, _, err) = world.proxy.command(&["tier", "set", "acme", "PRO", "--wait"], &[]);
+    assert!(code == Some(1) && err.contains("permission denied for table private"), "{err}");
+    assert_eq!(wire.ask("select count(*) from t"), "2", "it stays as it was");
+    assert_eq!(wire.query("drop table private").codes(), [""; 0]);
+    for (tier, home) in [("PRO", "main"), ("FREE", "neon"), ("STARTER", "main")] {
+        world.run(&["tier", "set", "acme", tier, "--wait"]);
+        let (code, out, _) = world.proxy.command(&["tier", "verify", "acme", "--json"], &[]);
+        let verdict: Value = serde_json::from_str(&out).expect("JSON");
+        assert_eq!((code, verdict["home"].as_str()), (Some(0), Some(home)), "{out}");
+        // On a connection of before, and through both doors.
+        assert_eq!(
+            wire.ask("select sum(id) || ' ' || (select string_agg(x, '') from other.u) from t"),
+            "3 ab",
+            "{tier}"
+        );
+        assert_eq!(world.sql(&acme, "app", "select count(*)::int as n from t"), json!([{"n": 2}]), "{tier}");
+        assert_eq!(wire.code("insert into t values (3, 99)"), "23503", "{tier}");
+        let names = world.proxy.config.names().expect("our own");
+        let movers = "select count(*) from pg_roles where rolname like '%!move'";
+        assert_eq!(postgres::sql(&world.ground.url(&host), movers), ["0"], "{tier}");
+        let role = names.sql(Protocol::Neon, &acme.org, "app").role;
+        let may = format!(
+            "select has_database_privilege('{role}', datname, 'connect') from pg_database where datname = '{role}'"
+        );
+        assert_eq!(postgres::sql(&world.ground.url(&host), &may), [if home == "neon" { "t" } else { "f" }], "{tier}");
+    }
+    // What is not in the Neon home has no branches.
+    let (status, said) = world.proxy.admin_send("POST", "/v1/tenants/acme/branches", r#"{"name":"dev"}"#);
+    assert_eq!((status, &said["error"]["code"]), (409, &json!("elsewhere")), "{said}");
+    world.run(&["tenant", "delete", "acme", "--now", "--yes"]);
+    assert_eq!(world.double.counts().0, 0);
 }
 
 #[test]

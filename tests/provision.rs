@@ -28,6 +28,7 @@ fn tenant(org: &str) -> Tenant {
         databases: vec!["reports".into()],
         users: Vec::new(),
         routes: Default::default(),
+        still: false,
     }
 }
 

@@ -34,6 +34,7 @@ fn tenant(name: &str, tier: Tier, epoch: u64) -> Arc<Tenant> {
         databases,
         users,
         routes: Default::default(),
+        still: false,
     })
 }
 

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, error::Category};
 
 use super::{
     date,
-    ledger::{DELETION, Deletion, STAMP},
+    ledger::{DELETION, Deletion, KEPT, Kept, STAMP},
 };
 use crate::tenant::{
     OrgId, Routes, Status, Tenant, Tier,
@@ -92,6 +92,11 @@ impl Record {
         serde_json::from_value(self.more.get(DELETION)?.clone()).ok()
     }
 
+    /// What it says of the home that its SQL databases have left; as [`Self::deletion`].
+    pub fn kept(&self) -> Option<Kept> {
+        serde_json::from_value(self.more.get(KEPT)?.clone()).ok()
+    }
+
     /// Parses the document of `org`.
     ///
     /// # Errors
@@ -114,7 +119,8 @@ impl Record {
         if names.iter().any(|names| names.len() > NAMES_MAX || !names.iter().all(|name| is_name(name))) {
             return Err("databases and users hold names of 1 to 63 bytes, at most 256 each".to_owned());
         }
-        let tenant = Tenant { org, tier, status, epoch, generation, databases, users, routes };
+        let still = more.get(STAMP).and_then(|stamp| stamp.get("still")) == Some(&Value::Bool(true));
+        let tenant = Tenant { org, tier, status, epoch, generation, databases, users, routes, still };
         Ok(Self { tenant, created_at, more })
     }
 
@@ -140,6 +146,7 @@ impl Record {
         // Only the ledger says where a transition stands: this writer may have read before it began.
         self.more.remove(STAMP);
         self.more.remove(DELETION);
+        self.more.remove(KEPT);
         for (name, value) in present.more {
             self.more.entry(name).or_insert(value);
         }

@@ -30,7 +30,7 @@ mod mongo;
 mod owner;
 
 use deed::Change;
-pub use deed::{Deed, Deletion};
+pub use deed::{Deed, Deletion, Kept};
 pub use owner::{is_dead, this_process};
 
 /// The field of an organisation's document.
@@ -38,6 +38,9 @@ pub(super) const STAMP: &str = "transition";
 
 /// The field with [`Deletion`].
 pub(super) const DELETION: &str = "deletion";
+
+/// The field with [`Kept`].
+pub(super) const KEPT: &str = "kept";
 
 /// Longest word about a failure that is kept, in bytes; databases may say more.
 const NOTE_MAX_BYTES: usize = 500;
@@ -202,9 +205,12 @@ pub struct Entry {
     /// What the tenant has more of than the new tier allows.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub over: Vec<Over>,
-    /// Where the data stays although the new tier would have it elsewhere: written into the record with the commit.
+    /// Where the data is to be, as far as the record has to say it: written there with the commit.
     #[serde(default, skip_serializing_if = "Routes::is_empty")]
     pub pins: Routes,
+    /// The home that the tenant's SQL databases leave: kept for a while. Of [`Deed::Forget`]: the one that goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<Kept>,
     /// Who asked for it.
     #[serde(default)]
     pub by: String,
@@ -249,6 +255,9 @@ pub struct Stamp {
     pub fence: u64,
     /// How far it is.
     pub phase: Phase,
+    /// Whether the tenant's SQL databases stand still meanwhile: from [`Catalog::still`] until the decision.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub still: bool,
 }
 
 /// Why the ledger did not do what it was asked.
@@ -345,6 +354,18 @@ impl Catalog {
         match self {
             Catalog::File(files) => files.decide(entry.clone(), decision).await,
             Catalog::Mongo(mongo) => mongo.decide(entry.clone(), decision).await,
+        }
+    }
+
+    /// Has the tenant's SQL databases stand still in every process, until the decision or until somebody else takes the
+    /// transition up.
+    ///
+    /// # Errors
+    /// [`LedgerFault::Overtaken`], the catalog's.
+    pub async fn still(&self, entry: &Entry) -> Result<(), LedgerFault> {
+        match self {
+            Catalog::File(files) => files.still(entry.clone()).await,
+            Catalog::Mongo(mongo) => mongo.still(entry).await,
         }
     }
 

@@ -20,7 +20,7 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 pub use document::{KeyRecord, Record};
 pub use file::FileCatalog;
-pub use ledger::{Decision, Deed, Deletion, Entry, LedgerFault, Over, Part, Phase, Stamp, Step, now_ms};
+pub use ledger::{Decision, Deed, Deletion, Entry, Kept, LedgerFault, Over, Part, Phase, Stamp, Step, now_ms};
 pub use mongo::{About, DATABASE, Made, MongoCatalog};
 use serde::{Deserialize, Deserializer};
 use tokio::sync::mpsc;
@@ -197,11 +197,15 @@ impl Catalog {
         }
     }
 
-    /// Streams the documents of organisations that are being deleted, in no order; as [`Self::list`].
-    pub fn deleting(&self) -> mpsc::Receiver<Result<Record, Fault>> {
+    /// Streams at least the documents of organisations of which something is to go when its time has come: those that
+    /// are being deleted, and those whose databases have left a home. In no order; as [`Self::list`].
+    pub fn leaving(&self) -> mpsc::Receiver<Result<Record, Fault>> {
         match self {
             Catalog::File(files) => files.list(),
-            Catalog::Mongo(mongo) => mongo.list_with(bson::doc! { "status": "deleting" }),
+            Catalog::Mongo(mongo) => {
+                let kept = bson::doc! { ledger::KEPT: { "$exists": true } };
+                mongo.list_with(bson::doc! { "$or": [{ "status": "deleting" }, kept] })
+            }
         }
     }
 

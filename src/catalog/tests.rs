@@ -29,6 +29,7 @@ fn tenant(id: &str) -> Tenant {
         databases: vec!["reports".into()],
         users: vec![],
         routes: Default::default(),
+        still: false,
     }
 }
 

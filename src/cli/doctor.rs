@@ -17,10 +17,15 @@ use serde_json::json;
 use super::{FAILED, Failure, USAGE, place, print};
 use crate::{
     catalog::{Catalog, Fault},
-    config::Config,
+    config::{Config, program_folders},
     identity,
-    tenant::Home,
-    upstream::{convex::Origin, neon::Homes, postgres, redis},
+    tenant::{Home, Tier},
+    upstream::{
+        convex::Origin,
+        neon::Homes,
+        postgres::{self, Dump},
+        redis,
+    },
     wire::resp,
 };
 
@@ -122,6 +127,7 @@ async fn examine(config: &Config, findings: &mut Findings) {
     catalog(config, findings).await;
     postgres("postgres", &config.upstream.postgres, findings).await;
     neon(config, findings).await;
+    homes(config, findings).await;
     redis(config, findings).await;
     mongodb(config, findings).await;
     convex(config, findings).await;
@@ -330,6 +336,24 @@ async fn neon(config: &Config, findings: &mut Findings) {
             Ok(_) => findings.good(PART, "homes are projects at Neon, whose API takes the key"),
             Err(error) => findings.fault(PART, error, "look at upstream.neon.api_key, api_url and org_id"),
         },
+    }
+}
+
+/// Where tiers have different homes, databases move between them.
+async fn homes(config: &Config, findings: &mut Findings) {
+    const PART: &str = "home changes";
+    let (Ok(tiers), true) = (config.load_tiers(), config.upstream.neon.is_on()) else { return };
+    let homes = Tier::ALL.map(|tier| tiers.limits(tier).postgres.home);
+    if homes.iter().all(|home| *home == homes[0]) {
+        return;
+    }
+    let Ok(admin) = config.upstream.postgres.admin() else { return };
+    let Ok(about) = within(admin.about()).await else { return };
+    match Dump::new(program_folders()).find(about.version) {
+        Ok(path) => findings.good(PART, format_args!("schemas are read by {}", path.display())),
+        Err(error) => {
+            findings.warning(PART, error, "without it a tenant whose new tier has another home stays on its tier")
+        }
     }
 }
 

@@ -2,13 +2,17 @@
 
 use std::sync::Arc;
 
-use super::{Config, arm_failpoint};
+use super::{Config, arm_failpoint, program_folders};
 use crate::{
     catalog::Catalog,
     front::mongo::member::Member,
     tenant::{Home, Tier, Tiers},
     transition::{Coordinator, Participants, participant},
-    upstream::{self, neon::Homes, postgres::Provisioner},
+    upstream::{
+        self,
+        neon::Homes,
+        postgres::{Dump, Provisioner},
+    },
 };
 
 impl Config {
@@ -19,8 +23,13 @@ impl Config {
     pub fn coordinator(&self, catalog: Catalog, tiers: Tiers) -> Result<Coordinator, String> {
         arm_failpoint();
         let provisioner = Provisioner::new(self.upstream.postgres.admin()?);
-        let mut participants =
-            Participants::none().with(Arc::new(participant::Postgres::new(provisioner, self.names()?)));
+        let mut postgres = participant::Postgres::new(provisioner, self.names()?);
+        let neon = self.upstream.neon.homes(self.names()?)?;
+        if let Some(homes) = &neon {
+            let dump = Dump::new(program_folders());
+            postgres = postgres.with_neon(participant::Homecoming::new(homes.clone(), self.names()?, dump));
+        }
+        let mut participants = Participants::none().with(Arc::new(postgres));
         if let Some(redis) = self.redis()? {
             participants = participants.with(Arc::new(participant::Redis::new(redis)));
         }
@@ -30,7 +39,7 @@ impl Config {
         if self.convex()?.is_some() {
             participants = participants.with(Arc::new(participant::Convex));
         }
-        participants = match self.upstream.neon.homes(self.names()?)? {
+        participants = match neon {
             None => participants,
             Some(Homes::Server(provisioner)) => {
                 participants.with(Arc::new(participant::Postgres::of_neon_homes(*provisioner, self.names()?)))

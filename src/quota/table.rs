@@ -11,6 +11,7 @@ use std::{
 use arc_swap::ArcSwap;
 use dashmap::{DashMap, Entry};
 use moka::sync::Cache;
+use tokio::sync::watch;
 
 pub use super::slot::{Policy, Slot, StaleEpoch};
 use super::{Live, Stop, clock};
@@ -60,6 +61,8 @@ pub struct Table {
     load_within: Duration,
     unknown: Cache<OrgId, ()>,
     ids: AtomicU64,
+    /// Counts beginnings and ends of tenants' standing still.
+    stills: watch::Sender<u64>,
 }
 
 impl Table {
@@ -74,7 +77,13 @@ impl Table {
             load_within: LOAD_WITHIN,
             unknown: Cache::builder().max_capacity(UNKNOWN_MAX).time_to_live(UNKNOWN_FOR).build(),
             ids: AtomicU64::new(1),
+            stills: watch::Sender::new(0),
         }
+    }
+
+    /// Tells when some tenant has begun or ended to stand still ([`Tenant::still`]).
+    pub fn stills(&self) -> watch::Receiver<u64> {
+        self.stills.subscribe()
     }
 
     /// A session id, unique in this process.
@@ -176,7 +185,13 @@ impl Table {
     /// # Errors
     /// [`StaleEpoch`] when the record is older than the one in force, which stays.
     pub fn apply(&self, tenant: Arc<Tenant>) -> Result<(), StaleEpoch> {
-        self.changed(&tenant.org).map_or(Ok(()), |slot| slot.change(Some(tenant), &self.tiers))
+        let Some(slot) = self.changed(&tenant.org) else { return Ok(()) };
+        let (before, now) = (slot.policy().tenant.still, tenant.still);
+        slot.change(Some(tenant), &self.tiers)?;
+        if before || now {
+            self.stills.send_modify(|count| *count += 1);
+        }
+        Ok(())
     }
 
     /// Takes the news that a record is gone: its sessions end as suspended ones do.

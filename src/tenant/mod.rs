@@ -144,6 +144,8 @@ pub struct Tenant {
     pub users: Vec<String>,
     /// Where its databases are, as far as that differs from what its tier says.
     pub routes: Routes,
+    /// No transaction of its SQL databases begins now: they change their home in a moment.
+    pub still: bool,
 }
 
 /// The logical user and database that every tenant has.
@@ -161,6 +163,7 @@ impl Tenant {
             databases: Vec::new(),
             users: Vec::new(),
             routes: Routes::default(),
+            still: false,
         }
     }
 
@@ -189,6 +192,16 @@ impl Tenant {
     /// it would lead to an empty database.
     pub fn home(&self) -> Home {
         self.routes.postgres.unwrap_or(Home::Main)
+    }
+
+    /// Where the door of `protocol` leads for `database`. The Neon door leads to the Neon home, unless the tenant's
+    /// database has moved from there; a branch stays where branches are.
+    pub fn home_of(&self, protocol: Protocol, database: &str) -> Home {
+        match protocol {
+            Protocol::Neon if self.has_database(database) => self.routes.sql.unwrap_or(Home::Neon),
+            Protocol::Neon => Home::Neon,
+            _ => self.home(),
+        }
     }
 }
 

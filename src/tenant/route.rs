@@ -134,6 +134,9 @@ pub struct Routes {
     /// The home of its PostgreSQL databases, written down when it is made ([`super::Tenant::home`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub postgres: Option<Home>,
+    /// Where the Neon door leads instead of the Neon home: the tenant's database was there and has moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sql: Option<Home>,
     /// Instead of the tier's `mongodb.isolation`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mongodb: Option<Isolation>,

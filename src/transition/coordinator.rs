@@ -3,7 +3,10 @@
 //!
 //! A transition's work is a task of its own, never part of a client's or an operator's request: who asked may go.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -12,14 +15,14 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::{
     Refused,
-    life::{Errand, Purging},
-    participant::{Look, Participant, Participants, ReadBack, Trouble, moves},
+    life::{Errand, GRACE_MAX, Purging},
+    participant::{Look, Participant, Participants, ReadBack, Trouble, moves, rehomes},
     state::{SEATS, State},
     work::Work,
 };
 use crate::{
     catalog::{
-        Catalog, Decision, Deed, Entry, Fault, LedgerFault, Over, Part, Phase, Step,
+        Catalog, Decision, Deed, Entry, Fault, Kept, LedgerFault, Over, Part, Phase, Step, date,
         ledger::{failpoint::reach, lease, this_process},
         now_ms,
     },
@@ -244,13 +247,14 @@ impl Coordinator {
         if tenant.tier == request.to {
             return Err(Refused::Same);
         }
-        let to = self.limits(request.to);
+        let (from, to) = (self.limits(tenant.tier), self.limits(request.to));
+        let homes = rehomes(&tenant, &to, self.0.participants.0[Protocol::Neon as usize].is_some());
         let looks = self.look(&tenant, &to).await?;
         let over: Vec<Over> = looks.iter().flatten().flat_map(|look| look.over.clone()).collect();
         if !over.is_empty() && !request.force {
             return Err(Refused::Over(over));
         }
-        let moves = moves(&tenant, &self.limits(tenant.tier), &to);
+        let moves = moves(&tenant, &from, &to).is_some() || homes.is_some();
         let participants = Protocol::ALL
             .into_iter()
             .zip(looks)
@@ -276,13 +280,13 @@ impl Coordinator {
             participants,
             reason: None,
             over,
-            // Databases on PostgreSQL stay where they are, which the record has said since the tenant was made.
-            pins: Routes::default(),
+            pins: pins(homes),
+            kept: homes.map(|(home, _)| self.keeping(home)),
             by: request.by.to_owned(),
             owner: self.0.owner.clone(),
             fence: 0,
             lease_until_ms: lease(LEASE),
-            deadline_ms: lease(if moves.is_some() { MOVE_WITHIN } else { PREPARE_WITHIN }),
+            deadline_ms: lease(if moves { MOVE_WITHIN } else { PREPARE_WITHIN }),
             cancel: false,
             began_ms: now_ms(),
             closed_ms: None,
@@ -293,6 +297,11 @@ impl Coordinator {
         tracing::info!(org = %entry.org, id = entry.id, from = %entry.from, to = %entry.to, "tier transition begun");
         self.tell(&entry);
         Ok(entry)
+    }
+
+    /// What the record will say of a home that is left now.
+    fn keeping(&self, home: Home) -> Kept {
+        Kept { home, purge_after: date::format(SystemTime::now() + self.grace().min(GRACE_MAX)) }
     }
 
     async fn look(&self, tenant: &Tenant, to: &Limits) -> Result<[Option<Look>; SEATS], Refused> {
@@ -392,6 +401,13 @@ impl Coordinator {
         }
         done.map(|()| work.entry)
     }
+}
+
+/// What the commit writes of where the tenant's SQL databases are: the new home, also for the Neon door, which leads
+/// there from now on. What does not move stays where the record has said since the tenant was made.
+fn pins(homes: Option<(Home, Home)>) -> Routes {
+    let there = homes.map(|(_, there)| there);
+    Routes { postgres: there, sql: there, ..Routes::default() }
 }
 
 /// `<org>.<epoch after>.<random>`.

@@ -9,6 +9,7 @@
 //! delete    –                              refused, data kept for a while  –
 //! restore   –                              as it was before                –
 //! purge     –                              no way back                     data, keys, and the record last
+//! forget    –                              no way back                     the home that its databases have left
 //! ```
 //!
 //! Invariants:
@@ -63,7 +64,7 @@ impl Default for Purging {
 }
 
 /// Longest grace that can be asked for: a century, so that its end is a date.
-const GRACE_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+pub(super) const GRACE_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// What is to be done with a tenant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +83,8 @@ pub enum Act {
     Purge,
     /// Give it the next generation of derived credentials.
     Rotate,
+    /// Take away the home that its SQL databases have left.
+    Forget,
 }
 
 impl Act {
@@ -94,6 +97,7 @@ impl Act {
             Act::Restore => Deed::Restore,
             Act::Purge => Deed::Purge,
             Act::Rotate => Deed::Rotate,
+            Act::Forget => Deed::Forget,
         }
     }
 }
@@ -137,6 +141,10 @@ impl Coordinator {
             Act::Restore => record.deletion(),
             _ => None,
         };
+        let kept = match errand.act {
+            Act::Forget => Some(record.kept().ok_or(Refused::Same)?),
+            _ => None,
+        };
         let deed = errand.act.deed();
         let asked = self.present_for(deed);
         let participants = Protocol::ALL.into_iter().zip(asked).map(|(database, asked)| Part {
@@ -161,6 +169,7 @@ impl Coordinator {
             reason: None,
             over: Vec::new(),
             pins: Routes::default(),
+            kept,
             by: errand.by.to_owned(),
             owner: self.owner().to_owned(),
             fence: 0,
@@ -218,6 +227,9 @@ impl Coordinator {
                         to_tier: tenant.tier,
                         to: Arc::clone(&limits),
                         force: false,
+                        homes: None,
+                        returns: false,
+                        left: None,
                         prior: Value::Null,
                         fence: 0,
                         progress: Progress::default(),
@@ -252,18 +264,20 @@ impl Coordinator {
         Ok((record, held))
     }
 
-    /// Tenants whose grace is over.
-    pub(super) async fn overdue(&self) -> Vec<OrgId> {
-        let mut deleting = self.catalog().deleting();
+    /// Tenants, and homes that they have left, whose grace is over: what is to be done.
+    pub(super) async fn overdue(&self) -> Vec<(OrgId, Act)> {
+        let mut leaving = self.catalog().leaving();
         let mut overdue = Vec::new();
         let now = SystemTime::now();
-        while let Some(record) = deleting.recv().await {
+        while let Some(record) = leaving.recv().await {
             let Ok(record) = record else { continue };
             // Without a date (a record of an earlier version, or one written by hand) nobody has said when.
-            let due = record.deletion().and_then(|deletion| date::parse(&deletion.purge_after));
-            if record.tenant.status == Status::Deleting && due.is_some_and(|due| due <= now) {
-                overdue.push(record.tenant.org);
-            }
+            let is_due = |said: &str| date::parse(said).is_some_and(|due| due <= now);
+            let act = match record.tenant.status {
+                Status::Deleting => record.deletion().filter(|it| is_due(&it.purge_after)).map(|_| Act::Purge),
+                _ => record.kept().filter(|it| is_due(&it.purge_after)).map(|_| Act::Forget),
+            };
+            overdue.extend(act.map(|act| (record.tenant.org, act)));
         }
         overdue
     }
@@ -301,9 +315,9 @@ fn may(act: Act, tenant: &Tenant) -> Result<(), Refused> {
         (Act::Restore | Act::Purge, Status::Deleting) => Ok(()),
         (Act::Restore | Act::Purge, _) => Err(Refused::NotDeleted),
         (_, Status::Deleting) => Err(Refused::Deleting),
-        (Act::Suspend | Act::Resume | Act::Rotate, _) if unmade => Err(Refused::Unmade),
+        (Act::Suspend | Act::Resume | Act::Rotate | Act::Forget, _) if unmade => Err(Refused::Unmade),
         (Act::Suspend, Status::Suspended) | (Act::Resume, Status::Active) => Err(Refused::Same),
-        (Act::Suspend | Act::Resume | Act::Rotate, _) => Ok(()),
+        (Act::Suspend | Act::Resume | Act::Rotate | Act::Forget, _) => Ok(()),
     }
 }
 

@@ -8,11 +8,7 @@ use std::{
 
 use tokio::task::JoinSet;
 
-use super::{
-    Coordinator, Refused,
-    coordinator::Ask,
-    life::{Act, Errand},
-};
+use super::{Coordinator, Refused, coordinator::Ask, life::Errand};
 use crate::{
     catalog::{Entry, Fault, LedgerFault, now_ms},
     tenant::OrgId,
@@ -124,18 +120,18 @@ impl Coordinator {
         }
     }
 
-    /// Purges the tenants whose grace is over.
+    /// Purges the tenants whose grace is over, and the homes that tenants have left.
     async fn purge_overdue(&self) {
-        for org in self.overdue().await {
-            let errand = Errand { org: org.clone(), act: Act::Purge, by: "grace" };
+        for (org, act) in self.overdue().await {
+            let errand = Errand { org: org.clone(), act, by: "grace" };
             let done = match self.begin_errand(&errand).await {
                 Ok(entry) => self.drive(entry).await.map(drop).map_err(Refused::from),
                 Err(refused) => Err(refused),
             };
             match done {
                 // Another process is at it, or was.
-                Ok(()) | Err(Refused::Busy { .. } | Refused::Unknown | Refused::NotDeleted) => {}
-                Err(refused) => tracing::warn!(%org, %refused, "a deleted tenant could not be purged yet"),
+                Ok(()) | Err(Refused::Busy { .. } | Refused::Unknown | Refused::NotDeleted | Refused::Same) => {}
+                Err(refused) => tracing::warn!(%org, %refused, ?act, "what is due to go could not be taken away yet"),
             }
         }
     }

@@ -10,7 +10,7 @@ use tokio::{
 use super::{
     Coordinator,
     coordinator::LEASE,
-    participant::{Order, Progress, Reply, Stage, Trouble},
+    participant::{HOME_PAUSE_MAX, Order, Progress, Reply, Stage, Trouble},
     state::{Action, Event, SEATS, State},
 };
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
         ledger::{failpoint::reach, lease},
         now_ms,
     },
-    tenant::{Limits, Protocol, Tenant},
+    tenant::{Home, Limits, Protocol, Tenant},
 };
 
 /// Longest wait for one call of a participant; Neon's operations take tens of seconds.
@@ -32,7 +32,7 @@ const LIFE_CALL_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } e
 /// The same where documents are moved: most of it is copying, and a call that is repeated begins it anew.
 const MOVE_CALL_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 600_000 });
 
-/// Longest wait for what is kept up for a moment only; within a lease, which is not renewed meanwhile.
+/// Longest wait for what is kept up for a moment only.
 const SEAL_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 10_000 });
 
 /// How often a sign of life is given; also how soon it is seen that a transition was called off.
@@ -58,7 +58,8 @@ fn stage(deed: Deed, call: Call) -> Option<Stage> {
         (Deed::Rotate, Call::Finish) => Some(Stage::DropPrevious),
         (Deed::Rotate, Call::Restore) => Some(Stage::DropNext),
         (Deed::Purge, Call::Finish) => Some(Stage::Purge),
-        (Deed::Create | Deed::Purge, _) => None,
+        (Deed::Forget, Call::Finish) => Some(Stage::Forget),
+        (Deed::Create | Deed::Purge | Deed::Forget, _) => None,
         (Deed::Tier | Deed::Suspend | Deed::Resume | Deed::Delete | Deed::Restore, _) => None,
     }
 }
@@ -74,6 +75,8 @@ struct Terms {
     tenant: Tenant,
     from: Arc<Limits>,
     to: Arc<Limits>,
+    /// The home that the tenant's SQL databases have left before this.
+    left: Option<Home>,
 }
 
 /// One transition being worked on.
@@ -89,6 +92,10 @@ pub(super) struct Work {
     deadline: Option<Instant>,
     terms: Option<Terms>,
     progress: [Progress; SEATS],
+    /// Since when the tenant stands still.
+    still: Option<Instant>,
+    /// What was said of the pause: the last word about the Postgres databases, if they have moved.
+    paused: Option<String>,
 }
 
 impl Work {
@@ -107,6 +114,8 @@ impl Work {
             deadline: Some(Instant::now() + left),
             terms: None,
             progress: Default::default(),
+            still: None,
+            paused: None,
         }
     }
 
@@ -116,6 +125,7 @@ impl Work {
     /// As [`Coordinator::drive`].
     pub(super) async fn run(&mut self) -> Result<(), LedgerFault> {
         let record = self.coordinator.catalog().get(&self.entry.org).await?;
+        let left = record.kept().map(|kept| kept.home);
         // As it was when the transition began; what else changes of it meanwhile is nobody's business here.
         let tenant = Tenant {
             tier: self.entry.from,
@@ -127,7 +137,7 @@ impl Work {
             ..record.tenant
         };
         let (from, to) = (self.coordinator.limits(self.entry.from), self.coordinator.limits(self.entry.to));
-        self.terms = Some(Terms { tenant, from, to });
+        self.terms = Some(Terms { tenant, from, to, left });
         let mut renew = tokio::time::interval_at(Instant::now() + RENEW_EVERY, RENEW_EVERY);
         renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
         if self.entry.cancel {
@@ -235,6 +245,7 @@ impl Work {
         let deed = self.entry.deed;
         let within = match deed {
             Deed::Tier if order.moves().is_some() && seat == Protocol::Mongodb as usize => MOVE_CALL_WITHIN,
+            Deed::Tier if order.homes.is_some() && seat == Protocol::Postgres as usize => MOVE_CALL_WITHIN,
             Deed::Tier => CALL_WITHIN,
             _ => LIFE_CALL_WITHIN,
         };
@@ -285,6 +296,8 @@ impl Work {
                 part.note.clear();
                 if let Some(word) = self.progress[seat].take() {
                     part.set_note(&word);
+                } else if let Some(word) = self.paused.as_ref().filter(|_| seat == Protocol::Postgres as usize) {
+                    part.set_note(word);
                 }
                 if call == Call::Prepare { Event::Prepared(seat) } else { Event::Settled(seat) }
             }
@@ -310,8 +323,12 @@ impl Work {
     }
 
     fn order(&self, seat: usize, terms: &Terms) -> Order {
-        let Terms { tenant, from, to } = terms;
+        let Terms { tenant, from, to, left } = terms;
+        let homes = self.homes();
         Order {
+            homes,
+            returns: homes.is_some_and(|(_, to)| *left == Some(to)),
+            left: self.entry.kept.as_ref().map(|kept| kept.home),
             tenant: tenant.clone(),
             from: Arc::clone(from),
             to_tier: self.entry.to,
@@ -323,23 +340,71 @@ impl Work {
         }
     }
 
+    /// Between which homes the tenant's SQL databases move. Not from the record, which may be that of after the commit.
+    fn homes(&self) -> Option<(Home, Home)> {
+        let kept = self.entry.kept.as_ref().filter(|_| self.entry.deed == Deed::Tier)?;
+        Some((kept.home, self.entry.pins.postgres?))
+    }
+
     /// Has every database do what can be kept up for a moment only. Says why it can't be committed, if it can't.
     async fn seal(&mut self) -> Result<Option<String>, LedgerFault> {
-        let Some(terms) = self.terms.as_ref().filter(|_| self.entry.deed == Deed::Tier) else { return Ok(None) };
+        if self.entry.deed != Deed::Tier {
+            return Ok(None);
+        }
+        let moves = self.homes().is_some();
+        if moves {
+            reach("before a standstill");
+            if let Err(fault) = self.coordinator.catalog().still(&self.entry).await {
+                return match fault {
+                    LedgerFault::Catalog(Fault::Unavailable(what)) => Ok(Some(what)),
+                    fault => Err(fault),
+                };
+            }
+            self.still = Some(Instant::now());
+            reach("after a standstill");
+        }
         for (seat, database) in Protocol::ALL.into_iter().enumerate() {
-            let Some(participant) = self.coordinator.participant(seat) else { continue };
+            let (Some(participant), Some(terms)) = (self.coordinator.participant(seat), &self.terms) else { continue };
             if self.state.steps[seat] == Step::Absent {
                 continue;
             }
+            let within = if moves && seat == Protocol::Postgres as usize { HOME_PAUSE_MAX } else { SEAL_WITHIN };
             let order = self.order(seat, terms);
-            let late = || Err(Trouble::Unknown(format!("no answer in {SEAL_WITHIN:?}")));
-            match tokio::time::timeout(SEAL_WITHIN, participant.seal(&order)).await.unwrap_or_else(|_| late()) {
+            let late = || Err(Trouble::Unknown(format!("no answer in {within:?}")));
+            let sealed = tokio::time::timeout(within, participant.seal(&order));
+            let mut sealed = std::pin::pin!(sealed);
+            let answer = loop {
+                tokio::select! {
+                    answer = sealed.as_mut() => break answer.unwrap_or_else(|_| late()),
+                    // The lease is shorter than a long pause.
+                    () = tokio::time::sleep(RENEW_EVERY) => {
+                        self.note_progress();
+                        if self.save().await? {
+                            break Err(Trouble::No("called off".into()));
+                        }
+                    }
+                }
+            };
+            match answer {
                 Ok(()) => {}
                 Err(Trouble::Overtaken) => return Err(LedgerFault::Overtaken),
                 Err(trouble) => return Ok(Some(format!("{}: {trouble}", database.label()))),
             }
         }
         Ok(None)
+    }
+
+    /// Tells how long the tenant stood still, once it goes on.
+    fn went_on(&mut self, decision: Decision) {
+        let Some(since) = self.still.take() else { return };
+        let (pause, outcome) = (since.elapsed(), if decision == Decision::Commit { "moved" } else { "stayed" });
+        metrics::histogram!("dynabase_home_move_pause_seconds", "outcome" => outcome).record(pause.as_secs_f64());
+        let milliseconds = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(org = %self.entry.org, id = self.entry.id, milliseconds, outcome, "a tenant stood still");
+        let part = &mut self.entry.participants[Protocol::Postgres as usize];
+        let before = if part.note.is_empty() { String::new() } else { format!("{}; ", part.note) };
+        part.set_note(&format!("{before}transactions waited for {milliseconds} ms"));
+        self.paused = Some(part.note.clone());
     }
 
     async fn decide(&mut self, decision: Decision) -> Result<(), LedgerFault> {
@@ -358,7 +423,10 @@ impl Work {
         let decided = self.coordinator.catalog().decide(&self.entry, decision).await;
         reach("after the decision");
         let event = match decided {
-            Ok(decided) => Event::Decided(decided),
+            Ok(decided) => {
+                self.went_on(decided);
+                Event::Decided(decided)
+            }
             Err(LedgerFault::Outdated) => {
                 self.entry.reason.get_or_insert_with(|| "the tenant's record was changed meanwhile".to_owned());
                 Event::Outdated

@@ -3,7 +3,7 @@
 //!
 //! Labels are small closed sets; no organisation and no text from outside is ever one.
 
-use metrics::{counter, describe_counter};
+use metrics::{counter, describe_counter, describe_histogram};
 
 use crate::{refusal::Refusal, tenant::Protocol};
 
@@ -118,6 +118,10 @@ pub fn describe() {
     for (name, help) in DESCRIPTIONS {
         describe_counter!(name, help);
     }
+    describe_histogram!(
+        "dynabase_home_move_pause_seconds",
+        "How long transactions of a tenant waited while its database changed its home, by whether it did."
+    );
 }
 
 #[cfg(test)]

@@ -184,6 +184,7 @@ pub fn tenant(org: &str, tier: Tier, epoch: u64) -> Tenant {
         databases: Vec::new(),
         users: Vec::new(),
         routes: Default::default(),
+        still: false,
     }
 }
 

@@ -50,6 +50,8 @@ pub struct Limits {
     /// Of MongoDB.
     pub isolation: &'static str,
     pub collections: u32,
+    /// Of the Postgres port's database.
+    pub home: &'static str,
 }
 
 impl Default for Limits {
@@ -65,6 +67,7 @@ impl Default for Limits {
             rate: "{ per_second = 100000, burst = 100000, over = \"refuse\", max_delay = \"1s\" }",
             isolation: "filter",
             collections: 500,
+            home: "main",
         }
     }
 }
@@ -118,14 +121,14 @@ impl Setup {
         let (mut text, neon) = (String::new(), self.neon_connections);
         for (name, limits) in ["FREE", "STARTER", "PRO", "ENTERPRISE"].iter().zip(&self.tiers) {
             let Limits { expiry, connections, client_sockets, storage, .. } = limits;
-            let Limits { statement_timeout, idle_in_transaction, queue_timeout, rate, isolation, collections, .. } =
+            let Limits { statement_timeout, idle_in_transaction, queue_timeout, rate, isolation, collections, home, .. } =
                 limits;
             write!(
                 text,
                 "[{name}]\nexpiry = \"{expiry}\"\n[{name}.postgres]\nconnections = {connections}\n\
                  client_sockets = {client_sockets}\nstorage = \"{storage}\"\n\
                  statement_timeout = \"{statement_timeout}\"\nidle_in_transaction_timeout = \"{idle_in_transaction}\"\n\
-                 queue_timeout = \"{queue_timeout}\"\npool_mode = \"transaction\"\nhome = \"main\"\nrate = {rate}\n\
+                 queue_timeout = \"{queue_timeout}\"\npool_mode = \"transaction\"\nhome = \"{home}\"\nrate = {rate}\n\
                  [{name}.redis]\nmemory = \"50MB\"\nkeys = 1000\nmax_ttl = \"1h\"\nclient_sockets = 50\n\
                  connections = 25\nrate = {rate}\n\
                  [{name}.mongodb]\nisolation = \"{isolation}\"\nconnections = 25\nclient_sockets = 50\ntimeout = \"30s\"\n\
@@ -264,6 +267,7 @@ impl Proxy {
             databases: Vec::new(),
             users: Vec::new(),
             routes: Default::default(),
+            still: false,
         };
         block_on(async {
             let tiers = self.config.load_tiers().expect("our own");

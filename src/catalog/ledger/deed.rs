@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Entry, Phase};
-use crate::tenant::Status;
+use crate::tenant::{Home, Status};
 
 /// What an entry does with a tenant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -26,6 +26,8 @@ pub enum Deed {
     Purge,
     /// The next generation of derived credentials.
     Rotate,
+    /// The home that its SQL databases have left goes.
+    Forget,
 }
 
 impl Deed {
@@ -40,13 +42,14 @@ impl Deed {
             Deed::Restore => "restore",
             Deed::Purge => "purge",
             Deed::Rotate => "rotate",
+            Deed::Forget => "forget",
         }
     }
 
     /// Whether databases take part; the others are a change of the record alone.
     pub fn asks_databases(self) -> bool {
         match self {
-            Deed::Tier | Deed::Create | Deed::Purge | Deed::Rotate => true,
+            Deed::Tier | Deed::Create | Deed::Purge | Deed::Rotate | Deed::Forget => true,
             Deed::Suspend | Deed::Resume | Deed::Delete | Deed::Restore => false,
         }
     }
@@ -65,12 +68,23 @@ pub struct Deletion {
     pub was: Status,
 }
 
+/// What an organisation's document says of the home that its SQL databases have left.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// Which.
+    pub home: Home,
+    /// From when on what is there goes: RFC 3339 in UTC.
+    pub purge_after: String,
+}
+
 /// What a commit writes into the tenant's document besides tier, epoch and routes.
 pub(super) struct Change {
     pub(super) status: Option<Status>,
     pub(super) generation: Option<u32>,
     /// `Some(None)`: there is none any more.
     pub(super) deletion: Option<Option<Deletion>>,
+    /// As `deletion`.
+    pub(super) kept: Option<Option<Kept>>,
 }
 
 impl Entry {
@@ -84,9 +98,10 @@ impl Entry {
 
     /// What its commit writes.
     pub(super) fn change(&self) -> Change {
-        let none = Change { status: None, generation: None, deletion: None };
+        let none = Change { status: None, generation: None, deletion: None, kept: None };
         match self.deed {
-            Deed::Tier => none,
+            Deed::Tier => Change { kept: self.kept.clone().map(Some), ..none },
+            Deed::Forget => Change { kept: Some(None), ..none },
             Deed::Create | Deed::Resume => Change { status: Some(Status::Active), ..none },
             Deed::Suspend => Change { status: Some(Status::Suspended), ..none },
             Deed::Delete => Change { status: Some(Status::Deleting), deletion: Some(self.deletion.clone()), ..none },

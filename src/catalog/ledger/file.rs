@@ -16,7 +16,7 @@ use super::{
         file::{Folder, known, named, read, unavailable, write},
         source::Found,
     },
-    Change, DELETION, Decision, Deed, Entry, LedgerFault, Phase, STAMP, Stamp, failpoint, is_dead, lease, now_ms,
+    Change, DELETION, Decision, Deed, Entry, KEPT, LedgerFault, Phase, STAMP, Stamp, failpoint, is_dead, lease, now_ms,
 };
 use crate::tenant::OrgId;
 
@@ -37,7 +37,7 @@ fn put_stamp(record: &mut Record, stamp: &Stamp) {
 
 /// Writes what the commit of an entry changes besides tier, epoch and routes.
 fn change(record: &mut Record, entry: &Entry) {
-    let Change { status, generation, deletion } = entry.change();
+    let Change { status, generation, deletion, kept } = entry.change();
     record.tenant.status = status.unwrap_or(record.tenant.status);
     record.tenant.generation = generation.unwrap_or(record.tenant.generation);
     match deletion {
@@ -46,6 +46,11 @@ fn change(record: &mut Record, entry: &Entry) {
         Some(Some(deletion)) => {
             record.more.insert(DELETION.to_owned(), serde_json::to_value(&deletion).unwrap_or_default());
         }
+    }
+    match kept {
+        None => {}
+        Some(None) => drop(record.more.remove(KEPT)),
+        Some(Some(kept)) => drop(record.more.insert(KEPT.to_owned(), serde_json::to_value(&kept).unwrap_or_default())),
     }
 }
 
@@ -130,7 +135,8 @@ impl FileCatalog {
             entry.phase = Phase::Preparing;
             entry.fence = before.map_or(0, |stamp| stamp.fence) + 1;
             put(&folder.open_transitions, entry.org.as_str(), &entry)?;
-            put_stamp(&mut record, &Stamp { id: entry.id.clone(), fence: entry.fence, phase: entry.phase });
+            let stamp = Stamp { id: entry.id.clone(), fence: entry.fence, phase: entry.phase, still: false };
+            put_stamp(&mut record, &stamp);
             folder.put_record(&record)?;
             Ok(entry)
         })
@@ -157,6 +163,7 @@ impl FileCatalog {
             match stamp(&record)? {
                 Some(mut stamp) if stamp.id == entry.id && !stamp.phase.is_closed() => {
                     stamp.fence += 1;
+                    stamp.still = false;
                     put_stamp(&mut record, &stamp);
                     folder.put_record(&record)?;
                     entry.fence = stamp.fence;
@@ -190,6 +197,20 @@ impl FileCatalog {
         .await
     }
 
+    pub(super) async fn still(&self, entry: Entry) -> Result<(), LedgerFault> {
+        self.ledger(move |folder| {
+            let _turn = folder.lock()?;
+            let (mut record, mut stamp) = folder.owned(&entry)?;
+            if stamp.phase != Phase::Preparing {
+                return Err(LedgerFault::Overtaken);
+            }
+            stamp.still = true;
+            put_stamp(&mut record, &stamp);
+            Ok(folder.put_record(&record)?)
+        })
+        .await
+    }
+
     pub(super) async fn decide(&self, entry: Entry, decision: Decision) -> Result<Decision, LedgerFault> {
         self.ledger(move |folder| {
             let _turn = folder.lock()?;
@@ -197,6 +218,7 @@ impl FileCatalog {
             if let Some(decided) = stamp.phase.decision() {
                 return Ok(decided);
             }
+            stamp.still = false;
             stamp.phase = match decision {
                 Decision::Abort => Phase::Aborting,
                 Decision::Commit => {
@@ -206,8 +228,9 @@ impl FileCatalog {
                     record.tenant.tier = entry.to;
                     record.tenant.epoch += 1;
                     let routes = &mut record.tenant.routes;
-                    routes.postgres = routes.postgres.or(entry.pins.postgres);
-                    routes.mongodb = routes.mongodb.or(entry.pins.mongodb);
+                    routes.postgres = entry.pins.postgres.or(routes.postgres);
+                    routes.sql = entry.pins.sql.or(routes.sql);
+                    routes.mongodb = entry.pins.mongodb.or(routes.mongodb);
                     change(&mut record, &entry);
                     Phase::Committed
                 }

@@ -18,7 +18,7 @@ use super::{
         Fault, MongoCatalog,
         mongo::{ORGS, UPDATED_AT, within},
     },
-    Change, DELETION, Decision, Deed, Entry, LedgerFault, Phase, STAMP, Stamp, failpoint, is_dead, lease, now_ms,
+    Change, DELETION, Decision, Deed, Entry, KEPT, LedgerFault, Phase, STAMP, Stamp, failpoint, is_dead, lease, now_ms,
 };
 use crate::tenant::OrgId;
 
@@ -27,6 +27,9 @@ const TRANSITIONS: &str = "tier_transitions";
 
 /// The name of the index that lets one transition of an organisation be open.
 const ONE_OPEN: &str = "one_open";
+
+/// Whether the tenant stands still, within the stamp.
+const STILL: &str = "transition.still";
 
 /// Entries read ahead of whoever lists them.
 const AHEAD: usize = 64;
@@ -166,7 +169,7 @@ impl MongoCatalog {
                 Some(stamp) => filter.extend(bearing(&entry.org, stamp)),
                 None => drop(filter.insert(STAMP, Bson::Null)),
             }
-            let stamp = Stamp { id: entry.id.clone(), fence: entry.fence, phase: entry.phase };
+            let stamp = Stamp { id: entry.id.clone(), fence: entry.fence, phase: entry.phase, still: false };
             if self.restamp(filter, doc! {STAMP: stamp_document(&stamp)}).await? {
                 return Ok(entry);
             }
@@ -210,7 +213,8 @@ impl MongoCatalog {
         };
         let filter = bearing(org, &stamp);
         stamp.fence += 1;
-        if !self.restamp(filter, doc! {"transition.fence": long(stamp.fence)}).await? {
+        let taken = doc! {"transition.fence": long(stamp.fence), STILL: false};
+        if !self.restamp(filter, taken).await? {
             return Err(LedgerFault::Overtaken);
         }
         entry.fence = stamp.fence;
@@ -242,23 +246,31 @@ impl MongoCatalog {
         }
     }
 
+    pub(super) async fn still(&self, entry: &Entry) -> Result<(), LedgerFault> {
+        let open = Stamp { id: entry.id.clone(), fence: entry.fence, phase: Phase::Preparing, still: false };
+        match self.restamp(bearing(&entry.org, &open), doc! {STILL: true}).await? {
+            true => Ok(()),
+            false => Err(LedgerFault::Overtaken),
+        }
+    }
+
     pub(super) async fn decide(&self, entry: Entry, decision: Decision) -> Result<Decision, LedgerFault> {
-        let open = Stamp { id: entry.id.clone(), fence: entry.fence, phase: Phase::Preparing };
+        let open = Stamp { id: entry.id.clone(), fence: entry.fence, phase: Phase::Preparing, still: false };
         let mut filter = bearing(&entry.org, &open);
         let mut unset = Document::new();
         let set = match decision {
-            Decision::Abort => doc! {"transition.phase": Phase::Aborting.word()},
+            Decision::Abort => doc! {"transition.phase": Phase::Aborting.word(), STILL: false},
             Decision::Commit => {
                 filter.insert("epoch", long(entry.from_epoch));
                 filter.insert("tier", entry.from.name());
                 let mut set = doc! {
-                    "transition.phase": Phase::Committed.word(), "tier": entry.to.name(),
+                    "transition.phase": Phase::Committed.word(), STILL: false, "tier": entry.to.name(),
                     "epoch": long(entry.from_epoch + 1),
                 };
                 let pins = bson::serialize_to_document(&entry.pins).map_err(|it| Fault::Damaged(it.to_string()))?;
                 set.extend(pins.into_iter().map(|(name, value)| (format!("routes.{name}"), value)));
                 let damaged = |error: bson::error::Error| Fault::Damaged(error.to_string());
-                let Change { status, generation, deletion } = entry.change();
+                let Change { status, generation, deletion, kept } = entry.change();
                 if let Some(status) = status {
                     set.insert("status", bson::serialize_to_bson(&status).map_err(damaged)?);
                 }
@@ -269,6 +281,11 @@ impl MongoCatalog {
                     None => {}
                     Some(None) => drop(unset.insert(DELETION, "")),
                     Some(deletion) => drop(set.insert(DELETION, bson::serialize_to_bson(&deletion).map_err(damaged)?)),
+                }
+                match kept {
+                    None => {}
+                    Some(None) => drop(unset.insert(KEPT, "")),
+                    Some(kept) => drop(set.insert(KEPT, bson::serialize_to_bson(&kept).map_err(damaged)?)),
                 }
                 set
             }

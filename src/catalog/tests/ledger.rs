@@ -25,6 +25,7 @@ fn entry(id: &str, from: Tier, to: Tier, epoch: u64) -> Entry {
             .into(),
         reason: None,
         over: Vec::new(),
+        kept: None,
         pins: crate::tenant::Routes { mongodb: Some(crate::tenant::Isolation::Filter), ..Default::default() },
         by: "test".into(),
         owner: "one".into(),

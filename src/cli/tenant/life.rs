@@ -86,6 +86,7 @@ async fn step(coordinator: &Coordinator, org: &OrgId, act: Act) -> Result<(), Fa
         Act::Restore => "restored",
         Act::Purge => "purged",
         Act::Rotate => "rotated: every database has its new credentials",
+        Act::Forget => "the home that its databases have left is gone",
     };
     match carry(coordinator, org, act).await {
         Ok(entry) => over(&entry, "Nothing was changed.")?,
@@ -160,6 +161,7 @@ fn goes_on(act: Act, open: Deed) -> bool {
         Act::Restore => open == Deed::Restore,
         Act::Purge => open == Deed::Purge,
         Act::Rotate => open == Deed::Rotate,
+        Act::Forget => open == Deed::Forget,
     }
 }
 

@@ -101,6 +101,7 @@ fn failed(error: &BranchError) -> Response<Body> {
         | BranchError::Exists
         | BranchError::Unknown
         | BranchError::Over(_)
+        | BranchError::Elsewhere
         | BranchError::InUse => error.to_string(),
         // What is wrong inside is for operators.
         BranchError::Catalog(_) | BranchError::Home(_) => {

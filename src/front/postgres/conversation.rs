@@ -312,6 +312,15 @@ impl Conversation {
         }
     }
 
+    /// Goes on in another database, which its present one has become: between two transactions, without pins. Types are
+    /// numbered anew there, so that its statements are compared before they are used.
+    pub fn move_to(&mut self, shared: Arc<Shared>) {
+        shared.raise_above(self.shared.epoch());
+        self.base = shared.intern(Settings::clone(&self.base));
+        self.settings = shared.intern(Settings::clone(&self.settings));
+        self.shared = shared;
+    }
+
     /// Takes a server that is prepared as [`Self::preparation`] says. Tells the client of parameters that differ
     /// from what it was told last.
     pub fn link(&mut self, remote: &mut Remote, down: &mut Out) {

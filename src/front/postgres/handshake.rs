@@ -198,10 +198,7 @@ pub async fn enter(
         return Err(Refusal::Draining.into());
     }
     let policy = session.slot().policy();
-    let home = match protocol {
-        Protocol::Neon => Home::Neon,
-        _ => policy.tenant.home(),
-    };
+    let home = policy.tenant.home_of(protocol, &options.database);
     let allowed = session.identity().user.as_deref().is_none_or(|user| user == options.user);
     if !allowed || !policy.tenant.has_user(&options.user) {
         return Err(Denied::UnknownUser);

@@ -6,6 +6,7 @@
 //! lease is closed, its places are given back.
 
 mod end;
+mod home;
 mod limit;
 mod link;
 mod pending;
@@ -378,6 +379,7 @@ impl Relay {
         self.session.take(1).map_err(Event::OverRate)?;
         self.delayed = None;
         self.conversation.pace();
+        self.go_home();
         match self.pool.try_take(&self.home) {
             Taken::Lease(lease) if self.conversation.preparation(&lease.remote).is_empty() => {
                 down.clear();

@@ -103,6 +103,11 @@ impl Shared {
         self.epoch.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Has every statement that was made up to epoch `other`, of another database, count as one of before a change.
+    pub fn raise_above(&self, other: u64) {
+        self.epoch.fetch_max(other + 1, Ordering::Relaxed);
+    }
+
     /// The shared statement with this definition, made if need be.
     pub fn statement(&self, definition: &[u8], query: &[u8], path: Option<&Value>) -> Arc<Statement> {
         let shelf = self.table.lock();

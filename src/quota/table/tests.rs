@@ -26,6 +26,7 @@ fn tenant(name: &str, tier: Tier, epoch: u64) -> Tenant {
         databases: Vec::new(),
         users: Vec::new(),
         routes: Default::default(),
+        still: false,
     }
 }
 

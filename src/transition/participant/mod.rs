@@ -11,17 +11,19 @@ use serde_json::Value;
 
 use crate::{
     catalog::Over,
-    tenant::{Isolation, Limits, Protocol, Tenant, Tier},
+    tenant::{Home, Isolation, Limits, Protocol, Tenant, Tier},
     upstream::postgres::Mark,
 };
 
 mod convex;
+mod home;
 mod mongo;
 mod neon;
 mod postgres;
 mod redis;
 
 pub use convex::Convex;
+pub use home::{HOME_PAUSE_MAX, Homecoming, rehomes};
 pub use mongo::Mongo;
 pub use neon::Neon;
 pub use postgres::Postgres;
@@ -48,6 +50,12 @@ pub struct Order {
     pub to: Arc<Limits>,
     /// Whether a tenant over its new limits goes there nevertheless.
     pub force: bool,
+    /// Between which homes the tenant's SQL databases move, if they do.
+    pub homes: Option<(Home, Home)>,
+    /// Whether the home to go to is one that they have left before.
+    pub returns: bool,
+    /// Of [`Stage::Forget`]: the home that they have left.
+    pub left: Option<Home>,
     /// The settings before, as [`Participant::look`] gave them.
     pub prior: Value,
     /// The coordinator's fence.
@@ -92,6 +100,8 @@ pub enum Stage {
     DropNext,
     /// Take away all that is the tenant's.
     Purge,
+    /// Take away the home that the tenant's SQL databases have left.
+    Forget,
 }
 
 /// Something that a database holds of a tenant.

@@ -235,6 +235,7 @@ impl Participant for Mongo {
                 Stage::TakeNext => self.upstream.ping().await,
                 Stage::DropPrevious => self.upstream.provision(org, generation + 1).await,
                 Stage::Purge => self.upstream.remove(org, true).await,
+                Stage::Forget => Ok(()),
             };
             done.map_err(trouble)
         })

@@ -120,7 +120,7 @@ impl Neon {
 }
 
 /// What an error says about what was done.
-fn said(error: ProjectError) -> Trouble {
+pub(super) fn said(error: ProjectError) -> Trouble {
     match error {
         ProjectError::Server(error) => trouble(error),
         ProjectError::NoProject => Trouble::No(error.to_string()),
@@ -204,6 +204,8 @@ impl Participant for Neon {
                 Stage::DropPrevious => projects.set_password(tenant, tenant.generation + 1).await.map_err(said),
                 Stage::DropNext => projects.set_password(tenant, tenant.generation).await.map_err(said),
                 Stage::Purge => projects.remove(tenant).await.map_err(said),
+                // The project stays; what the main homes' part has moved from it is that part's to forget.
+                Stage::Forget => Ok(()),
             }
         })
     }

@@ -2,9 +2,14 @@
 //! carries (connections, timeouts, temporary files). An upgrade raises them before the switch, a downgrade lowers them
 //! after it; the proxy's own limits are always inside.
 
-use super::{Holding, Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Stage, Trouble, over, value};
+use serde_json::{Value, json};
+
+use super::{
+    Holding, Homecoming, Look, Order, PREPARES, Participant, ReadBack, Reply, SETTLES, Stage, Trouble, over, rehomes,
+    value,
+};
 use crate::{
-    tenant::{Branch, DEFAULT_NAME, Limits, Names, Protocol, Tenant},
+    tenant::{Branch, DEFAULT_NAME, Home, Limits, Names, Protocol, Tenant},
     upstream::postgres::{AdminError, Ceiling, Mark, ProvisionError, Provisioner},
 };
 
@@ -14,17 +19,26 @@ pub struct Postgres {
     names: Names,
     /// Which home, and so which column of the tier.
     home: Protocol,
+    /// Moves databases between the main homes and the Neon ones, where there are both; the main homes' part.
+    homecoming: Option<Homecoming>,
 }
 
 impl Postgres {
     /// The main homes.
     pub fn new(provisioner: Provisioner, names: Names) -> Self {
-        Self { provisioner, names, home: Protocol::Postgres }
+        Self { provisioner, names, home: Protocol::Postgres, homecoming: None }
+    }
+
+    /// With Neon homes, between which and the main ones databases move.
+    #[must_use]
+    pub fn with_neon(mut self, homecoming: Homecoming) -> Self {
+        self.homecoming = Some(homecoming);
+        self
     }
 
     /// The Neon homes that are databases of a server: without computes, which sleep and grow at Neon only.
     pub fn of_neon_homes(provisioner: Provisioner, names: Names) -> Self {
-        Self { provisioner, names, home: Protocol::Neon }
+        Self { provisioner, names, home: Protocol::Neon, homecoming: None }
     }
 
     fn ceiling(&self, limits: &Limits) -> Ceiling {
@@ -48,6 +62,11 @@ impl Postgres {
                 tenant.org
             ))),
         }
+    }
+
+    /// What moves, and between what, if anything does and this is the part that moves it.
+    fn moving(&self, order: &Order) -> Option<(&Homecoming, (Home, Home))> {
+        Some((self.homecoming.as_ref()?, order.homes?))
     }
 
     async fn set(&self, tenant: &Tenant, ceiling: &Ceiling, mark: Mark) -> Result<(), Trouble> {
@@ -93,15 +112,44 @@ impl Participant for Postgres {
                 }
             }
             let storage = over(self.home, "storage bytes", bytes, to.sql(self.home).storage);
+            let homes = rehomes(tenant, to, self.homecoming.is_some());
+            let moved = match self.homecoming.as_ref().zip(homes) {
+                None => None,
+                Some((homecoming, homes)) => {
+                    let bytes = homecoming.look(&self.provisioner, tenant, homes).await?;
+                    let there = homes.1.protocol();
+                    over(there, "bytes to move", bytes, to.sql(there).storage)
+                }
+            };
+            let storage = storage.into_iter().chain(moved);
             let branches = over(self.home, "branches", self.branches(tenant).len() as u64, to.neon.branches.into());
-            Ok(Look { prior: value(&prior), over: storage.into_iter().chain(branches).collect() })
+            Ok(Look { prior: value(&prior), over: storage.chain(branches).collect() })
         })
     }
 
     fn prepare<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
         Box::pin(async move {
-            let room = prior(order)?.or_more(&self.ceiling(&order.to));
-            self.set(&order.tenant, &room, order.mark(PREPARES)).await
+            let prior = prior(order)?;
+            let room = prior.or_more(&self.ceiling(&order.to));
+            self.set(&order.tenant, &room, order.mark(PREPARES)).await?;
+            let Some((homecoming, homes)) = self.moving(order) else { return Ok(()) };
+            match homecoming.prepare(&self.provisioner, order, homes).await {
+                Err(Trouble::No(why)) => {
+                    // A no has done nothing.
+                    self.set(&order.tenant, &prior, order.mark(SETTLES)).await?;
+                    Err(Trouble::No(why))
+                }
+                done => done,
+            }
+        })
+    }
+
+    fn seal<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
+        Box::pin(async move {
+            match self.moving(order) {
+                Some((homecoming, homes)) => homecoming.seal(&self.provisioner, order, homes).await,
+                None => Ok(()),
+            }
         })
     }
 
@@ -109,15 +157,23 @@ impl Participant for Postgres {
         Box::pin(async move {
             let wanted = self.ceiling(&order.to);
             self.set(&order.tenant, &wanted, order.mark(SETTLES)).await?;
-            match self.present(&order.tenant).await?.is(&wanted) {
-                true => Ok(()),
-                false => Err(Trouble::Unknown("the role does not carry what was set".into())),
+            if !self.present(&order.tenant).await?.is(&wanted) {
+                return Err(Trouble::Unknown("the role does not carry what was set".into()));
+            }
+            match self.moving(order) {
+                Some((homecoming, homes)) => homecoming.finish(&self.provisioner, order, homes).await,
+                None => Ok(()),
             }
         })
     }
 
     fn restore<'a>(&'a self, order: &'a Order) -> Reply<'a, ()> {
-        Box::pin(async move { self.set(&order.tenant, &prior(order)?, order.mark(SETTLES)).await })
+        Box::pin(async move {
+            if let Some((homecoming, homes)) = self.moving(order) {
+                homecoming.restore(&self.provisioner, order, homes).await?;
+            }
+            self.set(&order.tenant, &prior(order)?, order.mark(SETTLES)).await
+        })
     }
 
     fn live<'a>(&'a self, stage: Stage, order: &'a Order) -> Reply<'a, ()> {
@@ -139,6 +195,10 @@ impl Participant for Postgres {
                 Stage::DropPrevious => set(tenant.generation + 1).await.map_err(trouble),
                 Stage::DropNext => set(tenant.generation).await.map_err(trouble),
                 Stage::Purge => self.provisioner.drop(tenant, names).await.map_err(trouble),
+                Stage::Forget => match self.homecoming.as_ref().zip(order.left) {
+                    Some((homecoming, left)) => homecoming.forget(&self.provisioner, order, left).await,
+                    None => Ok(()),
+                },
             }
         })
     }
@@ -159,7 +219,16 @@ impl Participant for Postgres {
         Box::pin(async move {
             let wanted = self.ceiling(limits);
             let found = self.present(tenant).await?;
-            Ok(ReadBack { agrees: found.is(&wanted), expected: value(&wanted), found: value(&found) })
+            let (mut expected, mut told) = (value(&wanted), value(&found));
+            let mut agrees = found.is(&wanted);
+            if let Some(homecoming) = &self.homecoming {
+                let home = tenant.home();
+                let open = homecoming.is_open(&self.provisioner, tenant, home).await?;
+                agrees &= open;
+                expected["home"] = json!(home);
+                told["home"] = if open { json!(home) } else { Value::Null };
+            }
+            Ok(ReadBack { agrees, expected, found: told })
         })
     }
 }

@@ -97,6 +97,7 @@ impl Participant for Redis {
                 Stage::DropPrevious => self.upstream.set_valid(org, Valid::Only(generation + 1)).await,
                 Stage::DropNext => self.upstream.set_valid(org, Valid::Only(*generation)).await,
                 Stage::Purge => self.upstream.remove(org, true).await,
+                Stage::Forget => Ok(()),
             };
             done.map_err(trouble)
         })

@@ -13,7 +13,7 @@ use crate::{
     catalog::{Catalog, Expect, Fault, Record},
     quota::Slot,
     refusal::{Limit, Over},
-    tenant::{Branch, DEFAULT_NAME, Names, OrgId},
+    tenant::{Branch, DEFAULT_NAME, Home, Names, OrgId},
     upstream::{
         neon::{HomeError, Homes},
         postgres::Upstream,
@@ -57,6 +57,8 @@ pub enum BranchError {
     Over(Over),
     /// The databases are in use and can't be copied now.
     InUse,
+    /// The databases are not in the Neon home.
+    Elsewhere,
     /// The catalog can't be read or written now.
     Catalog(Fault),
     /// The server said no, or Neon did.
@@ -72,6 +74,7 @@ impl BranchError {
             BranchError::Unknown => (StatusCode::NOT_FOUND, "unknown_branch"),
             // As Neon's own API refuses one too many.
             BranchError::Over(_) => (StatusCode::UNPROCESSABLE_ENTITY, "branches_limit_exceeded"),
+            BranchError::Elsewhere => (StatusCode::CONFLICT, "elsewhere"),
             BranchError::InUse => (StatusCode::LOCKED, "in_use"),
             BranchError::Catalog(_) => (StatusCode::SERVICE_UNAVAILABLE, "catalog_down"),
             BranchError::Home(_) => (StatusCode::BAD_GATEWAY, "database_down"),
@@ -89,6 +92,9 @@ impl fmt::Display for BranchError {
             BranchError::Unknown => f.write_str("there is no branch with this name"),
             BranchError::Over(over) => {
                 write!(f, "tier {} allows {} branches, {} are there", over.tier, over.max, over.in_use)
+            }
+            BranchError::Elsewhere => {
+                f.write_str("the tenant's databases have moved to the main server, which has no branches")
             }
             BranchError::InUse => f.write_str("the database is in use; try again when its sessions are idle"),
             BranchError::Catalog(fault) => fault.fmt(f),
@@ -147,6 +153,9 @@ impl Branches {
         let branch = Branch { name: name.to_owned(), place: None };
         let record = self
             .change(slot.org(), |record| {
+                if record.tenant.routes.sql == Some(Home::Main) {
+                    return Err(BranchError::Elsewhere);
+                }
                 let route = &mut record.tenant.routes.neon;
                 if route.branch(name).is_some() || record.tenant.databases.contains(&on_branch(name)) {
                     return Err(BranchError::Exists);

@@ -377,6 +377,14 @@ impl Projects {
         }
     }
 
+    /// What works with the owner's login in the tenant's project.
+    ///
+    /// # Errors
+    /// What the API says; [`ProjectError::NoProject`].
+    pub async fn main(&self, tenant: &Tenant) -> Result<Provisioner, ProjectError> {
+        self.provisioner(tenant.routes.neon.project.as_ref().ok_or(ProjectError::NoProject)?).await
+    }
+
     /// What works with the owner's login in one place.
     async fn provisioner(&self, place: &Project) -> Result<Provisioner, ProjectError> {
         Ok(Provisioner::of_project(self.admin(place).await?))

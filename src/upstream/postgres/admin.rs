@@ -116,6 +116,16 @@ impl Admin {
         self.login.get_user().unwrap_or_default()
     }
 
+    /// Its password.
+    pub(super) fn password(&self) -> &str {
+        self.login.get_password().and_then(|it| std::str::from_utf8(it).ok()).unwrap_or_default()
+    }
+
+    /// The database that it leads to.
+    pub(super) fn database(&self) -> &str {
+        self.login.get_dbname().unwrap_or_default()
+    }
+
     /// Connects to the URL's database, or to another one.
     pub(super) async fn connect(&self, database: Option<&str>) -> Result<Connection, AdminError> {
         let mut login = self.login.clone();

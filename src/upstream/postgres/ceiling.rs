@@ -126,8 +126,7 @@ impl Provisioner {
             );
             run(&client, doing, &change).await?;
         }
-        let comment = format!("comment on role {name} is '{MARK}{} stage {}'", mark.fence, mark.stage);
-        run(&client, doing, &comment).await?;
+        run(&client, doing, &marking(role, mark)).await?;
         run(&client, doing, "commit").await?;
         Ok(true)
     }
@@ -145,6 +144,16 @@ impl Provisioner {
         let bytes = row.map(|row| row.try_get::<_, i64>(0)).transpose().map_err(AdminError::sql(doing))?;
         Ok(bytes.map(|bytes| u64::try_from(bytes).unwrap_or(0)))
     }
+}
+
+/// Who wrote a role's ceilings last; `None` when there is no such role.
+pub(super) async fn mark(client: &Connection, role: &str) -> Result<Option<Option<Mark>>, AdminError> {
+    Ok(read(client, role).await?.map(|(_, mark)| mark))
+}
+
+/// The statement that leaves a mark at a role.
+pub(super) fn marking(role: &str, mark: Mark) -> String {
+    format!("comment on role {} is '{MARK}{} stage {}'", quoted(role), mark.fence, mark.stage)
 }
 
 async fn read(client: &Connection, role: &str) -> Result<Option<(Ceiling, Option<Mark>)>, AdminError> {

@@ -57,6 +57,11 @@ impl ConnectError {
         matches!(self, ConnectError::Refused { code, .. } if code == "28P01")
     }
 
+    /// Whether the database takes the role no more: it is being moved, or was. Nothing else takes CONNECT from a tenant.
+    pub fn is_closed_database(&self) -> bool {
+        matches!(self, ConnectError::Refused { code, .. } if code == "42501")
+    }
+
     /// Whether the same attempt may succeed soon: the server is starting, restarting, or full.
     pub fn retry(&self) -> bool {
         match self {

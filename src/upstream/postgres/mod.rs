@@ -10,6 +10,7 @@ pub mod connection;
 mod dial;
 mod endpoint;
 mod login;
+mod moving;
 mod pool;
 mod provision;
 mod size;
@@ -17,7 +18,7 @@ mod size;
 use std::{sync::Arc, time::Duration};
 
 use dashmap::DashMap;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 pub use about::{About, VERSION_MIN};
 pub use admin::{Admin, AdminError};
@@ -27,7 +28,8 @@ pub use connection::Connection;
 pub use dial::{Address, DialError, Retry, Step, Target};
 pub use endpoint::Endpoint;
 pub use login::ConnectError;
-pub use pool::{Home, Lease, Pool, TakeError, Taken};
+pub use moving::{Carried, Dump, Filled, Move, MoveError};
+pub use pool::{Home, Lease, Pool, STILL_PATIENCE, TakeError, Taken};
 pub use provision::{ProvisionError, Provisioner, Report};
 pub use size::Maintenance;
 
@@ -237,7 +239,9 @@ impl Upstream {
 
     /// Tidies the pools, follows tiers with the roles' own limits, samples sizes, until dropped. None waits for
     /// another: a slow look at a size must not keep clients from their turn.
-    pub async fn run_maintenance(&self) {
+    ///
+    /// `stills` tells when some tenant has begun or ended to stand still.
+    pub async fn run_maintenance(&self, mut stills: watch::Receiver<u64>) {
         let tidy = async {
             let mut ticker = tokio::time::interval(TIDY_EVERY);
             ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -262,7 +266,14 @@ impl Upstream {
                 self.sample().await;
             }
         };
-        tokio::join!(tidy, follow, sample);
+        let heed = async {
+            // The table goes with the process.
+            while stills.changed().await.is_ok() {
+                self.pools().iter().for_each(|pool| pool.heed());
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::join!(tidy, follow, sample, heed);
     }
 
     /// Brings the roles' own limits to those of a tier that was changed in the catalog. Until then the server refuses

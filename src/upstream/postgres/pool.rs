@@ -8,6 +8,8 @@
 //! - A connection holds its [`Places`] from before it is dialled until the server has closed it, so that the
 //!   server never sees more connections than the limits say.
 //! - A lease is released clean or closed; dropping it closes it.
+//! - While the tenant stands still ([`Tenant::still`]) nobody gets a connection and none is kept: what ends is closed, and
+//!   who waits is told to look again when it goes on, since the database may be somewhere else then.
 //! - No lock is held while another pool's is taken, or while a grant is dropped (which may come back here).
 
 use std::{
@@ -49,6 +51,10 @@ const SOILED_IDLE: Duration = Duration::from_secs(1);
 /// First pause before connecting is tried again; doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
+
+/// Longest wait of one transaction for the tenant's database to change its home: longer than the longest pause
+/// ([`crate::transition::participant::HOME_PAUSE_MAX`]), after which the move is called off.
+pub const STILL_PATIENCE: Duration = Duration::from_secs(75);
 
 /// Bytes an idle server may have sent before we look; more, and it is closed.
 const IDLE_READ: usize = 4096;
@@ -195,6 +201,8 @@ pub struct Pool {
     stale: Arc<Notify>,
     /// The server knows none of the role's passwords: a tenant can give its own role another one, by accident too.
     locked_out: AtomicBool,
+    /// Somebody was made to wait because the tenant stood still.
+    held: AtomicBool,
     homes: Mutex<Vec<Arc<Home>>>,
     endpoints: Mutex<Vec<Arc<Endpoint>>>,
     state: Mutex<State>,
@@ -231,6 +239,8 @@ struct Waiter {
 enum Grant {
     Connection(Box<Held>),
     Places(Places),
+    /// The tenant goes on after it stood still.
+    Again,
 }
 
 impl Drop for Pool {
@@ -286,6 +296,10 @@ pub enum TakeError {
     },
     /// The server's budget was in use until the deadline.
     ServerFull,
+    /// The tenant has stood still, or its database is closed here: look again where it is.
+    Moved,
+    /// The tenant stood still for too long.
+    Still,
     /// The server could not be reached, or refused us.
     Connect(ConnectError),
 }
@@ -329,6 +343,7 @@ impl Pool {
             ceilings: Mutex::new(Arc::clone(&slot.policy().limits)),
             stale,
             locked_out: AtomicBool::new(false),
+            held: AtomicBool::new(false),
             slot,
             protocol,
             budget,
@@ -416,7 +431,7 @@ impl Pool {
 
     /// Takes what can be had without waiting; an idle connection is checked for a server that has gone.
     pub fn try_take(self: &Arc<Self>, home: &Home) -> Taken {
-        loop {
+        while !self.is_still() {
             let mut state = self.state.lock();
             state.waiting.retain(|waiter| !waiter.grant.is_closed());
             if !state.waiting.is_empty() {
@@ -441,6 +456,13 @@ impl Pool {
         }
         let (grant, turn) = oneshot::channel();
         state.waiting.push_back(Waiter { database: Arc::clone(&home.database), grant });
+        if self.is_still() {
+            self.held.store(true, Ordering::SeqCst);
+            drop(state);
+            // It may have gone on since it was asked: then nobody else sends this waiter on.
+            self.heed();
+            return Taken::Turn(Turn(turn));
+        }
         // An idle connection to another of the tenant's databases makes room.
         let other = (!state.idle.is_empty()).then(|| state.idle.remove(0));
         drop(state);
@@ -463,16 +485,59 @@ impl Pool {
         let places = match first {
             Taken::Lease(lease) => return Ok(lease),
             Taken::Places(places) => places,
-            Taken::Turn(mut turn) => match tokio::time::timeout_at(deadline.into(), &mut turn.0).await {
+            Taken::Turn(mut turn) => match self.turn(&mut turn, deadline).await {
                 Ok(Ok(Grant::Connection(held))) => return Ok(Lease { held: Some(held) }),
                 Ok(Ok(Grant::Places(places))) => places,
+                Ok(Ok(Grant::Again)) => return Err(TakeError::Moved),
+                Ok(Err(_)) | Err(_) if self.is_still() => return Err(TakeError::Still),
                 Ok(Err(_)) | Err(_) if self.tenant_has_room() => return Err(TakeError::ServerFull),
                 Ok(Err(_)) | Err(_) => {
                     return Err(TakeError::TenantFull { in_use: self.slot.connections(self.protocol) });
                 }
             },
         };
-        self.connect(home, places, deadline).await.map_err(TakeError::Connect)
+        self.connect(home, places, deadline).await.map_err(|error| match error.is_closed_database() {
+            true => TakeError::Moved,
+            false => TakeError::Connect(error),
+        })
+    }
+
+    /// Waits for a grant until `deadline`; while the tenant stands still, longer.
+    async fn turn(
+        &self,
+        turn: &mut Turn,
+        deadline: Instant,
+    ) -> Result<Result<Grant, oneshot::error::RecvError>, tokio::time::error::Elapsed> {
+        let longest = Instant::now() + STILL_PATIENCE;
+        let mut until = if self.is_still() { longest } else { deadline };
+        loop {
+            match tokio::time::timeout_at(until.into(), &mut turn.0).await {
+                // It began to stand still while this one waited for a connection.
+                Err(_) if self.is_still() && until < longest => until = longest,
+                ended => return ended,
+            }
+        }
+    }
+
+    /// Whether the tenant stands still: its database is about to change its home.
+    fn is_still(&self) -> bool {
+        self.slot.policy().tenant.still
+    }
+
+    /// Does what the tenant's standing still, or its end, asks for: closes what is idle, or sends on who waits.
+    pub fn heed(&self) {
+        let mut state = self.state.lock();
+        let (mut idle, mut waiting) = (Vec::new(), VecDeque::new());
+        if self.is_still() {
+            self.held.store(true, Ordering::SeqCst);
+            idle = std::mem::take(&mut state.idle);
+        } else if self.held.swap(false, Ordering::SeqCst) {
+            waiting = std::mem::take(&mut state.waiting);
+        }
+        drop(state);
+        idle.into_iter().for_each(|idle| close(idle.held));
+        // Who does not wait any more misses it.
+        waiting.into_iter().for_each(|waiter| drop(waiter.grant.send(Grant::Again)));
     }
 
     /// Connects, trying again while the server is starting or full and `deadline` has not passed. Nothing of a
@@ -528,7 +593,7 @@ impl Pool {
         let policy = pool.slot.policy();
         let open = pool.slot.connections(pool.protocol);
         let over_tier = open > policy.limits.connections(pool.protocol);
-        let outdated = !Arc::ptr_eq(&held.places.limits, &policy.limits);
+        let outdated = !Arc::ptr_eq(&held.places.limits, &policy.limits) || policy.tenant.still;
         drop(policy);
         let hungry = pool.budget.waiting.load(Ordering::Relaxed) > 0;
         if over_tier || outdated || (hungry && open > pool.budget.share()) {
@@ -545,7 +610,7 @@ impl Pool {
             }
             match waiter.grant.send(Grant::Connection(held)) {
                 Err(Grant::Connection(back)) => held = back,
-                Ok(()) | Err(Grant::Places(_)) => return,
+                Ok(()) | Err(Grant::Places(_) | Grant::Again) => return,
             }
         }
         if state.waiting.is_empty() {
@@ -578,6 +643,9 @@ impl Pool {
     }
 
     fn places(self: &Arc<Self>) -> Option<Places> {
+        if self.is_still() {
+            return None;
+        }
         let tenant = self.slot.connection(self.protocol)?;
         let server = Permit::take(&self.budget, |budget| &budget.used, self.budget.max)?;
         let limits = Arc::clone(&self.slot.policy().limits);
@@ -585,7 +653,7 @@ impl Pool {
     }
 
     fn tenant_has_room(&self) -> bool {
-        self.slot.connections(self.protocol) < self.slot.policy().limits.connections(self.protocol)
+        !self.is_still() && self.slot.connections(self.protocol) < self.slot.policy().limits.connections(self.protocol)
     }
 
     fn close_oldest_idle(&self) {

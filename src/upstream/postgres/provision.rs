@@ -5,11 +5,15 @@
 //! in last. The tenant never owns its database: an owner could let others in and lift limits.
 
 mod branch;
+mod closed;
+mod verifier;
 
 use std::{fmt, time::Duration};
 
-use aws_lc_rs::{digest, hmac, pbkdf2};
-use base64::{Engine, prelude::BASE64_STANDARD};
+use aws_lc_rs::digest;
+
+pub(super) use closed::Open;
+use verifier::scram_verifier;
 
 use super::{
     Admin, AdminError,
@@ -32,9 +36,6 @@ const LOCK_SPACE: i32 = 0x6479_6e61;
 
 /// Second half of the lock around what all tenants share; tenants' own have the lowest bit set.
 const LOCK_SHARED: i32 = 0;
-
-/// PBKDF2 rounds, PostgreSQL's own default. The password is 256 random bits, which no number of rounds improves.
-const SCRAM_ROUNDS: u32 = 4096;
 
 /// Does administrator's work for tenants on one server.
 #[derive(Clone, Debug)]
@@ -172,7 +173,9 @@ impl Provisioner {
             let drop = format!("drop database if exists {} with (force)", quoted(&database));
             run(&client, "dropping a database", &drop).await?;
         }
-        run(&client, "dropping the role", &format!("drop role if exists {}", quoted(&role))).await?;
+        for role in [&closed::mover(&role), &role] {
+            run(&client, "dropping the role", &format!("drop role if exists {}", quoted(role))).await?;
+        }
         Ok(())
     }
 
@@ -329,8 +332,12 @@ impl Provisioner {
             .await?;
         run(client, "opening the database", &format!("alter database {database} allow_connections true")).await?;
         self.schema(place).await?;
-        let grant = format!("grant connect, temporary, create on database {database} to {role}");
+        let grant = format!("grant temporary, create on database {database} to {role}");
         run(client, "letting the tenant in", &grant).await?;
+        // What is being moved, or was left behind, stays closed until the move opens it.
+        if closed::state(client, &place.database).await? == closed::Open::Yes {
+            run(client, "letting the tenant in", &format!("grant connect on database {database} to {role}")).await?;
+        }
         Ok(())
     }
 
@@ -460,38 +467,9 @@ pub(super) fn tenant_lock(role: &str) -> i32 {
     i32::from_be_bytes(first) | 1
 }
 
-/// What PostgreSQL stores of a password (`pg_authid.rolpassword`), computed here so that the password itself reaches
-/// neither the server's log nor `pg_stat_activity`. The salt is derived from the password, which is random and
-/// unique: repeating the step changes nothing, and login keys kept per salt stay good.
-fn scram_verifier(password: &Password) -> String {
-    let mac = |key: &[u8], text: &[u8]| hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), text);
-    let secret = password.expose().as_bytes();
-    let salt = mac(secret, b"dynabase scram salt");
-    let salt = &salt.as_ref()[..16];
-    let mut salted = [0; digest::SHA256_OUTPUT_LEN];
-    let rounds = std::num::NonZeroU32::new(SCRAM_ROUNDS).expect("a constant above zero");
-    pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, rounds, salt, secret, &mut salted);
-    let stored = digest::digest(&digest::SHA256, mac(&salted, b"Client Key").as_ref());
-    format!(
-        "SCRAM-SHA-256${SCRAM_ROUNDS}:{}${}:{}",
-        BASE64_STANDARD.encode(salt),
-        BASE64_STANDARD.encode(stored.as_ref()),
-        BASE64_STANDARD.encode(mac(&salted, b"Server Key").as_ref())
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_verifier_is_repeatable_and_does_not_hold_the_password() {
-        let verifier = scram_verifier(&Password::new("correct horse battery staple"));
-        assert_eq!(verifier, scram_verifier(&Password::new("correct horse battery staple")));
-        assert_ne!(verifier, scram_verifier(&Password::new("correct horse battery stapler")));
-        assert!(verifier.starts_with("SCRAM-SHA-256$4096:") && !verifier.contains("horse"), "{verifier}");
-        assert!(!verifier.contains('\''), "it stands in quotes");
-    }
 
     #[test]
     fn a_tenant_lock_is_never_the_shared_one() {

@@ -9,7 +9,12 @@ use std::{
 use futures_util::future::{Either, select};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{Relay, Told, next_kind, pending::Pending};
+use super::{
+    Relay, Told,
+    home::{MOVED_PAUSE, find},
+    next_kind,
+    pending::Pending,
+};
 use crate::{
     front::postgres::{Server, cancel, conversation::Conversation, count_refusal, options::Options, out::Out, refuse},
     net::{Peer, Stream},
@@ -18,7 +23,7 @@ use crate::{
     session::Session,
     tenant::{OverRate, PoolMode, Protocol},
     upstream::postgres::{
-        Connection, Home, Lease, Pool, TakeError, Taken, Upstream,
+        Connection, Home, Lease, Pool, STILL_PATIENCE, TakeError, Taken, Upstream,
         connection::{Parameters, Value},
     },
     wire::postgres::{
@@ -119,15 +124,15 @@ pub(super) async fn begin(
 ) -> Result<Begun, (Report, &'static str)> {
     let policy = Arc::clone(&session.slot().policy());
     let mode = options.pool_mode.unwrap_or(policy.limits.postgres.pool_mode);
-    let pool = upstream.pool(session.slot());
+    let mut pool = upstream.pool(session.slot());
     let limits = policy.limits.sql(pool.protocol());
-    let Some(home) = upstream.home(&pool, &policy.tenant, &options.database) else {
+    let Some(mut home) = upstream.home(&pool, &policy.tenant, &options.database) else {
         tracing::error!(org = %session.slot().org(), "its record names no place at Neon for this database: `dynabase tenant provision` makes what is missing");
         let refusal = Refusal::UpstreamDown;
         count_refusal(session.protocol(), &refusal);
         return Err((refuse::fatal(&refusal), refusal.kind()));
     };
-    let shared = server.shared(&home.database);
+    let mut shared = server.shared(&home.database);
 
     let bare = shared.intern(options.settings);
     let settings = match &options.application_name {
@@ -145,20 +150,23 @@ pub(super) async fn begin(
                 (refuse::fatal(&refusal), refusal.kind())
             };
             let deadline = Instant::now() + limits.queue_timeout;
-            let taken = pool.try_take(&home);
-            // If the client goes away, waiting for its turn is in vain.
-            let mut byte = [0; 1];
-            let gone = std::pin::pin!(client.read(&mut byte));
-            let take = std::pin::pin!(pool.take(&home, taken, deadline));
-            let taken = match select(take, gone).await {
-                Either::Left((taken, _)) => taken,
-                Either::Right((Ok(1), take)) => {
-                    let taken = take.await;
-                    early.extend_from_slice(&byte);
-                    taken
+            let taken = {
+                // If the client goes away, waiting for its turn is in vain.
+                let mut byte = [0; 1];
+                let gone = std::pin::pin!(client.read(&mut byte));
+                let take = std::pin::pin!(find(server, session, &mut pool, &mut home, deadline));
+                match select(take, gone).await {
+                    Either::Left((taken, _)) => taken,
+                    Either::Right((Ok(1), take)) => {
+                        let taken = take.await;
+                        early.extend_from_slice(&byte);
+                        taken
+                    }
+                    Either::Right(_) => return Err((refuse::fatal(&Refusal::Draining), "client_gone")),
                 }
-                Either::Right(_) => return Err((refuse::fatal(&Refusal::Draining), "client_gone")),
             };
+            shared = server.shared(&home.database);
+            let deadline = deadline.max(Instant::now() + Duration::from_secs(1));
             let mut lease =
                 taken.map_err(|error| refused(take_refusal(session, pool.protocol(), &error, limits.queue_timeout)))?;
             let scratch =
@@ -224,7 +232,7 @@ fn take_refusal(session: &Session, home: Protocol, error: &TakeError, waited: Du
                 retry_after: Some(waited),
             })
         }
-        TakeError::ServerFull => Refusal::UpstreamSlow,
+        TakeError::ServerFull | TakeError::Moved | TakeError::Still => Refusal::UpstreamSlow,
         TakeError::Connect(_) => Refusal::UpstreamDown,
     }
 }
@@ -322,8 +330,20 @@ impl Relay {
     pub(super) async fn wait_for_link(&mut self, taken: Taken) -> Result<(), &'static str> {
         let waited = Instant::now();
         let limit = self.session.slot().policy().limits.sql(self.pool.protocol()).queue_timeout;
-        let deadline = waited + limit;
-        let outcome = self.link_or_signal(taken, deadline).await;
+        let mut deadline = waited + limit;
+        let mut taken = taken;
+        let outcome = loop {
+            match self.link_or_signal(taken, deadline).await {
+                // The database is being moved, or was: it is looked for where it is now.
+                Waited::Refused(TakeError::Moved) if waited.elapsed() < STILL_PATIENCE => {
+                    tokio::time::sleep(MOVED_PAUSE).await;
+                    self.go_home();
+                    deadline = Instant::now() + limit;
+                    taken = self.pool.try_take(&self.home);
+                }
+                outcome => break outcome,
+            }
+        };
         let micros = u64::try_from(waited.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.session.meter().waited_us.fetch_add(micros, Ordering::Relaxed);
         let mut lease = match outcome {
@@ -349,10 +369,14 @@ impl Relay {
         if prepare(&mut lease, &script, patience).await.is_err() {
             // What the last client left may be what it refuses; a fresh connection has nothing of that.
             drop(lease);
-            let again = self.pool.try_take(&self.home);
-            let Ok(fresh) = self.pool.take(&self.home, again, patience).await else {
+            let before = Arc::clone(&self.home);
+            let found = find(&self.server, &self.session, &mut self.pool, &mut self.home, patience).await;
+            let Ok(fresh) = found else {
                 return Err(self.end(&Refusal::UpstreamDown).await);
             };
+            if !Arc::ptr_eq(&before, &self.home) {
+                self.conversation.move_to(self.server.shared(&self.home.database));
+            }
             lease = fresh;
             let script = self.conversation.preparation(&lease.remote);
             if prepare(&mut lease, &script, patience).await.is_err() {
