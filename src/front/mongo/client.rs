@@ -257,7 +257,7 @@ impl Client {
             let row = first.map(|first| commands::find(first.key));
             matches!(row, Some(Found::Row(row)) if row.database == Treat::Local(Emulate::Hello))
         });
-        let mut out = Vec::new();
+        let mut out = spare::take(0);
         let done = match hello {
             Some(query) => self.hello(&asked, query.command, &mut out).await,
             None => Err(Answer::new(
@@ -266,10 +266,12 @@ impl Client {
                 "Unsupported OP_QUERY command: the client driver may require an upgrade",
             )),
         };
-        match done {
+        let after = match done {
             Ok(()) => self.send_document(asked, &out).await,
             Err(answer) => self.answer(asked, &answer).await,
-        }
+        };
+        spare::give(out);
+        after
     }
 
     /// An OP_MSG.
@@ -307,7 +309,7 @@ impl Client {
             let text = format!("Command {name} requires authentication");
             return self.answer(asked, &Answer::new(13, "Unauthorized", text)).await;
         }
-        let mut out = Vec::new();
+        let mut out = spare::take(0);
         let done = match emulate {
             Some(Emulate::Hello | Emulate::Sasl | Emulate::Logout) => match message.body.has_duplicate_key() {
                 Ok(false) => self.handshake(&asked, emulate, message.body, &mut out).await,
@@ -317,12 +319,17 @@ impl Client {
                 super::local::put_open(self, emulate, &mut out);
                 Ok(())
             }
-            _ => return self.request(asked, &message).await,
+            _ => {
+                spare::give(out);
+                return self.request(asked, &message).await;
+            }
         };
-        match done {
+        let after = match done {
             Ok(()) => self.send_document(Asked { compressor: None, ..asked }, &out).await,
             Err(answer) => self.answer(Asked { compressor: None, ..asked }, &answer).await,
-        }
+        };
+        spare::give(out);
+        after
     }
 
     async fn handshake(
@@ -377,16 +384,20 @@ impl Client {
             Verdict::Refuse(fault) => {
                 self.count_refused();
                 super::forward::abort_refused(self, &tenancy, message.body);
-                let mut out = Vec::new();
+                let mut out = spare::take(0);
                 refuse::put_fault(&fault, &mut out);
-                self.send_document(asked, &out).await
+                let after = self.send_document(asked, &out).await;
+                spare::give(out);
+                after
             }
             Verdict::Local(local) => {
-                let mut out = Vec::new();
-                match super::local::put(self, &tenancy, &way, &local, message.body, &mut out).await {
+                let mut out = spare::take(0);
+                let after = match super::local::put(self, &tenancy, &way, &local, message.body, &mut out).await {
                     Ok(()) => self.send_document(asked, &out).await,
                     Err(answer) => self.answer(asked, &answer).await,
-                }
+                };
+                spare::give(out);
+                after
             }
             Verdict::Forward(forward) => {
                 mongo::end(&mut sent, 0);

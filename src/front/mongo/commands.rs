@@ -235,7 +235,7 @@ pub struct Row {
 }
 
 /// The bits, by their places, of fields that are looked for by their names with each command; 0 for one that the row has
-/// not. A walk over what a client wrote for each of them cost a fifth of rewriting a find.
+/// not. Most commands have none of them, which a bit tells without a walk over what the client wrote.
 #[derive(Clone, Copy, Debug)]
 pub struct Bits {
     /// `collection`.

@@ -49,17 +49,21 @@ pub(super) enum Form {
 impl Client {
     /// Sends an error.
     pub(super) async fn answer(&mut self, asked: Asked, answer: &Answer) -> After {
-        let mut out = Vec::new();
+        let mut out = spare::take(0);
         answer.put(&mut out);
         let sent = self.send_document(asked, &out).await;
+        spare::give(out);
         if answer.after == After::Close { After::Close } else { sent }
     }
 
     /// Sends a document in the form that was asked for.
     pub(super) async fn send_document(&mut self, asked: Asked, document: &[u8]) -> After {
-        let mut message = Vec::with_capacity(HEADER_BYTES + 32 + document.len());
+        let mut message = spare::take(HEADER_BYTES + 32 + document.len());
         match asked.form {
-            Form::Silent => return After::Stay,
+            Form::Silent => {
+                spare::give(message);
+                return After::Stay;
+            }
             Form::Message => mongo::begin_message(&mut message, 0, asked.id),
             Form::Query => {
                 let failed = Document::new(document).and_then(|it| it.get("ok")).ok().flatten();

@@ -338,7 +338,8 @@ fn matched(document: Document<'_>, depth: usize) -> Result<(), Fault> {
 
 /// A filter that is only checked: of a catalog, a validator, a partial index.
 pub(super) fn check(scope: &Scope<'_>, filter: Document<'_>) -> Result<(), Fault> {
-    let mut scratch = Vec::new();
+    // At once: it is written as it is, and thrown away.
+    let mut scratch = Vec::with_capacity(filter.bytes().len() + 16);
     let database = Scope { isolation: Isolation::Database, ..*scope };
     put(&database, Collation::Simple, "", Some(filter), &mut scratch).map(|_| ())
 }
