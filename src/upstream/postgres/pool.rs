@@ -8,7 +8,7 @@
 //! - A connection holds its [`Places`] from before it is dialled until the server has closed it, so that the
 //!   server never sees more connections than the limits say.
 //! - A lease is released clean or closed; dropping it closes it.
-//! - While the tenant stands still ([`Tenant::still`]) nobody gets a connection and none is kept: what ends is closed, and
+//! - While the tenant stands still ([`crate::tenant::Tenant::still`]) nobody gets a connection and none is kept: what ends is closed, and
 //!   who waits is told to look again when it goes on, since the database may be somewhere else then.
 //! - No lock is held while another pool's is taken, or while a grant is dropped (which may come back here).
 

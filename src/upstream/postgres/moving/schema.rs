@@ -91,7 +91,7 @@ impl Dump {
     /// There is none; says how to install it.
     pub fn find(&self, release: u32) -> Result<PathBuf, String> {
         let mut versioned: Vec<(u32, PathBuf)> = Vec::new();
-        for folder in VERSIONED.iter().flat_map(|folder| std::fs::read_dir(folder)).flatten().flatten() {
+        for folder in VERSIONED.iter().flat_map(std::fs::read_dir).flatten().flatten() {
             if let Some(version) = folder.file_name().to_str().and_then(|name| name.parse().ok()) {
                 versioned.push((version, folder.path().join("bin/pg_dump")));
             }
