@@ -194,3 +194,25 @@ fn a_replica_set_is_named_with_the_address_that_leads_to_us_and_not_past_us() {
         "front.example"
     );
 }
+
+#[test]
+fn an_advertised_host_that_the_certificate_is_not_for_is_seen() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let made = rcgen::generate_simple_self_signed(["front.example".to_owned()]).expect("a certificate");
+    let (cert, key) = (folder.path().join("own.crt"), folder.path().join("own.key"));
+    std::fs::write(&cert, made.cert.pem()).expect("written");
+    std::fs::write(&key, made.signing_key.serialize_pem()).expect("written");
+    let tls = format!("[tls]\ncert_file = {cert:?}\nkey_file = {key:?}\n");
+    for (host, tls, stranger) in [
+        ("front.example", tls.as_str(), None),
+        ("other.example", tls.as_str(), Some("other.example")),
+        ("127.0.0.1", tls.as_str(), Some("127.0.0.1")),
+        // Who ends TLS, if anybody, is not known here.
+        ("other.example", "", None),
+    ] {
+        let text = format!("[mongodb]\nreplica_set = \"rs0\"\nadvertise = \"{host}:27018\"\n{tls}");
+        let config = parse(&text).expect("good");
+        let member = config.mongodb_member().expect("one");
+        assert_eq!(config.mongodb_stranger(&member), stranger, "{host}");
+    }
+}

@@ -3,6 +3,7 @@
 
 mod batches;
 mod driver;
+mod holds;
 mod hostile;
 mod large;
 mod limits;

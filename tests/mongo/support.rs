@@ -46,6 +46,18 @@ fn names() -> Names {
     Names::new(RootSecret::new(&[7; 32]).expect("32 bytes"), NameStyle::Plain)
 }
 
+/// The way to the server on `port`, which asks for no login.
+pub fn upstream(port: u16) -> Arc<Upstream> {
+    let target = Target {
+        addresses: vec![format!("127.0.0.1:{port}")],
+        tls: ClientTls::new(TlsMode::Disable, None).expect("no TLS"),
+        login: None,
+        replica_set: None,
+        direct: true,
+    };
+    Upstream::new(target, names())
+}
+
 pub fn tenant(org: &str, tier: Tier, epoch: u64) -> Tenant {
     Tenant { epoch, ..Tenant::new(OrgId::parse(org).expect("an id"), tier) }
 }
@@ -105,13 +117,7 @@ impl House {
         let ticking = Arc::clone(&table);
         tokio::spawn(async move { ticking.run_ticker().await });
         let gate = Arc::new(Gate::new(verifier, Arc::clone(&table), Arc::new(Meters::default()), false));
-        let target = Target {
-            addresses: vec![format!("127.0.0.1:{port}")],
-            tls: ClientTls::new(TlsMode::Disable, None).expect("no TLS"),
-            login: None,
-            replica_set: None,
-            direct: true,
-        };
+        let upstream = upstream(port);
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("bound").port();
         let member = set.map(|set| {
@@ -120,7 +126,7 @@ impl House {
         });
         let config = Config { login_timeout: PATIENCE, issuer: "https://test.supabase.co/auth/v1".into(), member };
         let drain = Drain::new();
-        let server = Server::new(gate, Upstream::new(target, names()), tls, config, drain.clone()).expect("a front");
+        let server = Server::new(gate, upstream, tls, config, drain.clone()).expect("a front");
         tokio::spawn(async move {
             static IDS: AtomicU64 = AtomicU64::new(1);
             while let Ok((tcp, peer)) = listener.accept().await {
