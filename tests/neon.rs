@@ -57,9 +57,14 @@ pub fn tenant<'a>(proxy: &'a Proxy, org: &str, tier: Tier) -> Org<'a> {
 
 /// One request on a connection of its own: status and body.
 pub fn ask(port: u16, head: &str, body: &str) -> (u16, String) {
+    ask_at("x", port, head, body)
+}
+
+/// The same for a host of that name.
+pub fn ask_at(host: &str, port: u16, head: &str, body: &str) -> (u16, String) {
     let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("the door");
     socket.set_read_timeout(Some(PATIENCE)).expect("set");
-    write!(socket, "{head}\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+    write!(socket, "{head}\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len())
         .expect("sent");
     let mut answer = String::new();
     socket.read_to_string(&mut answer).expect("answered");

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio_tungstenite::{WebSocketStream, client_async, tungstenite::Message};
 
 use crate::{
-    neon::{door, setup, sql, sql_in, tenant},
+    neon::{ask_at, door, setup, sql, sql_in, tenant},
     support::{
         PATIENCE, eventually, postgres,
         proxy::{Org, Proxy},
@@ -27,10 +27,10 @@ fn message(kind: u8, body: &[u8]) -> Vec<u8> {
     [&[kind][..], &length.to_be_bytes(), body].concat()
 }
 
-/// A session over a WebSocket in which `query` was answered: until `tag` was heard.
-async fn session(port: u16, org: &Org<'_>, query: &str, tag: &str) -> WebSocketStream<TcpStream> {
+/// A session over a WebSocket to that host, in which `query` was asked: until `tag` was heard.
+async fn session(host: &str, port: u16, org: &Org<'_>, query: &str, tag: &str) -> WebSocketStream<TcpStream> {
     let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.expect("the door");
-    let (mut socket, _) = client_async("ws://x/v2", stream).await.expect("a socket");
+    let (mut socket, _) = client_async(format!("ws://{host}/v2"), stream).await.expect("a socket");
     let startup = message(0, b"\0\x03\0\0user\0app\0database\0app\0\0")[1..].to_vec();
     let password = message(b'p', &[org.token().as_bytes(), b"\0"].concat());
     let query = message(b'Q', &[query.as_bytes(), b"\0"].concat());
@@ -56,7 +56,7 @@ async fn http_sockets_and_the_postgres_port_share_one_budget() {
     // One by the Postgres port, one by a socket: nothing is left for a request.
     let mut wire = org.wire();
     wire.query("begin");
-    let mut socket = session(port, &org, "begin", "BEGIN\0Z").await;
+    let mut socket = session("x", port, &org, "begin", "BEGIN\0Z").await;
     let (status, answer) = sql_in(port, &org, "app", "select 1");
     assert_eq!((status, &answer["code"]), (400, &json!("53300")), "{answer}");
     assert!(answer["detail"].as_str().expect("text").contains("limit=connections"), "{answer}");
@@ -122,4 +122,42 @@ async fn a_request_that_is_taken_back_on_http_2_is_cancelled() {
     let answer = ask("select count(*) from t").await.expect("no panic").expect("an answer");
     assert_eq!(answer.status(), StatusCode::OK);
     assert_eq!(sql(port, &org, "select count(*)::int as n from t"), json!([{"n": 0}]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_a_tenant_s_own_host_nobody_else_s_token_opens_anything() {
+    let mut setup = setup(&postgres::shared().url);
+    setup.sections.push_str("\ndomain = \"db.example.test\"\n");
+    let proxy = Proxy::start(&setup);
+    let port = door(&proxy);
+    let (mine, theirs) = (tenant(&proxy, "neon-mine", Tier::Pro), tenant(&proxy, "neon-theirs", Tier::Pro));
+    let token = mine.token();
+    let own = "neon-mine.db.example.test";
+    for (host, named, good) in [
+        // The driver's ways: the tenant's host in the string, `api` before the domain over HTTP.
+        ("api.db.example.test", own, true),
+        ("apiauth.db.example.test:8443", own, true),
+        ("x", own, true),
+        (own, "x", true),
+        ("NEON-MINE.db.example.test.", "neon-mine.db.example.test:5432", true),
+        ("x", "x", true),
+        ("x", "neon-theirs.db.example.test", false),
+        ("neon-theirs.db.example.test", "x", false),
+        ("neon-theirs.db.example.test:8080", own, false),
+        (own, "neon-theirs.db.example.test", false),
+        ("x", "nobody.db.example.test", false),
+    ] {
+        let head = format!("POST /sql HTTP/1.1\r\nNeon-Connection-String: postgres://app:{token}@{named}/app");
+        let (status, body) = ask_at(host, port, &head, r#"{"query":"select 1 as one"}"#);
+        assert_eq!(status, if good { 200 } else { 400 }, "{host} {named}: {body}");
+        assert_eq!(body.contains(r#""code":"28P01""#), !good, "{host} {named}: {body}");
+        if named == "x" {
+            let head = format!("GET /neon/branches HTTP/1.1\r\nAuthorization: Bearer {token}");
+            assert_eq!(ask_at(host, port, &head, "").0, if good { 200 } else { 401 }, "{host}");
+        }
+    }
+    session(own, port, &mine, "select 1", "SELECT 1\0Z").await;
+    session("x", port, &mine, "select 1", "SELECT 1\0Z").await;
+    session("neon-theirs.db.example.test", port, &mine, "select 1", "C28P01").await;
+    session("neon-theirs.db.example.test", port, &theirs, "select 1", "SELECT 1\0Z").await;
 }

@@ -12,8 +12,8 @@ use serde_json::json;
 
 use super::{Server, refuse};
 use crate::{
-    front::http::{Body, Client, body},
-    refusal::Refusal,
+    front::http::{Body, Client, body, host},
+    refusal::{Refusal, TokenFault},
     session::Session,
     tenant::Protocol,
     upstream::neon::{BranchError, Branches},
@@ -39,13 +39,18 @@ pub async fn answer(
     client: &Client,
     name: Option<String>,
 ) -> Response<Body> {
+    let host_org = match host(&request) {
+        Ok(host) => host.and_then(|host| server.host_org(host)),
+        Err(refusal) => return refuse::rest(&refusal),
+    };
     let (parts, incoming) = request.into_parts();
     let token = parts.headers.get(header::AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
     let Some(token) = token else {
         return body::error(StatusCode::UNAUTHORIZED, "unauthorized", "send your token: Authorization: Bearer TOKEN");
     };
     let session = match admit(server, token.trim_ascii(), client).await {
-        Ok(session) => session,
+        Ok(session) if host_org.as_ref().is_none_or(|org| org == session.slot().org()) => session,
+        Ok(_) => return refuse::rest(&Refusal::BadToken(TokenFault::BadOrg)),
         Err(refusal) => return refuse::rest(&refusal),
     };
     client.admitted();

@@ -21,10 +21,11 @@ use crate::{
         http::{
             Body, Client,
             body::{self, ReadError},
+            host,
         },
-        postgres::{Denied, Line},
+        postgres::{Denied, Line, Options},
     },
-    refusal::Refusal,
+    refusal::{Refusal, TokenFault},
     wire::{
         neon::{
             reply::{self, Columns, Shape},
@@ -85,8 +86,17 @@ async fn run(
     client: &Client,
 ) -> Result<Response<Body>, Response<Body>> {
     let bad = |text: &str| refuse::plain(StatusCode::BAD_REQUEST, text);
+    let asked_at = host(&request).map_err(|refusal| refuse::rest(&refusal))?.and_then(|host| server.host_org(host));
     let (parts, incoming) = request.into_parts();
-    let Login { options, credential, shape, begin } = login::read(&parts.headers).map_err(|text| bad(&text))?;
+    let Login { options, host, credential, shape, begin } = login::read(&parts.headers).map_err(|text| bad(&text))?;
+    let host_org = match (asked_at, server.host_org(&host)) {
+        (Some(one), Some(other)) if one != other => {
+            let refusal = Refusal::BadToken(TokenFault::BadOrg);
+            return Err(refuse::denied(&Denied::Refusal(refusal), &options));
+        }
+        (one, other) => one.or(other),
+    };
+    let options = Options { host_org, ..options };
     server.postgres.may_carry(client.transport).map_err(|no| refuse::denied(&Denied::Refusal(no), &options))?;
     // Nothing of a stranger's body is read, and a tenant has no more of them here than it may have clients.
     let guest = server
