@@ -20,6 +20,10 @@ impl Drop for Ends {
     }
 }
 
+/// A function that reads a key.
+const LIBRARY: &str =
+    "#!lua name=l\nredis.register_function('get',function(keys) return redis.call('GET',keys[1]) end)";
+
 /// Tries until it gets this, for as long as a failover may take.
 async fn until(client: &mut Client, house: &House, org: &str, line: &str, expected: &str) -> usize {
     let begun = Instant::now();
@@ -83,10 +87,11 @@ async fn a_failover_by_sentinel_is_followed() {
     let mut house = House::before(master, target, None, include_str!("../../config/tiers.toml")).await;
     let mut client = house.client("umbrella").await;
     assert_eq!(client.line("SET k 1").await, "+OK");
+    assert_eq!(client.run(&["FUNCTION", "LOAD", LIBRARY]).await, "\"l\"");
     let mut listener = house.client("umbrella").await;
     listener.line("SUBSCRIBE c").await;
     let mut behind = replica.admin().await;
-    while !behind.line("INFO keyspace").await.contains("db1:keys=1") {
+    while !behind.line("INFO keyspace").await.contains("db1:keys=1") || behind.line("FUNCTION LIST").await == "[]" {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     // What is outstanding when the master dies has no answer: it is told, and not sent again.
@@ -110,6 +115,7 @@ async fn a_failover_by_sentinel_is_followed() {
     // The new one has no ACL users until it is asked for one; scripts are loaded again, too.
     let script = "return redis.call('INCR','n'..ARGV[1])";
     assert_eq!(client.run(&["EVAL", script, "0", "x"]).await, ":1");
+    assert_eq!(client.line("FCALL get 1 k").await, "\"2\"");
     // The old one comes back as a replica; nobody is sent there.
     house.redis.start_again().await;
     assert_eq!(house.client("umbrella").await.line("SET k 3").await, "+OK");
@@ -133,6 +139,7 @@ async fn slot_moves() {
     }
     assert_eq!(client.line("MSET a 1 b 2 c 3").await, "+OK", "all of a tenant is in one slot");
     assert_eq!(client.line("RENAME c d").await, "+OK");
+    assert_eq!(client.run(&["FUNCTION", "LOAD", LIBRARY]).await, "\"l\"");
     let slot = admins[0].run(&["CLUSTER", "KEYSLOT", "{org:umbrella}:k"]).await.trim_start_matches(':').to_owned();
     let mut ids = Vec::new();
     let mut source = 0;
@@ -179,6 +186,7 @@ async fn slot_moves() {
         if moved == 100 {
             for i in 0..200 {
                 assert_eq!(client.run(&["GET", &format!("k{i}")]).await, format!("\"{i}\""));
+                assert_eq!(client.run(&["FCALL", "get", "1", &format!("k{i}")]).await, format!("\"{i}\""));
             }
             assert_eq!(client.line("MULTI").await, "+OK");
             client.line("SET new 1").await;
@@ -199,6 +207,8 @@ async fn slot_moves() {
     }
     assert_eq!(writer.await.expect("no error was told"), 400);
     assert_eq!(client.line("EVAL return(redis.call('GET','a')) 0").await, "\"1\"");
+    assert_eq!(client.line("FCALL get 1 a").await, "\"1\"");
+    assert!(client.line("FUNCTION LIST").await.contains("\"get\""));
     assert_eq!(house.client("umbrella").await.line("GET d").await, "\"3\"");
     assert_ne!(admins[to].line(&format!("CLUSTER COUNTKEYSINSLOT {slot}")).await, ":0");
 }

@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Libraries of one tenant: the server has them for ever, looks through all tenants' when it lists one's, and each
-/// comes with some 12 KB of ours.
+/// comes with some 13 KB of ours.
 const LIBRARIES_MAX: usize = 32;
 
 /// Bytes of their code together, as the tenant gave it. It takes several times as much in the server, where no cap of

@@ -1,7 +1,9 @@
 local dynabase_end=(function(api)
 local prelude=@PRELUDE@
 local function call(main,name,keys,args)
- local W,tick,finish,env=prelude(keys,args,string.match(args[#args],'%S+$'))
+ local P=args[#args]
+ args[#args]=nil
+ local W,finish,tick,env=prelude(keys,args,P)
  return finish(function()
   local found={}
   W.register_function=function(...)

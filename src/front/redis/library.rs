@@ -70,6 +70,7 @@ pub fn wrap(code: &[u8], space: &RedisNamespace, alone: bool) -> Result<Wrapped,
         format!("ERR Error compiling function: user_function:{}: {text}", line + 1)
     })?;
     let names = script::shadowed(body);
+    let parts = script::Parts { alone, ticks: true, names: names.is_some() };
     let mark = space.function_mark();
     let ours = LIBRARY
         .replace('\n', " ")
@@ -79,7 +80,7 @@ pub fn wrap(code: &[u8], space: &RedisNamespace, alone: bool) -> Result<Wrapped,
         .replace("@NAME@", &NAME_MAX_BYTES.to_string())
         .replace("@DESCRIPTION@", &DESCRIPTION_MAX_BYTES.to_string())
         .replace("@TICKS@", &LOAD_TICKS_MAX.to_string())
-        .replace("@PRELUDE@", &script::prelude(alone, &space.channel_prefix()));
+        .replace("@PRELUDE@", &script::prelude(parts, &space.channel_prefix()));
     let mut head = format!("#!lua name={mark}{name}\n--[[{}]] {ours}{OPEN}", data_encoding::BASE64.encode(header));
     if let Some(names) = names {
         let _ = write!(head, ",{names}");

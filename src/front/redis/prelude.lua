@@ -1,16 +1,14 @@
 function(KEYS,ARGV,P)
 local limits=ARGV[#ARGV]
 ARGV[#ARGV]=nil
-local cap,ttl,left=string.match(limits,'^(%d+) (%d+) (%d+)')
-cap,ttl,left=tonumber(cap),tonumber(ttl),tonumber(left)
-local made,ticks,real,tools=0,0,'',nil
+local made,ticks,real,tools,cap,ttl,left=0,0,''
 for i=1,#KEYS do KEYS[i]=string.sub(KEYS[i],#P+1) end
-local function tick()
- ticks=ticks+1
- if ticks>@TICKS@ then error({err='@STOP@'}) end
-end
+@TICK@
 local function make()
  local t={}
+ cap,ttl,left=string.match(limits,'^(%d+) (%d+) (%d+)')
+ cap,ttl,left=tonumber(cap),tonumber(ttl),tonumber(left)
+ function t.refuse(raise,text) local o={err=text} if raise then error(o) end return o end
  function t.own(v) if type(v)=='string' and string.sub(v,1,#P)==P then return string.sub(v,#P+1) end return v end
  function t.put(a,i,j,s) for x=i,j,s or 1 do local v=a[x] if type(v)=='string' or type(v)=='number' then a[x]=P..v end end end
  function t.word(a,i)
@@ -49,7 +47,6 @@ local function make()
  tools=t
  return t
 end
-local function refuse(raise,text) local o={err=text} if raise then error(o) end return o end
 local function run(raise,...)
  local S='@S@'
  local a,z={...},select('#',...)
@@ -72,7 +69,7 @@ local function run(raise,...)
   local w=0
   for i=2,z do local v=a[i] if type(v)=='string' then w=w+#v end end
   if g==42 then w=w+t.weight(a,z,c) end
-  if w>left then return refuse(raise,'@OOMMEMORY@') end
+  if w>left then return t.refuse(raise,'@OOMMEMORY@') end
   left=left-w
  end
  local store
@@ -103,7 +100,7 @@ local function run(raise,...)
  local new=0
  if cap>0 and d2>0 and m~=84 then
   for x=d1,d2,ds do if a[x] and redis.call('EXISTS',a[x])==0 then new=new+1 end end
-  if new>0 and @HELD@+new>cap then return refuse(raise,'@OOM@') end
+  if new>0 and @HELD@+new>cap then return t.refuse(raise,'@OOM@') end
  end
  local derived=g~=45 and d2>0 and (m==83 or c=='RESTORE' or (m==70 and k~=107 and k~=99))
  local before=derived and t.held(a,d1,d2,ds)
@@ -129,35 +126,7 @@ local W=setmetatable({call=function(...) return run(true,...) end,pcall=function
  if k=='log' or k=='set_repl' or k=='breakpoint' or k=='debug' then return function() return false end end
  return redis[k]
 end,__metatable=false})
-local function env()
- local loader
- local raw=cjson
- local json=setmetatable({},{__index=function(j,k)
-  local v=raw[k]
-  if type(v)~='function' or k=='encode' or k=='decode' or k=='new' then return v end
-  raw=raw.new()
-  for name,value in next,raw do if rawget(j,name)==nil then rawset(j,name,value) end end
-  return rawget(j,k)
- end,__metatable=false})
- local function meta(v) if type(v)=='table' then return getmetatable(v) end return nil end
- local function collect(o) if o=='count' then return collectgarbage(o) end return 0 end
- local E=setmetatable({redis=W,getmetatable=meta,cjson=json,collectgarbage=collect},{__index=function(_,k)
-  if type(k)=='string' and string.find(' @HIDDEN@ ',' '..k..' ',1,true) then return nil end
-  return _G[k]
- end,__metatable=false})
- function loader(s,name)
-  if type(s)~='string' or string.byte(s)==27 then return nil,'only text can be loaded' end
-  for w in string.gmatch('while repeat for function','%a+') do if string.find(s,'%f[%w_]'..w..'%f[^%w_]') then return nil,'no loop and no function can be loaded' end end
-  local f,e=loadstring(s,name)
-  if not f then return f,e end
-  f,e=loadstring('return function(redis,@NAMES@) return function(...) '..s..'\nend end',name)
-  if not f then return f,e end
-  f=f()(W,E,E.loadstring,E.load,collect,meta,json)
-  return function(...) tick() return f(...) end
- end
- E.loadstring,E.load,E._G=loader,loader,E
- return E,loader,loader,collect,meta,json
-end
+@ENV@
 local function finish(f)
  local function same(v) return v end
  local ok,r=xpcall(f,same)
@@ -203,5 +172,5 @@ local function finish(f)
  if t=='string' or t=='number' or t=='boolean' or t=='nil' then error(r,0) end
  error('@NOTEXT@',0)
 end
-return W,tick,finish,env
+return W,finish@GIVEN@
 end

@@ -59,6 +59,8 @@ const SHADOWED: [&str; 9] =
     ["_G", "loadstring", "load", "collectgarbage", "getmetatable", "cjson", "newproxy", "getfenv", "setfenv"];
 
 const PRELUDE: &str = include_str!("prelude.lua");
+const ENV: &str = include_str!("env.lua");
+const TICK: &str = "local function tick() ticks=ticks+1 if ticks>@TICKS@ then error({err='@STOP@'}) end end";
 const GUARD: &str = include_str!("guard.lua");
 const LEARNING_GUARD: &str = include_str!("learning_guard.lua");
 
@@ -155,16 +157,36 @@ fn has_keys(container: &str) -> bool {
     commands::ROWS.iter().any(|row| row.keys != Keys::Nowhere && of(row.name))
 }
 
+/// What a text needs of the prelude.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Parts {
+    /// The tenant's databases are its own.
+    pub alone: bool,
+    /// There is a loop or a function in the text.
+    pub ticks: bool,
+    /// It has a name that it gets ours for.
+    pub names: bool,
+}
+
 /// What stands between the server and a text of a tenant: a function in Lua that gives it a `redis` of its own, counts
 /// what it does and looks at what it gives. On one line, so that line numbers in errors stay right.
-pub(super) fn prelude(alone: bool, channels: &[u8]) -> String {
+/// Each part of it costs every call, so what the text has no use for is left out.
+///
+/// It gives the `redis`, and what ends the text; then, if it has them, what ticks, and what makes the names of ours.
+pub(super) fn prelude(parts: Parts, channels: &[u8]) -> String {
+    let Parts { alone, ticks, names } = parts;
     // The number of keys that it created comes back beside its reply.
     let (held, reply) = if alone {
         ("redis.call('DBSIZE')", "return r")
     } else {
         ("made+1", "if r==nil then r=false end return {made,r}")
     };
+    let (tick, given) = if ticks || names { (TICK, ",tick") } else { ("", "") };
+    let (env, made) = if names { (ENV, ",env") } else { ("", "") };
     PRELUDE
+        .replace("@ENV@", env)
+        .replace("@TICK@", tick)
+        .replace("@GIVEN@", &format!("{given}{made}"))
         .replace('\n', " ")
         .replace("@HELD@", held)
         .replace("@RETURN@", reply)
@@ -202,12 +224,18 @@ fn wrap(database: &Database, body: &[u8]) -> Result<Box<[u8]>, Refused> {
         let line = line + usize::from(!head.is_empty());
         Refused(format!("ERR Error compiling script (new function): user_script:{line}: {text}"))
     })?;
-    let names = shadowed(rest).map_or_else(String::new, |names| format!("local {names}=dynabase_env() "));
+    let names = shadowed(rest);
+    let ticks = text.len() > rest.len();
+    let given = match (ticks, names.is_some()) {
+        (_, true) => ",dynabase_tick,dynabase_env",
+        (true, false) => ",dynabase_tick",
+        (false, false) => "",
+    };
     let open = format!(
-        "local redis,dynabase_tick,dynabase_end,dynabase_env=({})(KEYS,ARGV,'{}') {names}\
-         local function dynabase_main(...) ",
-        prelude(database.alone, &database.channels),
-        String::from_utf8_lossy(&database.prefix)
+        "local redis,dynabase_end{given}=({})(KEYS,ARGV,'{}') {}local function dynabase_main(...) ",
+        prelude(Parts { alone: database.alone, ticks, names: names.is_some() }, &database.channels),
+        String::from_utf8_lossy(&database.prefix),
+        names.map_or_else(String::new, |names| format!("local {names}=dynabase_env() "))
     );
     Ok([head, open.as_bytes(), &text, b"\nend return dynabase_end(dynabase_main)"].concat().into())
 }
@@ -299,7 +327,7 @@ mod tests {
             assert!(classes.contains(expected), "{expected} in {classes}");
         }
         assert!(classes.contains(" LSET:k-+ ") && !classes.contains(" GET:"));
-        for text in [PRELUDE, super::super::library::LIBRARY] {
+        for text in [PRELUDE, ENV, super::super::library::LIBRARY] {
             assert!(text.lines().all(|line| !line.contains("--")), "a comment would swallow the rest of the line");
         }
     }

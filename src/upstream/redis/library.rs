@@ -4,7 +4,9 @@
 //! In a cluster each master has them all: a tenant's slot may move, and functions don't move with it. What is told is
 //! what the master of the tenant's slot holds.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::Instant;
 
 use super::{
     MOVING_PAUSE, PLATFORM_TIMEOUT, Place,
@@ -15,6 +17,13 @@ use crate::wire::resp::{Cursor, Item, put_array, put_bulk, put_request};
 
 /// How often a library is loaded anew because others of the same tenant changed theirs at the same time.
 const TRIES_MAX: usize = 8;
+
+/// How many times as long as one command about a tenant's libraries took its next one waits: compiling code and looking
+/// through all tenants' libraries keep the server from everybody.
+const REST: u32 = 4;
+
+/// The longest such pause.
+const REST_MAX: Duration = Duration::from_secs(1);
 
 /// How long a change is remembered so that others notice it, in seconds: far longer than one takes.
 const NOTICE_SECONDS: &[u8] = b"300";
@@ -52,6 +61,16 @@ impl Place {
         Ok(self.upstream.server().await?.commands.contains("function|list"))
     }
 
+    /// One at a time, with a rest in between.
+    async fn in_turn<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut turn = self.libraries_turn.lock().await;
+        tokio::time::sleep_until(*turn).await;
+        let begun = Instant::now();
+        let result = work.await;
+        *turn = Instant::now() + (begun.elapsed() * REST).min(REST_MAX);
+        result
+    }
+
     fn list(&self, pattern: &[u8]) -> Vec<u8> {
         let mark = self.space.function_mark().as_bytes();
         let mut ask = Vec::new();
@@ -68,7 +87,7 @@ impl Place {
         if !self.has_functions().await? {
             return Ok(Vec::new());
         }
-        let answers = self.ask(&self.list(pattern), 1).await?;
+        let answers = self.in_turn(self.ask(&self.list(pattern), 1)).await?;
         parse(&answers[0], self.space.function_mark())
     }
 
@@ -96,7 +115,8 @@ impl Place {
             }
             Err(DialError::Slow)
         };
-        tokio::time::timeout(PLATFORM_TIMEOUT, load).await.unwrap_or(Err(DialError::Slow))
+        let load = tokio::time::timeout(PLATFORM_TIMEOUT, load);
+        self.in_turn(load).await.unwrap_or(Err(DialError::Slow))
     }
 
     /// One attempt at the master of the tenant's slot; `None` if it has to be made again.
@@ -158,6 +178,10 @@ impl Place {
     /// # Errors
     /// The server can't be asked. It may have been deleted, in a cluster from some nodes.
     pub async fn delete_library(&self, name: &[u8]) -> Result<Answer, DialError> {
+        self.in_turn(self.delete(name)).await
+    }
+
+    async fn delete(&self, name: &[u8]) -> Result<Answer, DialError> {
         let mark = self.space.function_mark().as_bytes();
         let mut ask = Vec::new();
         put_request(&mut ask, &[b"FUNCTION", b"DELETE", &[mark, name].concat()]);
@@ -178,6 +202,10 @@ impl Place {
         if !self.has_functions().await? {
             return Ok(());
         }
+        self.in_turn(self.flush()).await
+    }
+
+    async fn flush(&self) -> Result<(), DialError> {
         self.upstream.nodes.address(self.slot).await?;
         let mark = self.space.function_mark();
         for address in self.upstream.nodes.masters() {

@@ -80,6 +80,8 @@ pub struct Place {
     guarded_ms: AtomicU64,
     /// What of large requests and replies is held for the tenant.
     pub held: Arc<Pool>,
+    /// Held while the tenant's libraries are asked about or changed; when the next may begin.
+    pub(super) libraries_turn: tokio::sync::Mutex<tokio::time::Instant>,
     /// Held while the keys are counted by a walk.
     pub counting: tokio::sync::Mutex<()>,
     /// When the last measurement began, in coarse milliseconds; held while measuring.
@@ -103,6 +105,7 @@ impl Place {
             memory: AtomicU64::new(0),
             guarded_ms: AtomicU64::new(0),
             held: Arc::default(),
+            libraries_turn: tokio::sync::Mutex::new(tokio::time::Instant::now()),
             counting: tokio::sync::Mutex::new(()),
             measuring: tokio::sync::Mutex::new(0),
         })

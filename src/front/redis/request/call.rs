@@ -93,12 +93,13 @@ impl Burst<'_> {
         let (place, database) = (Arc::clone(&tenancy.place), Arc::clone(&tenancy.database));
         let Some(allowance) = self.allow(bytes.len(), &policy.limits.redis)? else { return Ok(()) };
         let Some(out) = self.out() else { return Ok(()) };
-        put_array(out, args.len() + 1);
+        put_array(out, args.len() + 2);
         put_bulk(out, if row.name.ends_with("_ro") { b"FCALL_RO" } else { b"FCALL" });
         put_bulk_joined(out, place.space.function_mark().as_bytes(), args[1].of(bytes));
         put_script_args(out, bytes, args, count, &database.prefix);
+        put_bulk(out, allowance.text.as_bytes());
         // A library is one for all of the tenant's databases.
-        put_bulk_joined(out, format!("{} ", allowance.text).as_bytes(), &database.prefix);
+        put_bulk(out, &database.prefix);
         self.script_sent(&database, allowance.creates);
         Ok(())
     }
