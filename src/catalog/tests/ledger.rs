@@ -204,7 +204,7 @@ pub async fn a_tenant_stands_still_until_the_decision_which_moves_its_home(catal
         }
         found
     };
-    assert_eq!(leaving().await, [kept.clone()]);
+    assert_eq!(leaving().await, std::slice::from_ref(&kept));
     let forget =
         Entry { deed: Deed::Forget, kept: Some(kept), pins: Default::default(), ..entry("c", Tier::Pro, Tier::Pro, 3) };
     let open = catalog.begin(forget).await.expect("begun");
