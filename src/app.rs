@@ -159,9 +159,10 @@ impl App {
             }
             _ => None,
         };
-        let neon_front = branches
-            .as_ref()
-            .map(|branches| front::neon::Server::new(Arc::clone(&postgres_front), Arc::clone(branches)));
+        let neon_front = branches.as_ref().map(|branches| {
+            let domain = config.upstream.neon.domain.clone();
+            front::neon::Server::new(Arc::clone(&postgres_front), Arc::clone(branches), domain)
+        });
         let mut fronts = vec![(Front::Postgres(postgres_front), &config.listen.postgres)];
         if let Some(redis) = config.redis()? {
             let settings = front::redis::Config { login_timeout: config.listen.handshake_timeout };

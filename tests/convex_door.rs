@@ -4,13 +4,15 @@ use std::{
     io::{Read, Write},
     net::{Ipv4Addr, TcpListener, TcpStream},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU32, Ordering},
     },
 };
 
 use dynabase::tenant::{Status, Tier};
 use futures_util::{SinkExt, StreamExt};
+use jsonwebtoken::{DecodingKey, Validation, jwk::JwkSet};
+use serde_json::Value;
 use tokio_tungstenite::{WebSocketStream, client_async, tungstenite::Message};
 
 use crate::{
@@ -25,10 +27,15 @@ use crate::{
 const WAITING: usize = 32;
 
 /// A deployment: whatever is asked gets the same answer, once its body is there.
+#[derive(Clone)]
 struct Deployment {
     port: u16,
     /// Requests whose head has come.
     heads: Arc<AtomicU32>,
+    /// Locked, files are not answered.
+    files: Arc<Mutex<()>>,
+    /// The credential that came last.
+    shown: Arc<Mutex<String>>,
 }
 
 impl Deployment {
@@ -36,14 +43,44 @@ impl Deployment {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let port = listener.local_addr().expect("bound").port();
         let heads = Arc::new(AtomicU32::new(0));
-        let seen = Arc::clone(&heads);
+        let deployment = Self { port, heads, files: Arc::default(), shown: Arc::default() };
+        let told = deployment.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming() {
-                let (stream, seen) = (stream.expect("a connection"), Arc::clone(&seen));
-                std::thread::spawn(move || answer(stream, &seen));
+                let (stream, told) = (stream.expect("a connection"), told.clone());
+                std::thread::spawn(move || told.answer(stream));
             }
         });
-        Self { port, heads }
+        deployment
+    }
+
+    fn answer(&self, mut stream: TcpStream) {
+        let (mut got, mut piece) = (Vec::new(), [0; 4096]);
+        let mut missing = None;
+        while missing.is_none_or(|missing| missing > got.len()) {
+            match stream.read(&mut piece) {
+                Ok(n @ 1..) => got.extend_from_slice(&piece[..n]),
+                _ => return,
+            }
+            let Some(end) = got.windows(4).position(|it| it == b"\r\n\r\n") else { continue };
+            if missing.is_none() {
+                self.heads.fetch_add(1, Ordering::SeqCst);
+                let head = String::from_utf8_lossy(&got[..end]);
+                let credential = head
+                    .lines()
+                    .find_map(|line| line.split_once(": ").filter(|it| it.0.eq_ignore_ascii_case("authorization")));
+                if let Some((_, credential)) = credential {
+                    *self.shown.lock().expect("no panic") = credential.to_owned();
+                }
+                let head = head.to_lowercase();
+                let length = head.lines().find_map(|line| line.strip_prefix("content-length:")?.trim().parse().ok());
+                missing = Some(end + 4 + length.unwrap_or(0));
+            }
+        }
+        if got.starts_with(b"GET /api/storage/") {
+            drop(self.files.lock());
+        }
+        let _ = write!(stream, "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{{}}");
     }
 
     fn setup(&self, free: Limits) -> Setup {
@@ -57,25 +94,6 @@ impl Deployment {
             ..Setup::free(free)
         }
     }
-}
-
-fn answer(mut stream: TcpStream, heads: &AtomicU32) {
-    let (mut got, mut piece) = (Vec::new(), [0; 4096]);
-    let mut missing = None;
-    while missing.is_none_or(|missing| missing > got.len()) {
-        match stream.read(&mut piece) {
-            Ok(n @ 1..) => got.extend_from_slice(&piece[..n]),
-            _ => return,
-        }
-        let Some(end) = got.windows(4).position(|it| it == b"\r\n\r\n") else { continue };
-        if missing.is_none() {
-            heads.fetch_add(1, Ordering::SeqCst);
-            let head = String::from_utf8_lossy(&got[..end]).to_lowercase();
-            let length = head.lines().find_map(|line| line.strip_prefix("content-length:")?.trim().parse().ok());
-            missing = Some(end + 4 + length.unwrap_or(0));
-        }
-    }
-    let _ = write!(stream, "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{{}}");
 }
 
 /// Sends a request's head and the beginning of its body.
@@ -126,6 +144,73 @@ fn who_shows_no_token_does_not_use_up_a_tenant_s_limits() {
     assert!(told.contains(&200) && told.contains(&429), "{told:?}");
     let (status, answer) = own("/api/query");
     assert_eq!(status, 200, "{answer}");
+}
+
+#[test]
+fn who_shows_no_token_has_half_of_a_tenant_s_client_sockets() {
+    /// What a FREE tenant of these tests may have.
+    const SOCKETS: u32 = 50;
+    let deployment = Deployment::start();
+    let proxy = Proxy::start(&deployment.setup(Limits::default()));
+    let port = door(&proxy);
+    let org = proxy.tenant("openfiles", Tier::Free);
+    let file = "GET /api/storage/8dc8a8bb-13ec-48d9-a321-785d7178358a HTTP/1.1\r\nHost: openfiles.example.test";
+    let closed = deployment.files.lock().expect("no panic");
+    let held: Vec<TcpStream> = (0..SOCKETS / 2).map(|_| begin(port, file, 0, "")).collect();
+    eventually("all are under way", || (deployment.heads.load(Ordering::SeqCst) == SOCKETS / 2).then_some(()));
+    let (status, answer) = end(begin(port, file, 0, ""));
+    assert!(status == 429 && answer.contains("client_sockets"), "{answer}");
+    // The tenant's own find room beside them.
+    let body = r#"{"path":"a:b","args":{},"format":"json"}"#;
+    let head = format!("POST /api/query HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}", org.token());
+    let (status, answer) = end(begin(port, &head, body.len(), body));
+    assert_eq!(status, 200, "{answer}");
+    drop(closed);
+    for socket in held {
+        assert_eq!(end(socket).0, 200);
+    }
+    eventually("the places are given back", || (end(begin(port, file, 0, "")).0 == 200).then_some(()));
+}
+
+#[test]
+fn a_deployment_that_trusts_what_tenant_show_prints_takes_the_tokens_that_it_gets() {
+    let deployment = Deployment::start();
+    let proxy = Proxy::start(&deployment.setup(Limits::default()));
+    let port = door(&proxy);
+    let org = proxy.tenant("printed", Tier::Free);
+    let (code, out, err) = proxy.command(&["tenant", "show", "printed", "--json"], &[]);
+    assert_eq!(code, Some(0), "{err}");
+    let shown: Value = serde_json::from_str(&out).expect("JSON");
+    let snippet = shown["convex"]["auth_config"].as_str().expect("text");
+    let (_, plain, _) = proxy.command(&["tenant", "show", "printed"], &[]);
+    assert!(plain.contains(snippet) && snippet.contains(r#"type: "customJwt""#), "{plain}");
+    let value = |key: &str| {
+        let line = snippet.lines().find_map(|line| line.trim().strip_prefix(key)?.strip_prefix(": ")).expect("a line");
+        line.trim_end_matches(',').trim_matches('"').to_owned()
+    };
+    // As Convex reads it: the keys from there, and nothing but what is said there.
+    let path = value("jwks").strip_prefix("http://127.0.0.1:8080").expect("below the public URL").to_owned();
+    let (status, answer) = end(begin(port, &format!("GET {path} HTTP/1.1\r\nHost: x"), 0, ""));
+    assert_eq!(status, 200, "{answer}");
+    let keys: JwkSet = serde_json::from_str(answer.split_once("\r\n\r\n").expect("a body").1).expect("a key set");
+    let body = r#"{"path":"a:b","args":{},"format":"json"}"#;
+    let head = format!("POST /api/query HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}", org.token());
+    assert_eq!(end(begin(port, &head, body.len(), body)).0, 200);
+    let credential = deployment.shown.lock().expect("no panic").clone();
+    let token = credential.strip_prefix("Bearer ").expect("a bearer token");
+    let algorithm = value("algorithm").parse().expect("an algorithm");
+    let header = jsonwebtoken::decode_header(token).expect("a token");
+    let key = keys.find(&header.kid.expect("Convex needs it")).expect("its key is published");
+    let mut validation = Validation::new(algorithm);
+    validation.set_issuer(&[value("issuer")]);
+    validation.set_audience(&[value("applicationID")]);
+    validation.set_required_spec_claims(&["iss", "sub", "aud", "exp"]);
+    let key = DecodingKey::from_jwk(key).expect("a key");
+    let read = jsonwebtoken::decode::<Value>(token, &key, &validation).expect("it is taken");
+    assert_eq!((&read.claims["org_id"], token == org.token()), (&Value::from("printed"), false));
+    // One that is another deployment's is not.
+    validation.set_audience(&["convex-shared-elsewhere"]);
+    assert!(jsonwebtoken::decode::<Value>(token, &key, &validation).is_err());
 }
 
 type Socket = WebSocketStream<tokio::net::TcpStream>;

@@ -16,6 +16,7 @@ mod moving;
 mod neon;
 mod neon_api;
 mod neon_homes;
+mod neon_limits;
 mod neon_projects;
 mod postgres;
 mod provision;

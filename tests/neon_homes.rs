@@ -70,6 +70,10 @@ fn a_free_tenant_lives_in_its_neon_home_from_creation_on_and_no_tier_moves_it() 
     }
     assert_eq!((homes(&free), homes(&paid)), (["neon"; 4].map(str::to_owned), ["main"; 4].map(str::to_owned)));
     assert_eq!(homes(&old), ["main"; 4].map(str::to_owned));
+    // Where an operator finds it on the server.
+    let (shown, _) = done(&proxy, &["tenant", "show", "neon_free", "--json"]);
+    let shown: Value = serde_json::from_str(&shown).expect("JSON");
+    assert_eq!(shown["neon"]["databases"]["app"], free.wire().ask("select current_database()"));
     let (table, _) = done(&proxy, &["tenant", "list"]);
     assert!(table.lines().any(|line| line.starts_with("neon_free") && line.contains(" neon ")), "{table}");
 

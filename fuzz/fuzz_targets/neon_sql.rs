@@ -5,6 +5,7 @@
 use dynabase::wire::neon::{
     reply::{Columns, Shape, error, put_tail},
     request::{Request, param, parse},
+    sink::Sink,
     value::{Element, Kind, put},
 };
 use libfuzzer_sys::fuzz_target;
@@ -37,14 +38,18 @@ fuzz_target!(|data: &[u8]| {
     }
     for kind in KINDS {
         let mut out = Vec::new();
-        put(&mut out, kind, data);
+        put(&mut Sink::new(&mut out, usize::MAX), kind, data).expect("room");
         assert!(is_json(&out), "{kind:?}");
+        let mut bounded = Vec::new();
+        let room = out.len() / 2;
+        assert!(put(&mut Sink::new(&mut bounded, room), kind, data).is_err() && bounded.len() <= room, "{kind:?}");
     }
     assert!(is_json(&error(data)));
     if let Ok(columns) = Columns::parse(data) {
         let mut out = Vec::new();
         columns.put_head(&mut out);
-        if columns.put_row(&mut out, Shape { arrays: true, raw: true }, data).is_err() {
+        let shape = Shape { arrays: true, raw: true };
+        if columns.put_row(&mut Sink::new(&mut out, usize::MAX), shape, data).is_err() {
             return;
         }
         put_tail(&mut out, b"SELECT 1", true);

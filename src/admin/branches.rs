@@ -67,15 +67,6 @@ fn broken() -> Answer {
 }
 
 fn failed(error: &BranchError) -> Answer {
-    let (status, code) = match error {
-        BranchError::BadName => (StatusCode::BAD_REQUEST, "bad_name"),
-        BranchError::Exists => (StatusCode::CONFLICT, "exists"),
-        BranchError::Unknown => (StatusCode::NOT_FOUND, "unknown_branch"),
-        BranchError::Over(_) => (StatusCode::UNPROCESSABLE_ENTITY, "branches_limit_exceeded"),
-        BranchError::Elsewhere => (StatusCode::CONFLICT, "elsewhere"),
-        BranchError::InUse => (StatusCode::LOCKED, "in_use"),
-        BranchError::Catalog(_) => (StatusCode::SERVICE_UNAVAILABLE, "catalog_down"),
-        BranchError::Home(_) => (StatusCode::BAD_GATEWAY, "database_down"),
-    };
+    let (status, code) = error.answer();
     fault(status, code, &error.to_string())
 }

@@ -12,7 +12,7 @@ use super::{Failure, key, place, print, table};
 use crate::{
     catalog::{Catalog, Record},
     identity::service_key,
-    tenant::{DEFAULT_NAME, OrgId, Status, Tier},
+    tenant::{DEFAULT_NAME, OrgId, Protocol, Status, Tier},
     transition::Act,
 };
 
@@ -193,9 +193,11 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
     let record = fetch(&catalog, &which.org).await?;
     let keys = key::of(&catalog, &which.org).await?;
     let names = config.names().map_err(Failure::usage)?;
-    let databases = std::iter::once(DEFAULT_NAME).chain(record.tenant.databases.iter().map(String::as_str));
-    let places: Vec<(String, String)> =
-        databases.map(|database| (database.to_owned(), names.postgres(&which.org, database).database)).collect();
+    let places = |home| -> Vec<(String, String)> {
+        let databases = std::iter::once(DEFAULT_NAME).chain(record.tenant.databases.iter().map(String::as_str));
+        databases.map(|database| (database.to_owned(), names.sql(home, &which.org, database).database)).collect()
+    };
+    let (main, neon) = (places(Protocol::Postgres), config.upstream.neon.is_on().then(|| places(Protocol::Neon)));
     let keys: Vec<String> = keys.iter().map(|record| service_key::fingerprint(&record.key.hash)).collect();
     let upstream = config.convex().map_err(Failure::usage)?;
     let convex = upstream.as_ref().and_then(|upstream| Some((upstream, upstream.deployment(&record.tenant)?)));
@@ -210,10 +212,18 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
             });
         }
         described["service_keys"] = json!(keys);
-        described["postgres"] = json!({
-            "role": names.base(&which.org),
-            "databases": places.iter().map(|(logical, physical)| (logical.clone(), json!(physical)))
-                .collect::<serde_json::Map<_, _>>(),
+        let place = |home, databases: &[(String, String)]| {
+            json!({
+                "role": names.sql(home, &which.org, DEFAULT_NAME).role,
+                "databases": databases.iter().map(|(logical, physical)| (logical.clone(), json!(physical)))
+                    .collect::<serde_json::Map<_, _>>(),
+            })
+        };
+        described["postgres"] = place(Protocol::Postgres, &main);
+        described["neon"] = neon.as_ref().map_or(Value::Null, |databases| {
+            let mut home = place(Protocol::Neon, databases);
+            home["project"] = json!(record.tenant.routes.neon.project);
+            home
         });
         print(described);
         return Ok(());
@@ -235,7 +245,11 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
         ["postgres role".into(), names.base(&which.org)],
     ];
     rows.extend(record.deletion().map(|deletion| ["data goes".into(), format!("after {}", deletion.purge_after)]));
-    rows.extend(places.into_iter().map(|(logical, physical)| [format!("postgres {logical}"), physical]));
+    rows.extend(main.into_iter().map(|(logical, physical)| [format!("postgres {logical}"), physical]));
+    rows.extend(
+        tenant.routes.neon.project.iter().map(|it| ["neon project".into(), format!("{} at {}", it.id, it.host)]),
+    );
+    rows.extend(neon.into_iter().flatten().map(|(logical, physical)| [format!("neon {logical}"), physical]));
     if let Some((_, deployment)) = &convex {
         let how = if deployment.org_argument.is_some() { "shared" } else { "its own" };
         rows.push(["convex deployment".into(), format!("{} ({how})", deployment.origin)]);

@@ -15,6 +15,22 @@ use super::{DEFAULT_NAME, Isolation, OrgId, Protocol};
 /// Longest identifier that PostgreSQL keeps (NAMEDATALEN - 1); longer ones are cut silently.
 const IDENTIFIER_MAX_BYTES: usize = 63;
 
+/// The organisation that a host stands for: `<org>.<domain>`, in any case, with or without a port and its root's dot.
+pub fn org_of_host(host: &str, domain: &str) -> Option<OrgId> {
+    let host = host.rsplit_once(':').map_or(host, |(host, port)| match port.parse::<u16>() {
+        Ok(_) => host,
+        Err(_) => "",
+    });
+    // A name with its root's dot is the same host.
+    let host = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
+    OrgId::parse(host.strip_suffix(domain)?.strip_suffix('.')?)
+}
+
+/// Whether tenants' hosts can be below `domain`: a host name in lower case.
+pub fn is_domain(domain: &str) -> bool {
+    !domain.is_empty() && domain.split('.').all(|label| OrgId::parse(label).is_some_and(|_| label.len() < 64))
+}
+
 /// How physical names look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]

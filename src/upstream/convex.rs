@@ -25,7 +25,7 @@ use issuer::Issuer;
 
 use crate::{
     net::ClientTls,
-    tenant::{Names, OrgId, Sharing, Tenant},
+    tenant::{Names, OrgId, Sharing, Tenant, namespace::org_of_host},
 };
 
 /// Where dynabase publishes the key that its own tokens are verified with.
@@ -163,14 +163,7 @@ impl Upstream {
 
     /// The organisation that a host name stands for: `<org>.<domain>`, with or without a port.
     pub fn host_org(&self, host: &str) -> Option<OrgId> {
-        let domain = self.config.domain.as_ref()?;
-        let host = host.rsplit_once(':').map_or(host, |(host, port)| match port.parse::<u16>() {
-            Ok(_) => host,
-            Err(_) => "",
-        });
-        // A name with its root's dot is the same host.
-        let host = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
-        OrgId::parse(host.strip_suffix(domain.as_str())?.strip_suffix('.')?)
+        org_of_host(host, self.config.domain.as_ref()?)
     }
 
     /// The token that `deployment` gets to see: of the same subject and organisation, good until `expires_at`.

@@ -11,7 +11,7 @@ use futures_util::StreamExt;
 use serde_json::{Value as Json, json};
 
 use crate::{
-    dev,
+    dev, neon,
     support::{self, PATIENCE},
 };
 
@@ -109,6 +109,11 @@ async fn the_rust_client_meets_each_limit_call_by_call() {
     organisations_are_apart(&place).await;
     subscriptions_are_refused_one_by_one(&place).await;
     calls_over_the_rate_are_refused_one_by_one(&place).await;
+    writes_under_way_are_counted(&place).await;
+    a_large_payload_is_refused_alone(&place).await;
+    a_cut_socket_comes_back_with_its_subscriptions(&place).await;
+    sockets_over_the_cap_are_answered_and_come_in_later(&place).await;
+    without_a_token_everything_fails(&place).await;
     a_suspension_is_told_and_ends(&place).await;
     drop(dev);
 }
@@ -205,6 +210,82 @@ async fn calls_over_the_rate_are_refused_one_by_one(place: &Place) {
     if good > 0 {
         until("what was let in", &mut seen, |it| bodies(it).filter(|all| all.len() == good)).await;
     }
+}
+
+async fn writes_under_way_are_counted(place: &Place) {
+    let mut client = place.client("globex").await;
+    let asked = (0..20).map(|_| {
+        let mut client = client.clone();
+        tokio::spawn(async move { client.action("messages:slow", args([("ms", 4000.0.into())])).await })
+    });
+    let (mut done, mut refused) = (0, Vec::new());
+    for task in asked.collect::<Vec<_>>() {
+        let result = task.await.expect("no panic").expect("answered");
+        match data(&result) {
+            Some(data) => refused.push(data),
+            None => done += u32::from(matches!(result, FunctionResult::Value(_))),
+        }
+    }
+    assert_eq!((done, refused.len()), (16, 4));
+    assert!(refused.iter().all(|it| it["limit"] == "in_flight" && it["max"] == json!(16.0)), "{refused:?}");
+    let result = client.action("messages:slow", args([("ms", 1.0.into())])).await.expect("answered");
+    assert!(matches!(result, FunctionResult::Value(_)), "{result:?}");
+}
+
+async fn a_large_payload_is_refused_alone(place: &Place) {
+    let mut client = place.client("globex").await;
+    let large = client.mutation("messages:send", message("x", &"y".repeat(4 << 20))).await.expect("answered");
+    assert_eq!(data(&large).map(|it| it["code"].clone()), Some(json!("payload_too_large")), "{large:?}");
+    let small = client.mutation("messages:send", message("x", "small")).await.expect("answered");
+    assert!(matches!(small, FunctionResult::Value(_)), "{small:?}");
+}
+
+async fn a_cut_socket_comes_back_with_its_subscriptions(place: &Place) {
+    let mut client = place.client("globex").await;
+    let mut seen = client.subscribe("messages:list", args([("channel", "cut".into())])).await.expect("subscribed");
+    until("nothing yet", &mut seen, bodies).await;
+    let text = |value: &Json| value.as_str().expect("text").to_owned();
+    let (url, key) = (text(&place.ready["convex"]["deployments"]["globex"]), text(&place.ready["convex"]["admin_key"]));
+    let port = url.rsplit_once(':').and_then(|it| it.1.parse().ok()).expect("a port");
+    for count in 1..=2 {
+        let head = format!("POST /double/drop HTTP/1.1\r\nAuthorization: Convex {key}");
+        let cut = tokio::task::spawn_blocking(move || neon::ask(port, &head, "")).await.expect("asked");
+        assert_eq!(cut.0, 200);
+        let sent = client.mutation("messages:send", message("cut", &count.to_string())).await.expect("answered");
+        assert!(matches!(sent, FunctionResult::Value(_)), "{sent:?}");
+        until("it is live again", &mut seen, |it| bodies(it).filter(|all| all.len() >= count)).await;
+    }
+}
+
+async fn sockets_over_the_cap_are_answered_and_come_in_later(place: &Place) {
+    // Nobody else's are open: each of the clients before has gone.
+    let mut crowd = Vec::new();
+    for _ in 0..25 {
+        let mut client = place.client("acme").await;
+        let mut seen = client.subscribe("messages:whoami", BTreeMap::new()).await.expect("subscribed");
+        // Refused for its rate or not, it is in.
+        until("an answer", &mut seen, |it| (data(it).is_none_or(|it| it["limit"] == "rate")).then_some(())).await;
+        crowd.push((client, seen));
+    }
+    let mut late = place.client("acme").await;
+    let mut seen = late.subscribe("messages:whoami", BTreeMap::new()).await.expect("subscribed");
+    let refused = until("the refusal", &mut seen, data).await;
+    assert_eq!((&refused["limit"], &refused["max"]), (&json!("client_sockets"), &json!(25.0)));
+    let call = late.mutation("messages:send", message("late", "x")).await.expect("answered");
+    assert_eq!(data(&call).map(|it| it["limit"].clone()), Some(json!("client_sockets")));
+    crowd.truncate(20);
+    until("it comes in by itself", &mut seen, |it| matches!(it, FunctionResult::Value(_)).then_some(())).await;
+}
+
+async fn without_a_token_everything_fails(place: &Place) {
+    let mut client = ConvexClient::new(&place.url).await.expect("it connects");
+    let result = client.query("messages:whoami", BTreeMap::new()).await.expect("answered");
+    assert_eq!(data(&result).map(|it| it["code"].clone()), Some(json!("unauthenticated")), "{result:?}");
+    let result = client.mutation("messages:send", message("x", "y")).await.expect("answered");
+    assert_eq!(data(&result).map(|it| it["code"].clone()), Some(json!("unauthenticated")), "{result:?}");
+    client.set_auth(Some(place.token("umbrella"))).await;
+    let mut seen = client.subscribe("messages:whoami", BTreeMap::new()).await.expect("subscribed");
+    until("it comes in", &mut seen, |it| matches!(it, FunctionResult::Value(_)).then_some(())).await;
 }
 
 async fn a_suspension_is_told_and_ends(place: &Place) {

@@ -131,8 +131,8 @@ client.setAuth(async () => token);
 """
 
 
-def javascript(script, *args):
-    return subprocess.Popen(["node", "-e", JS + script, BASE, *args], cwd=NODE, stdout=subprocess.PIPE, text=True)
+def javascript(script, *args, **more):
+    return subprocess.Popen(["node", "-e", JS + script, BASE, *args], cwd=NODE, stdout=subprocess.PIPE, text=True, **more)
 
 
 def refused(ask, limit):
@@ -271,6 +271,60 @@ def a_suspended_organisation_is_told_and_comes_back():
     equal(seen.last.data["code"], "suspended")
     write({"_id": org, "tier": "FREE", "status": "active", "epoch": 3})
     seen.until(lambda it: it == [])
+
+
+@case
+def sockets_over_the_cap_are_answered_and_come_in_later():
+    org = organisation()
+    # Each with a subscription of its own: no two share a socket.
+    crowd = javascript("""
+        const all = [client];
+        while (all.length < 25) {
+          const one = new ConvexClient(url, { skipConvexDeploymentUrlCheck: true, expectAuth: true });
+          one.setAuth(async () => token);
+          all.push(one);
+        }
+        Promise.all(all.map((one) => one.query(ref('messages:whoami'), {}))).then(() => console.log('full'));
+        process.stdin.on('data', () => all.slice(0, 3).forEach((one) => one.close()));
+    """, token(org), stdin=subprocess.PIPE)
+    equal(crowd.stdout.readline(), "full\n")
+    client = socket(token(org))
+    error = refused(lambda: client.query("messages:whoami", {}), "client_sockets")
+    equal(error.data["max"], 25)
+    refused(lambda: client.mutation("messages:send", {"channel": "x", "body": "y"}), "client_sockets")
+    crowd.stdin.write("go\n")
+    crowd.stdin.flush()
+    soon("it comes in by itself", lambda: quietly(lambda: client.query("messages:whoami", {})), 40)
+    crowd.kill()
+
+
+@case
+def without_a_token_everything_fails():
+    client = ConvexClient(BASE)
+    for ask in (lambda: client.query("messages:whoami", {}), lambda: client.mutation("messages:send", {"channel": "x", "body": "y"})):
+        try:
+            ask()
+            raise AssertionError("it was let in")
+        except ConvexError as error:
+            equal(error.data["code"], "unauthenticated")
+    # On the same client, once it has one.
+    client.set_auth(tenant("umbrella")["token"])
+    soon("it comes in", lambda: quietly(lambda: client.query("messages:whoami", {})))
+
+
+@case
+def a_cut_socket_comes_back_with_its_subscriptions():
+    org, c = "acme", channel()
+    client = socket(tenant(org)["token"])
+    seen = Watch(client, "messages:list", {"channel": c})
+    equal(seen.last, [])
+    convex = READY["convex"]
+    for count in (1, 2):
+        request = urllib.request.Request(f"{convex['deployments'][org]}/double/drop", b"", {
+            "authorization": f"Convex {convex['admin_key']}"})
+        equal(urllib.request.urlopen(request).status, 200)
+        client.mutation("messages:send", {"channel": c, "body": str(count)})
+        seen.until(lambda it, count=count: len(it) >= count)
 
 
 main()

@@ -77,6 +77,8 @@ pub struct Setup {
     pub upstream: String,
     /// The upstream's URL, where it is not the server's own.
     pub url: Option<String>,
+    /// Upstream connections to a Neon home, in every tier.
+    pub neon_connections: u32,
     /// Lines of `[catalog]`; a folder, by default.
     pub catalog: String,
     /// Whole sections.
@@ -94,6 +96,7 @@ impl Default for Setup {
             listen: String::new(),
             upstream: String::new(),
             url: None,
+            neon_connections: 25,
             catalog: "path = \"catalog\"".into(),
             sections: String::new(),
             files: Vec::new(),
@@ -110,7 +113,7 @@ impl Setup {
     }
 
     fn tiers_toml(&self) -> String {
-        let mut text = String::new();
+        let (mut text, neon) = (String::new(), self.neon_connections);
         for (name, limits) in ["FREE", "STARTER", "PRO", "ENTERPRISE"].iter().zip(&self.tiers) {
             let Limits { expiry, connections, client_sockets, storage, .. } = limits;
             let Limits { statement_timeout, idle_in_transaction, queue_timeout, rate, isolation, home, .. } = limits;
@@ -126,7 +129,7 @@ impl Setup {
                  queue_timeout = \"5s\"\ncursors = 100\nrate = {rate}\n\
                  [{name}.convex]\nclient_sockets = 50\nsubscriptions = 100\nsubscriptions_per_socket = 50\n\
                  in_flight_writes = 8\npayload = \"1MiB\"\nupload = \"10MiB\"\nrate = {rate}\n\
-                 [{name}.neon]\nconnections = 25\nclient_sockets = 50\nstorage = \"4GB\"\nstatement_timeout = \"30s\"\n\
+                 [{name}.neon]\nconnections = {neon}\nclient_sockets = 50\nstorage = \"4GB\"\nstatement_timeout = \"30s\"\n\
                  queue_timeout = \"5s\"\nresponse = \"10MiB\"\nmin_cu_hundredths = 25\nmax_cu_hundredths = 25\n\
                  suspend_after = \"300s\"\nbranches = 3\nrate = {rate}\n"
             )

@@ -19,6 +19,8 @@ mod relay;
 mod responder;
 mod sessions;
 mod socket;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
@@ -35,7 +37,7 @@ use self::{
     sessions::Sessions,
     socket::Opening,
 };
-use super::http::{Body, Client, body, upgrade};
+use super::http::{Body, Client, body, host, upgrade};
 use crate::{
     net::Peer,
     refusal::{Refusal, TokenFault},
@@ -126,19 +128,7 @@ impl Server {
 
     /// The organisation that the request's host stands for; `None` on a neutral host.
     fn host_org<B>(&self, request: &Request<B>) -> Result<Option<OrgId>, Refusal> {
-        let mut named = request.headers().get_all(header::HOST).iter();
-        let (host, more) = (named.next().and_then(|host| host.to_str().ok()), named.next());
-        if more.is_some() {
-            return Err(Refusal::Malformed { what: "two Host headers" });
-        }
-        // HTTP/2 says it in the URI, and nobody else may say something different.
-        let authority = request.uri().authority().map(hyper::http::uri::Authority::as_str);
-        match (host, authority) {
-            (Some(host), Some(authority)) if !host.eq_ignore_ascii_case(authority) => {
-                Err(Refusal::Malformed { what: "two hosts" })
-            }
-            (host, authority) => Ok(authority.or(host).and_then(|host| self.upstream.host_org(host))),
-        }
+        Ok(host(request)?.and_then(|host| self.upstream.host_org(host)))
     }
 
     fn refused(&self, refusal: &Refusal, conn: u64) {

@@ -41,17 +41,18 @@ use crate::{
     wire::convex::{self, Caller, Client, Kind, Modification, client, rewrite, server},
 };
 
-/// Between two looks at the clock, and at a client that says nothing.
-const LOOK_EVERY: Duration = Duration::from_secs(30);
+/// Between two looks at the clock, and at a client that says nothing. This and the next are shorter in tests, which wait
+/// for them.
+const LOOK_EVERY: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 30_000 });
 
 /// A client that gave no sign of life for this long is gone; it is asked for one at each look.
-pub(super) const SILENT_MAX: Duration = Duration::from_secs(90);
+pub(super) const SILENT_MAX: Duration = Duration::from_millis(if cfg!(test) { 1_000 } else { 90_000 });
 
 /// How long before our own token ends a socket is asked to come back for a new one.
 const RENEW_BEFORE: Duration = Duration::from_secs(120);
 
 /// How long calls under way may take to end when the process goes down.
-const LEAVE_WITHIN: Duration = Duration::from_secs(5);
+const LEAVE_WITHIN: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 
 /// One relayed socket.
 pub(super) struct Relay {

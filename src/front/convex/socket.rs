@@ -25,6 +25,7 @@ use super::{
     refuse::{self, RESTART, words},
     relay::{Relay, SILENT_MAX},
     responder::Responder,
+    sessions::Entered,
 };
 use crate::{
     front::http::{Client, upgrade::Upgrading},
@@ -35,7 +36,7 @@ use crate::{
 };
 
 /// Longest wait for the frame with the token. JS sends it with its first frames.
-const TOKEN_WITHIN: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
+const TOKEN_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 10_000 });
 
 /// Frames, and their bytes, that are kept until the token comes: a reconnecting client sends its queries and what it
 /// has not got answers to.
@@ -48,14 +49,15 @@ pub(super) const CLIENT_FRAME_MAX: usize = (16 << 20) + (64 << 10);
 /// Longest frame of a deployment; it cuts transitions into chunks of 5 MB, old clients get them whole.
 const UPSTREAM_FRAME_MAX: usize = 64 << 20;
 
-/// How long a client that shows no token is answered, after the wait for it.
-const STRANGER_FOR: Duration = Duration::from_secs(60);
+/// How long a client that shows no token is answered, after the wait for it. This and the next two are shorter in tests,
+/// which wait for their ends.
+const STRANGER_FOR: Duration = Duration::from_millis(if cfg!(test) { 300 } else { 60_000 });
 
 /// Between two signs of life of ours where there is no deployment to give them.
-const PING_EVERY: Duration = Duration::from_secs(15);
+const PING_EVERY: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 15_000 });
 
 /// How long a bad token's answer takes: Rust and Python come back with the same one for ever.
-const BAD_TOKEN_DELAY: Duration = Duration::from_secs(1);
+const BAD_TOKEN_DELAY: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 1_000 });
 
 /// What a socket was asked for with.
 pub(super) struct Opening {
@@ -143,7 +145,11 @@ pub(super) fn settings() -> tokio_tungstenite::tungstenite::protocol::WebSocketC
     websocket::settings(CLIENT_FRAME_MAX)
 }
 
-async fn converse(server: &Arc<Server>, line: &mut Line<Gauge>, mut opening: Opening) -> Result<Infallible, Ended> {
+pub(super) async fn converse(
+    server: &Arc<Server>,
+    line: &mut Line<Gauge>,
+    mut opening: Opening,
+) -> Result<Infallible, Ended> {
     let greeting = greet(line, &opening).await?;
     let Some((token, base)) = &greeting.token else {
         let refusal = Refusal::BadToken(TokenFault::Malformed);
@@ -170,8 +176,8 @@ async fn converse(server: &Arc<Server>, line: &mut Line<Gauge>, mut opening: Ope
                 return Err(Ended::refused(&Refusal::Full));
             };
             opening.client.admitted();
-            let token = token.clone();
-            return respond(server, line, opening, greeting, &refusal, Some(token)).await;
+            let known = Known { token: token.clone(), entered };
+            return respond(server, line, opening, greeting, &refusal, Some(known)).await;
         }
         Err(refusal) => return Err(Ended::refused(&refusal)),
     };
@@ -179,8 +185,8 @@ async fn converse(server: &Arc<Server>, line: &mut Line<Gauge>, mut opening: Ope
     line.stream().open();
     let Some(deployment) = server.upstream.deployment(&session.slot().policy().tenant) else {
         let refusal = Refusal::Forbidden { what: "this organization has no Convex deployment" };
-        let token = token.clone();
-        return respond(server, line, opening, greeting, &refusal, Some(token)).await;
+        let known = Known { token: token.clone(), entered };
+        return respond(server, line, opening, greeting, &refusal, Some(known)).await;
     };
     let settings = websocket::settings(UPSTREAM_FRAME_MAX);
     let Opening { path, headers, client, .. } = opening;
@@ -261,17 +267,34 @@ async fn bad_token(server: &Server, refusal: &Refusal, base: u32, opening: &Open
     Err(Ended::Auth { base, attempted: true, message: words(refusal).message })
 }
 
-/// Is the server for a client that can't be served: until it may be (`token`), or shows a token.
+/// A client that has shown who it is.
+struct Known {
+    token: String,
+    /// Its session's entry: the client may open another socket.
+    entered: Entered,
+}
+
+impl Known {
+    /// Waits until its client has come back on another socket; for ever where nobody is known.
+    async fn replaced(known: Option<&Self>) {
+        match known {
+            Some(known) => known.entered.replaced().await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Is the server for a client that can't be served: until it may be (`known`), or shows a token.
 async fn respond(
     server: &Arc<Server>,
     line: &mut Line<Gauge>,
     opening: Opening,
     greeting: Greeting,
     refusal: &Refusal,
-    token: Option<String>,
+    known: Option<Known>,
 ) -> Result<Infallible, Ended> {
     server.refused(refusal, opening.client.id);
-    if token.is_some() {
+    if known.is_some() {
         line.stream().open();
     }
     let mut responder = Responder::new(words(refusal));
@@ -292,13 +315,13 @@ async fn respond(
                 if heard.elapsed() >= SILENT_MAX {
                     return Err(Ended::Gone("client_silent"));
                 }
-                if token.is_none() && begun.elapsed() >= STRANGER_FOR {
+                if known.is_none() && begun.elapsed() >= STRANGER_FOR {
                     return Err(Ended::refused(&Refusal::BadToken(TokenFault::Malformed)));
                 }
                 line.send(write::PING).await?;
                 line.ping().await?;
-                if let Some(token) = &token
-                    && server.gate.admit(token.as_bytes(), Protocol::Convex).await.is_ok_and(|session| {
+                if let Some(known) = &known
+                    && server.gate.admit(known.token.as_bytes(), Protocol::Convex).await.is_ok_and(|session| {
                         server.upstream.deployment(&session.slot().policy().tenant).is_some()
                     })
                 {
@@ -306,13 +329,14 @@ async fn respond(
                 }
                 continue;
             }
+            () = Known::replaced(known.as_ref()) => return Err(Ended::Gone("replaced")),
             () = opening.client.drain.started() => return Err(Ended::refused(&Refusal::Draining)),
         };
         heard = Instant::now();
         let Said::Text(text) = said else { continue };
         let frame = convex::client(&text).map_err(|error| malformed(error.what))?;
         match frame {
-            convex::Client::Authenticate { caller: Caller::User { .. }, .. } if token.is_none() => {
+            convex::Client::Authenticate { caller: Caller::User { .. }, .. } if known.is_none() => {
                 return Err(Ended::again("Retry: a token has come"));
             }
             convex::Client::Authenticate { base, caller: Caller::Admin } => return Err(no_admin(base)),

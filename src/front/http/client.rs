@@ -38,6 +38,12 @@ impl Client {
         Self { id, peer, transport, drain, unauthenticated: Arc::new(Mutex::new(unauthenticated)), _held: held }
     }
 
+    /// One without a connection.
+    #[cfg(test)]
+    pub fn alone(drain: Drain) -> Self {
+        Self::new(1, Peer::Unix, Transport::Private, drain, None, Held::new().0)
+    }
+
     /// Its place among its network's strangers, for a WebSocket that will find out who it is by itself.
     pub fn take_stranger(&self) -> Option<Unauthenticated> {
         self.unauthenticated.lock().take()

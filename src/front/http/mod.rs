@@ -25,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hyper::{Request, Response, StatusCode, body::Incoming, service::service_fn};
+use hyper::{Request, Response, StatusCode, body::Incoming, header, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
@@ -38,6 +38,7 @@ use super::neon;
 use crate::{
     net::{Conn, Drain, ServerTls, Stream, accept_tls},
     quota::clock,
+    refusal::Refusal,
     session::Transport,
 };
 
@@ -281,6 +282,26 @@ fn owner(path: &str, upgrade: bool) -> Owner {
         path if path == "/neon" || path.starts_with("/neon/") => Owner::Neon,
         path if upgrade && !path.starts_with("/api/") => Owner::Neon,
         _ => Owner::Convex,
+    }
+}
+
+/// The host that a request is for, if it says so.
+///
+/// # Errors
+/// [`Refusal::Malformed`]: it names two.
+pub fn host<B>(request: &Request<B>) -> Result<Option<&str>, Refusal> {
+    let mut named = request.headers().get_all(header::HOST).iter();
+    let (host, more) = (named.next().and_then(|host| host.to_str().ok()), named.next());
+    if more.is_some() {
+        return Err(Refusal::Malformed { what: "two Host headers" });
+    }
+    // HTTP/2 says it in the URI, and nobody else may say something different.
+    let authority = request.uri().authority().map(hyper::http::uri::Authority::as_str);
+    match (host, authority) {
+        (Some(host), Some(authority)) if !host.eq_ignore_ascii_case(authority) => {
+            Err(Refusal::Malformed { what: "two hosts" })
+        }
+        (host, authority) => Ok(authority.or(host)),
     }
 }
 

@@ -12,8 +12,8 @@ use serde_json::json;
 
 use super::{Server, refuse};
 use crate::{
-    front::http::{Body, Client, body},
-    refusal::Refusal,
+    front::http::{Body, Client, body, host},
+    refusal::{Refusal, TokenFault},
     session::Session,
     tenant::Protocol,
     upstream::neon::{BranchError, Branches},
@@ -39,13 +39,18 @@ pub async fn answer(
     client: &Client,
     name: Option<String>,
 ) -> Response<Body> {
+    let host_org = match host(&request) {
+        Ok(host) => host.and_then(|host| server.host_org(host)),
+        Err(refusal) => return refuse::rest(&refusal),
+    };
     let (parts, incoming) = request.into_parts();
     let token = parts.headers.get(header::AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
     let Some(token) = token else {
         return body::error(StatusCode::UNAUTHORIZED, "unauthorized", "send your token: Authorization: Bearer TOKEN");
     };
     let session = match admit(server, token.trim_ascii(), client).await {
-        Ok(session) => session,
+        Ok(session) if host_org.as_ref().is_none_or(|org| org == session.slot().org()) => session,
+        Ok(_) => return refuse::rest(&Refusal::BadToken(TokenFault::BadOrg)),
         Err(refusal) => return refuse::rest(&refusal),
     };
     client.admitted();
@@ -95,19 +100,19 @@ async fn admit(server: &Arc<Server>, token: &[u8], client: &Client) -> Result<Se
 }
 
 fn failed(error: &BranchError) -> Response<Body> {
-    let (status, code) = match error {
-        BranchError::BadName => (StatusCode::BAD_REQUEST, "bad_name"),
-        BranchError::Exists => (StatusCode::CONFLICT, "exists"),
-        BranchError::Unknown => (StatusCode::NOT_FOUND, "unknown_branch"),
-        // As Neon's own API refuses one too many.
-        BranchError::Over(_) => (StatusCode::UNPROCESSABLE_ENTITY, "branches_limit_exceeded"),
-        BranchError::Elsewhere => (StatusCode::CONFLICT, "elsewhere"),
-        BranchError::InUse => (StatusCode::LOCKED, "in_use"),
-        BranchError::Catalog(_) => return refuse::rest(&Refusal::CatalogDown),
-        BranchError::Home(error) => {
+    let (status, code) = error.answer();
+    let words = match error {
+        BranchError::BadName
+        | BranchError::Exists
+        | BranchError::Unknown
+        | BranchError::Over(_)
+        | BranchError::Elsewhere
+        | BranchError::InUse => error.to_string(),
+        // What is wrong inside is for operators.
+        BranchError::Catalog(_) | BranchError::Home(_) => {
             tracing::error!(%error, "a branch could not be made or removed");
-            return refuse::rest(&Refusal::UpstreamDown);
+            "it can't be done at the moment: try again".to_owned()
         }
     };
-    body::error(status, code, &error.to_string())
+    body::error(status, code, &words)
 }

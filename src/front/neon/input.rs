@@ -9,7 +9,11 @@ use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::wire::{
-    neon::value::{self, FIRST_OWN_OID, Kind},
+    neon::{
+        reply::RowFault,
+        sink::Full,
+        value::{self, FIRST_OWN_OID, Kind},
+    },
     postgres::{HEAD, head},
 };
 
@@ -32,6 +36,21 @@ pub enum Failure {
     Lost,
 }
 
+impl From<Full> for Failure {
+    fn from(_: Full) -> Self {
+        Failure::TooLarge
+    }
+}
+
+impl From<RowFault> for Failure {
+    fn from(fault: RowFault) -> Self {
+        match fault {
+            RowFault::Malformed(_) => Failure::Lost,
+            RowFault::TooLarge => Failure::TooLarge,
+        }
+    }
+}
+
 /// Messages from the session, and what is left of the answer's room.
 pub struct Input<'a, R> {
     reader: &'a mut R,
@@ -43,6 +62,11 @@ impl<'a, R: AsyncRead + Unpin> Input<'a, R> {
     /// Reads for an answer of at most `max_bytes`.
     pub fn new(reader: &'a mut R, max_bytes: usize) -> Self {
         Self { reader, bytes: BytesMut::new(), left: max_bytes }
+    }
+
+    /// What is left of the answer's room.
+    pub fn left(&self) -> usize {
+        self.left
     }
 
     /// Takes from the answer's room.

@@ -15,6 +15,8 @@ const CONNECTION_STRING_MAX: usize = 48 * 1024;
 pub struct Login {
     /// User, database, name of the application.
     pub options: Options,
+    /// The host in the connection string.
+    pub host: String,
     /// The token or service key.
     pub credential: Vec<u8>,
     /// How rows are written where the body does not say.
@@ -93,18 +95,20 @@ pub fn read(headers: &HeaderMap) -> Result<Login, String> {
         application_name: place.application_name,
         ..Options::default()
     };
-    Ok(Login { options, credential, shape, begin })
+    Ok(Login { options, host: place.host, credential, shape, begin })
 }
 
 #[derive(Debug, PartialEq, Eq)]
 struct Place {
     user: String,
     password: Option<String>,
+    host: String,
     database: String,
     application_name: Option<String>,
 }
 
-/// Takes `postgres://user[:password]@host[:port]/database[?…]` apart. Host and port lead nowhere here.
+/// Takes `postgres://user[:password]@host[:port]/database[?…]` apart. Host and port lead nowhere here: the host may say whose
+/// it is.
 fn place(string: &str) -> Result<Place, String> {
     let (scheme, rest) = string.split_once("://").ok_or("invalid connection string: relative URL without a base")?;
     if !scheme.eq_ignore_ascii_case("postgres") && !scheme.eq_ignore_ascii_case("postgresql") {
@@ -140,7 +144,7 @@ fn place(string: &str) -> Result<Place, String> {
         .find_map(|pair| pair.strip_prefix("application_name="))
         .and_then(|value| decode(&value.replace('+', " ")))
         .map(|name| crate::front::postgres::clean(&name));
-    Ok(Place { user, password, database, application_name })
+    Ok(Place { user, password, host: host.to_owned(), database, application_name })
 }
 
 /// Percent-decoding; `None` for what is no UTF-8 afterwards, or a `%` without two digits.
@@ -185,6 +189,7 @@ mod tests {
             ("a@b", Some("p/w"), "d b")
         );
         assert_eq!(found.application_name.as_deref(), Some("pkg:npm/@neon/x@1 2"));
+        assert_eq!(found.host, "ep-x.example.com:5432");
         assert_eq!(place("postgres://app@h/app").unwrap().password, None);
         assert_eq!(place("postgres://app:@h/app").unwrap().password, None);
     }

@@ -11,6 +11,7 @@
 //! - The body of a caller who was not let in is never read.
 //! - All that is held of an answer, rows, heads and tags alike, counts towards what the tier allows for one.
 //! - A client that goes away has its statement cancelled.
+//! - At a tenant's own host no other tenant's token opens anything.
 //!
 //! Entry point: [`Server::handle`].
 
@@ -26,7 +27,7 @@ use hyper::{Method, Request, Response, StatusCode, body::Incoming};
 use moka::sync::Cache;
 
 use super::{
-    http::{Body, Client, body, upgrade},
+    http::{Body, Client, body, host, upgrade},
     postgres,
 };
 use crate::{
@@ -35,7 +36,7 @@ use crate::{
         websocket::{self, WebSocket},
     },
     session::Transport,
-    tenant::{OrgId, Protocol},
+    tenant::{OrgId, Protocol, namespace::org_of_host},
     upstream::neon::Branches,
     wire::neon::value::Kind,
 };
@@ -45,6 +46,10 @@ use crate::{
 const TYPES_MAX: u64 = 10_000;
 const TYPES_KEPT: Duration = Duration::from_secs(300);
 
+/// What the driver puts in the place of a host's first label for its requests over HTTP, without and with a token as
+/// bearer: such a host is nobody's.
+const NEUTRAL: [&str; 2] = ["api", "apiauth"];
+
 /// Longest wait for a client to take the end of a WebSocket's handshake.
 const UPGRADE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -53,15 +58,22 @@ const UPGRADE_WITHIN: Duration = Duration::from_secs(10);
 pub struct Server {
     postgres: Arc<postgres::Server>,
     branches: Arc<Branches>,
+    /// Tenants' hosts are below it.
+    domain: Option<String>,
     /// What the types are that databases gave themselves, by organisation, logical database and number.
     types: Cache<(OrgId, Arc<str>, u32), Kind>,
 }
 
 impl Server {
     /// A front whose sessions `postgres` serves.
-    pub fn new(postgres: Arc<postgres::Server>, branches: Arc<Branches>) -> Arc<Self> {
+    pub fn new(postgres: Arc<postgres::Server>, branches: Arc<Branches>, domain: Option<String>) -> Arc<Self> {
         let types = Cache::builder().max_capacity(TYPES_MAX).time_to_live(TYPES_KEPT).build();
-        Arc::new(Self { postgres, branches, types })
+        Arc::new(Self { postgres, branches, domain, types })
+    }
+
+    /// The organisation that a host stands for; `None` for a neutral one, where the token alone decides.
+    fn host_org(&self, host: &str) -> Option<OrgId> {
+        org_of_host(host, self.domain.as_deref()?).filter(|org| !NEUTRAL.contains(&org.as_str()))
     }
 
     /// Answers one request.
@@ -88,6 +100,10 @@ impl Server {
 
     /// Makes a WebSocket of the request; its task counts as the connection's.
     fn socket(self: &Arc<Self>, mut request: Request<Incoming>, client: &Client) -> Response<Body> {
+        let host_org = match host(&request) {
+            Ok(host) => host.and_then(|host| self.host_org(host)),
+            Err(refusal) => return refuse::rest(&refusal),
+        };
         let settings = websocket::settings(websocket::FRAME_MAX);
         let (response, upgrading) = match upgrade::accept(&mut request, settings) {
             Ok(accepted) => accepted,
@@ -103,7 +119,7 @@ impl Server {
                 stream: Stream::WebSocket(Box::new(WebSocket::new(frames))),
                 unauthenticated: client.take_stranger(),
             };
-            postgres.serve_as(Protocol::Neon, conn).await;
+            postgres.serve_as(Protocol::Neon, conn, host_org).await;
         });
         response
     }

@@ -21,14 +21,16 @@ use crate::{
         http::{
             Body, Client,
             body::{self, ReadError},
+            host,
         },
-        postgres::{Denied, Line},
+        postgres::{Denied, Line, Options},
     },
-    refusal::Refusal,
+    refusal::{Refusal, TokenFault},
     wire::{
         neon::{
             reply::{self, Columns, Shape},
             request::{self, PARAMS_MAX, Query},
+            sink::Sink,
             value::Kind,
         },
         postgres::{
@@ -84,8 +86,17 @@ async fn run(
     client: &Client,
 ) -> Result<Response<Body>, Response<Body>> {
     let bad = |text: &str| refuse::plain(StatusCode::BAD_REQUEST, text);
+    let asked_at = host(&request).map_err(|refusal| refuse::rest(&refusal))?.and_then(|host| server.host_org(host));
     let (parts, incoming) = request.into_parts();
-    let Login { options, credential, shape, begin } = login::read(&parts.headers).map_err(|text| bad(&text))?;
+    let Login { options, host, credential, shape, begin } = login::read(&parts.headers).map_err(|text| bad(&text))?;
+    let host_org = match (asked_at, server.host_org(&host)) {
+        (Some(one), Some(other)) if one != other => {
+            let refusal = Refusal::BadToken(TokenFault::BadOrg);
+            return Err(refuse::denied(&Denied::Refusal(refusal), &options));
+        }
+        (one, other) => one.or(other),
+    };
+    let options = Options { host_org, ..options };
     server.postgres.may_carry(client.transport).map_err(|no| refuse::denied(&Denied::Refusal(no), &options))?;
     // Nothing of a stranger's body is read, and a tenant has no more of them here than it may have clients.
     let guest = server
@@ -340,17 +351,20 @@ impl Asked<'_> {
                 }
                 b'D' => {
                     let shape = self.shapes.get(parts.len()).copied().unwrap_or_default();
+                    let room = input.left();
                     input.charge(message.len())?;
                     if !shape.raw && part.columns.unknown().next().is_some() {
                         part.waiting.extend_from_slice(&message);
                         continue;
                     }
                     let before = part.json.len();
+                    // The row is charged as what is longer: what the server said, or the JSON of it.
+                    let mut json = Sink::new(&mut part.json, before.saturating_add(room));
                     if part.rows > 0 {
-                        part.json.push(b',');
+                        json.put(b",")?;
                     }
                     part.rows += 1;
-                    part.columns.put_row(&mut part.json, shape, &message).map_err(|_| Failure::Lost)?;
+                    part.columns.put_row(&mut json, shape, &message)?;
                     input.charge((part.json.len() - before).saturating_sub(message.len()))?;
                 }
                 b'C' | b'I' => {
@@ -388,20 +402,19 @@ impl Asked<'_> {
             let mut first = true;
             while let Ok(Some(found)) = head(waiting) {
                 let Some((message, behind)) = waiting.split_at_checked(found.len) else { break };
+                let mut json = Sink::new(&mut out, self.max);
                 if !std::mem::take(&mut first) {
-                    out.push(b',');
+                    json.put(b",")?;
                 }
-                part.columns.put_row(&mut out, *shape, message).map_err(|_| Failure::Lost)?;
+                part.columns.put_row(&mut json, *shape, message)?;
                 waiting = behind;
-                if out.len() > self.max.saturating_add(1024) {
-                    return Err(Failure::TooLarge);
-                }
             }
             reply::put_tail(&mut out, &part.tag, shape.arrays);
         }
         if self.is_batch {
             out.extend_from_slice(b"]}");
         }
-        Ok(out)
+        // Rows that waited for their types were charged as the server said them.
+        if out.len() > self.max { Err(Failure::TooLarge) } else { Ok(out) }
     }
 }

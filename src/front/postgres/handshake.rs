@@ -16,7 +16,7 @@ use crate::{
     net::{Stream, tls::accept_tls},
     refusal::{Refusal, TokenFault},
     session::{Session, Transport},
-    tenant::{Home, Protocol},
+    tenant::{Home, OrgId, Protocol},
     upstream::postgres::Upstream,
     wire::postgres::{
         self as wire, HEAD,
@@ -104,6 +104,7 @@ pub async fn admit(
     stream: &mut Option<Stream>,
     local: bool,
     protocol: Protocol,
+    host_org: Option<OrgId>,
 ) -> Result<Admitted, Early> {
     let mut intake = Intake(Vec::new());
     let login = loop {
@@ -135,6 +136,7 @@ pub async fn admit(
         stream.write_all(&out).await?;
     }
     let options = Options::read(&login).map_err(|report| Early::Refused(report, "startup"))?;
+    let options = Options { host_org, ..options };
     let transport = if stream.is_tls() || local { Transport::Private } else { Transport::Open };
     server.gate.may_carry(transport).map_err(refused)?;
     let token = match options.auth {
@@ -193,6 +195,9 @@ pub async fn enter(
     options: &Options,
 ) -> Result<(Session, Arc<Upstream>), Denied> {
     let session = server.gate.admit(token, protocol).await?;
+    if options.host_org.as_ref().is_some_and(|org| org != session.slot().org()) {
+        return Err(Refusal::BadToken(TokenFault::BadOrg).into());
+    }
     // A drain that began meanwhile has told every session that was there; this one was not.
     if server.drain.is_draining() {
         return Err(Refusal::Draining.into());

@@ -59,7 +59,7 @@ use crate::{
     net::{Conn, Stream, drain::Drain, tls::ServerTls},
     refusal::Refusal,
     session::{Gate, Session, Transport},
-    tenant::{Protocol, unit},
+    tenant::{OrgId, Protocol, unit},
     upstream::postgres::Upstream,
     wire::postgres::backend::Report,
 };
@@ -139,15 +139,20 @@ impl Server {
 
     /// Serves one connection, first byte to last.
     pub fn serve(self: Arc<Self>, conn: Conn) -> impl Future<Output = ()> + Send {
-        self.serve_as(Protocol::Postgres, conn)
+        self.serve_as(Protocol::Postgres, conn, None)
     }
 
     /// Serves one connection, first byte to last, as a session of `protocol`: [`Protocol::Neon`] leads to the Neon
-    /// home whatever the tenant's record says.
-    pub(super) fn serve_as(self: Arc<Self>, protocol: Protocol, conn: Conn) -> impl Future<Output = ()> + Send {
+    /// home whatever the tenant's record says. At a host of `host_org`'s nobody else is let in.
+    pub(super) fn serve_as(
+        self: Arc<Self>,
+        protocol: Protocol,
+        conn: Conn,
+        host_org: Option<OrgId>,
+    ) -> impl Future<Output = ()> + Send {
         // A login needs much more space than a session that sleeps: boxed, it is gone once the session begins. Made
         // out here, as an argument of an async block would keep its place beside it.
-        let opening = Box::pin(self.begin(protocol, conn));
+        let opening = Box::pin(self.begin(protocol, conn, host_org));
         async move {
             if let Some(relay) = opening.await {
                 relay.run().await;
@@ -156,10 +161,15 @@ impl Server {
     }
 
     /// Brings a connection to a session that has been greeted; `None` when it has ended before.
-    async fn begin(self: Arc<Self>, protocol: Protocol, conn: Conn) -> Option<Box<relay::Relay>> {
+    async fn begin(
+        self: Arc<Self>,
+        protocol: Protocol,
+        conn: Conn,
+        host_org: Option<OrgId>,
+    ) -> Option<Box<relay::Relay>> {
         let Conn { id, peer, local, stream, unauthenticated } = conn;
         let mut stream = Some(stream);
-        let admitted = handshake::admit(&self, &mut stream, local, protocol);
+        let admitted = handshake::admit(&self, &mut stream, local, protocol, host_org);
         let early = tokio::time::timeout(self.config.handshake_timeout, admitted)
             .await
             .unwrap_or(Err(handshake::Early::Gone("handshake_timeout")));

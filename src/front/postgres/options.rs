@@ -2,7 +2,7 @@
 
 use super::refuse;
 use crate::{
-    tenant::PoolMode,
+    tenant::{OrgId, PoolMode},
     upstream::postgres::connection::{Settings, Value},
     wire::postgres::{
         backend::{Report, Severity},
@@ -38,6 +38,8 @@ pub struct Options {
     pub application_name: Option<String>,
     /// Every other setting, in the client's words.
     pub settings: Settings,
+    /// The organisation whose host the client came to: nobody else's token opens anything there.
+    pub host_org: Option<OrgId>,
 }
 
 impl Options {

@@ -373,3 +373,26 @@ async fn the_ticker_passes_on_expiries_and_deadlines() {
     table.slots().iter().for_each(|slot| slot.tick(clock::now_ms()));
     assert_eq!(expiring.stopped(), Some(Stop::Expired));
 }
+
+#[tokio::test]
+async fn who_shows_no_credential_gets_a_part_of_the_client_sockets() {
+    const CONVEX: Protocol = Protocol::Convex;
+    let (table, _) = answering(10, free);
+    let slot = table.slot(&org("acme")).await.unwrap();
+    let guests: Vec<_> = (0..12).map(|_| slot.guest(CONVEX).unwrap()).collect();
+    let over = slot.guest(CONVEX).unwrap_err();
+    assert_eq!((over.limit, over.max, over.in_use), (Limit::ClientSockets, 12, 12), "half of 25");
+    // They count among all, and the tenant's own have all that is left.
+    let own: Vec<_> = (12..25).map(|_| slot.client(CONVEX).unwrap()).collect();
+    let over = slot.client(CONVEX).unwrap_err();
+    assert_eq!((over.limit, over.max, over.in_use), (Limit::ClientSockets, 25, 25));
+    drop(guests);
+    assert_eq!(slot.clients(CONVEX), 13, "both places of each are given back");
+    // Where the tenant's own have them all, a guest finds none and holds none.
+    let more: Vec<_> = (13..25).map(|_| slot.client(CONVEX).unwrap()).collect();
+    for _ in 0..20 {
+        assert_eq!(slot.guest(CONVEX).unwrap_err().max, 25);
+    }
+    drop((own, more));
+    assert_eq!((0..12).map(|_| slot.guest(CONVEX)).filter(Result::is_ok).count(), 12);
+}

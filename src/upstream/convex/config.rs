@@ -7,7 +7,7 @@ use serde::Deserialize;
 use super::Origin;
 use crate::{
     net::{ClientTls, TlsMode},
-    tenant::{OrgId, Sharing},
+    tenant::{Sharing, namespace::is_domain},
 };
 
 /// Where deployments are and what they are told.
@@ -80,10 +80,7 @@ impl Config {
         if !identifier(&self.org_argument) {
             faults.push(("org_argument", "must be the name of an argument, such as \"orgId\"".into()));
         }
-        let host = |domain: &String| {
-            !domain.is_empty() && domain.split('.').all(|label| OrgId::parse(label).is_some_and(|_| label.len() < 64))
-        };
-        if !self.domain.as_ref().is_none_or(host) {
+        if !self.domain.as_deref().is_none_or(is_domain) {
             faults.push(("domain", "must be a host name in lower case, such as \"convex.example.com\"".into()));
         }
         if let Some(own) = self.claims.iter().find(|claim| OWN_CLAIMS.contains(&claim.as_str())) {

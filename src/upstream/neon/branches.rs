@@ -5,6 +5,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
+use hyper::StatusCode;
 use serde_json::{Value, json};
 use tokio::{runtime::Handle, task::JoinHandle};
 
@@ -62,6 +63,23 @@ pub enum BranchError {
     Catalog(Fault),
     /// The server said no, or Neon did.
     Home(HomeError),
+}
+
+impl BranchError {
+    /// How both doors answer it, the admin port and tenants' `/neon/branches`: the status, and the word for programs.
+    pub fn answer(&self) -> (StatusCode, &'static str) {
+        match self {
+            BranchError::BadName => (StatusCode::BAD_REQUEST, "bad_name"),
+            BranchError::Exists => (StatusCode::CONFLICT, "exists"),
+            BranchError::Unknown => (StatusCode::NOT_FOUND, "unknown_branch"),
+            // As Neon's own API refuses one too many.
+            BranchError::Over(_) => (StatusCode::UNPROCESSABLE_ENTITY, "branches_limit_exceeded"),
+            BranchError::Elsewhere => (StatusCode::CONFLICT, "elsewhere"),
+            BranchError::InUse => (StatusCode::LOCKED, "in_use"),
+            BranchError::Catalog(_) => (StatusCode::SERVICE_UNAVAILABLE, "catalog_down"),
+            BranchError::Home(_) => (StatusCode::BAD_GATEWAY, "database_down"),
+        }
+    }
 }
 
 impl fmt::Display for BranchError {

@@ -10,7 +10,11 @@ use super::{
 };
 use crate::{
     net::tls::TlsMode,
-    tenant::{Names, namespace::Password, unit},
+    tenant::{
+        Names,
+        namespace::{Password, is_domain},
+        unit,
+    },
     upstream::postgres::{self, Provisioner, Upstream},
 };
 
@@ -36,6 +40,8 @@ pub struct Config {
     pub region: Option<String>,
     /// The major version of PostgreSQL in new projects, 15 to 99.
     pub pg_version: u32,
+    /// Hosts of tenants are `<org>.<domain>`, in connection strings and over HTTP: a token opens nothing at another's.
+    pub domain: Option<String>,
     /// Dialled instead of the endpoints' own addresses: one end of a private link, as address and port.
     pub endpoint_address: Option<SocketAddr>,
     /// How strictly TLS is asked for; unset: `disable` on this machine, `verify-full` elsewhere.
@@ -84,6 +90,7 @@ impl Default for Config {
             org_id: None,
             region: None,
             pg_version: 17,
+            domain: None,
             endpoint_address: None,
             tls: None,
             ca_file: None,
@@ -126,6 +133,9 @@ impl Config {
                     faults.push(("tls", "can't be \"disable\" at Neon".into()));
                 }
             }
+        }
+        if !self.domain.as_deref().is_none_or(is_domain) {
+            faults.push(("domain", "must be a host name in lower case, such as \"db.example.com\"".into()));
         }
         if self.wake_timeout < WAKE_MIN {
             faults.push(("wake_timeout", format!("must be at least {}s", WAKE_MIN.as_secs())));

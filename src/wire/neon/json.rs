@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use super::sink::{Full, Sink};
+
 /// Deepest nesting: what `serde_json`, and so the service that clients know, allows.
 pub const DEPTH_MAX: usize = 128;
 
@@ -248,42 +250,64 @@ fn unescape(raw: &str, from: usize) -> Result<String, Fault> {
     Ok(text)
 }
 
-/// Appends `text` as a JSON string. What is not UTF-8, which only a client encoding that nobody asked for can bring,
-/// is replaced.
+/// Appends `text` as a JSON string, however long that gets: for what is short.
 pub fn put_string(out: &mut Vec<u8>, text: &[u8]) {
-    out.push(b'"');
-    match std::str::from_utf8(text) {
-        Ok(_) => put_escaped(out, text),
-        Err(_) => put_escaped(out, String::from_utf8_lossy(text).as_bytes()),
-    }
-    out.push(b'"');
+    // There is no more memory than this has room for.
+    let _ = write_string(&mut Sink::new(out, usize::MAX), text);
 }
 
-fn put_escaped(out: &mut Vec<u8>, text: &[u8]) {
+/// Writes `text` as a JSON string, of which an escaped byte takes up to six. What is not UTF-8, which only a client
+/// encoding that nobody asked for can bring, is replaced.
+///
+/// # Errors
+/// It does not fit; its beginning was written.
+pub fn write_string(out: &mut Sink<'_>, text: &[u8]) -> Result<(), Full> {
+    out.put(b"\"")?;
+    write_inside(out, text)?;
+    out.put(b"\"")
+}
+
+/// Writes a part of a string, without the quotes around it.
+///
+/// # Errors
+/// As [`write_string`].
+pub fn write_inside(out: &mut Sink<'_>, text: &[u8]) -> Result<(), Full> {
+    if std::str::from_utf8(text).is_ok() {
+        return put_escaped(out, text);
+    }
+    for chunk in text.utf8_chunks() {
+        put_escaped(out, chunk.valid().as_bytes())?;
+        if !chunk.invalid().is_empty() {
+            out.put("\u{fffd}".as_bytes())?;
+        }
+    }
+    Ok(())
+}
+
+fn put_escaped(out: &mut Sink<'_>, text: &[u8]) -> Result<(), Full> {
     const HEX: &[u8; 16] = b"0123456789abcdef";
     let mut from = 0;
     for (at, &byte) in text.iter().enumerate() {
         if byte >= 0x20 && byte != b'"' && byte != b'\\' {
             continue;
         }
-        out.extend_from_slice(&text[from..at]);
+        out.put(&text[from..at])?;
         from = at + 1;
         match byte {
-            b'"' => out.extend_from_slice(b"\\\""),
-            b'\\' => out.extend_from_slice(b"\\\\"),
-            b'\n' => out.extend_from_slice(b"\\n"),
-            b'\r' => out.extend_from_slice(b"\\r"),
-            b'\t' => out.extend_from_slice(b"\\t"),
-            0x8 => out.extend_from_slice(b"\\b"),
-            0xc => out.extend_from_slice(b"\\f"),
+            b'"' => out.put(b"\\\"")?,
+            b'\\' => out.put(b"\\\\")?,
+            b'\n' => out.put(b"\\n")?,
+            b'\r' => out.put(b"\\r")?,
+            b'\t' => out.put(b"\\t")?,
+            0x8 => out.put(b"\\b")?,
+            0xc => out.put(b"\\f")?,
             other => {
-                out.extend_from_slice(b"\\u00");
-                out.push(HEX[usize::from(other >> 4)]);
-                out.push(HEX[usize::from(other & 15)]);
+                let (high, low) = (HEX[usize::from(other >> 4)], HEX[usize::from(other & 15)]);
+                out.put(&[b'\\', b'u', b'0', b'0', high, low])?;
             }
         }
     }
-    out.extend_from_slice(&text[from..]);
+    out.put(&text[from..])
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use super::{
     json::put_string,
+    sink::{Full, Sink},
     value::{self, Kind},
 };
 use crate::wire::{
@@ -16,6 +17,27 @@ pub struct Shape {
     pub arrays: bool,
     /// Values as Postgres' text.
     pub raw: bool,
+}
+
+/// Why a row was not written to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowFault {
+    /// The server's message is not the protocol.
+    Malformed(Error),
+    /// As JSON it is longer than it may be.
+    TooLarge,
+}
+
+impl From<Error> for RowFault {
+    fn from(error: Error) -> Self {
+        RowFault::Malformed(error)
+    }
+}
+
+impl From<Full> for RowFault {
+    fn from(_: Full) -> Self {
+        RowFault::TooLarge
+    }
 }
 
 /// The words around the columns in an answer's beginning, in bytes.
@@ -102,35 +124,35 @@ impl Columns {
     /// Appends a whole DataRow as JSON. A type that nobody knows is text.
     ///
     /// # Errors
-    /// It breaks off, or has another number of columns.
-    pub fn put_row(&self, out: &mut Vec<u8>, shape: Shape, message: &[u8]) -> Result<(), Error> {
+    /// It breaks off, has another number of columns, or finds no room: its beginning was written.
+    pub fn put_row(&self, out: &mut Sink<'_>, shape: Shape, message: &[u8]) -> Result<(), RowFault> {
         const CUT: Error = Error::new("DataRow", "insufficient data left in message");
         let body = message.get(HEAD..).ok_or(CUT)?;
         let (count, mut rest) = body.split_first_chunk::<2>().ok_or(CUT)?;
         if usize::from(u16::from_be_bytes(*count)) != self.keys.len() {
-            return Err(Error::new("DataRow", "another number of columns than announced"));
+            return Err(Error::new("DataRow", "another number of columns than announced").into());
         }
-        out.push(if shape.arrays { b'[' } else { b'{' });
+        out.put(if shape.arrays { b"[" } else { b"{" })?;
         for (at, (key, kind)) in self.keys.iter().zip(&self.kinds).enumerate() {
             if at > 0 {
-                out.push(b',');
+                out.put(b",")?;
             }
             if !shape.arrays {
-                out.extend_from_slice(key);
+                out.put(key)?;
             }
             let (len, behind) = rest.split_first_chunk::<4>().ok_or(CUT)?;
             let len = i32::from_be_bytes(*len);
             if len < 0 {
-                out.extend_from_slice(b"null");
+                out.put(b"null")?;
                 rest = behind;
                 continue;
             }
             let (text, behind) = behind.split_at_checked(usize::try_from(len).unwrap_or(usize::MAX)).ok_or(CUT)?;
             rest = behind;
             let kind = if shape.raw { Kind::Text } else { kind.unwrap_or(Kind::Text) };
-            value::put(out, kind, text);
+            value::put(out, kind, text)?;
         }
-        out.push(if shape.arrays { b']' } else { b'}' });
+        out.put(if shape.arrays { b"]" } else { b"}" })?;
         Ok(())
     }
 
@@ -246,6 +268,10 @@ mod tests {
         out
     }
 
+    fn everything(out: &mut Vec<u8>) -> Sink<'_> {
+        Sink::new(out, usize::MAX)
+    }
+
     #[test]
     fn a_result_is_json_in_all_four_shapes() {
         let columns = Columns::parse(&description(&[("n", 23), ("a\"b", 25), ("m", 20_000)])).unwrap();
@@ -259,7 +285,8 @@ mod tests {
             let shape = Shape { arrays, raw };
             let mut out = Vec::new();
             columns.put_head(&mut out);
-            columns.put_row(&mut out, shape, &row(&[Some("5"), None, Some("x")])).unwrap();
+            let whole = row(&[Some("5"), None, Some("x")]);
+            columns.put_row(&mut Sink::new(&mut out, usize::MAX), shape, &whole).unwrap();
             put_tail(&mut out, b"SELECT 1", arrays);
             let answer: Value = serde_json::from_slice(&out).unwrap();
             assert_eq!(answer["rows"], json!([wanted]));
@@ -317,10 +344,31 @@ mod tests {
             assert!(Columns::parse(&whole[..len]).is_err(), "{len}");
         }
         let columns = Columns::parse(&whole).unwrap();
-        let whole = row(&[Some("55")]);
+        let (whole, mut out) = (row(&[Some("55")]), Vec::new());
+        let malformed = |done| matches!(done, Err(RowFault::Malformed(_)));
         for len in HEAD..whole.len() {
-            assert!(columns.put_row(&mut Vec::new(), Shape::default(), &whole[..len]).is_err(), "{len}");
+            assert!(malformed(columns.put_row(&mut everything(&mut out), Shape::default(), &whole[..len])), "{len}");
         }
-        assert!(columns.put_row(&mut Vec::new(), Shape::default(), &row(&[])).is_err());
+        assert!(malformed(columns.put_row(&mut everything(&mut out), Shape::default(), &row(&[]))));
+    }
+
+    #[test]
+    fn escapes_are_counted_as_they_are_written() {
+        let columns = Columns::parse(&description(&[("n", 23), ("t", 25), ("a", 1009), ("j", 114)])).unwrap();
+        let list = format!(r#"{{{},"\\\"",NULL}}"#, "\u{2}".repeat(9));
+        let whole = row(&[Some("55"), Some(&"\u{1}".repeat(20)), Some(&list), Some(r#"{"a":[1,2]}"#)]);
+        for shape in [(false, false), (false, true), (true, false), (true, true)] {
+            let shape = Shape { arrays: shape.0, raw: shape.1 };
+            let mut out = b"before".to_vec();
+            columns.put_row(&mut everything(&mut out), shape, &whole).unwrap();
+            assert!(serde_json::from_slice::<Value>(&out[6..]).is_ok() && out.len() > 2 * whole.len());
+            for max in 6..=out.len() {
+                let mut bounded = b"before".to_vec();
+                let done = columns.put_row(&mut Sink::new(&mut bounded, max), shape, &whole);
+                assert_eq!(done.is_ok(), max == out.len(), "{max} of {}", out.len());
+                assert!(done.is_ok() || done == Err(RowFault::TooLarge));
+                assert!(bounded.len() <= max && bounded.capacity() <= max.max(8) && out.starts_with(&bounded), "{max}");
+            }
+        }
     }
 }

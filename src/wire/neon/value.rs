@@ -1,6 +1,9 @@
 //! Postgres' text of a value as JSON.
 
-use super::json::{number_len, put_string};
+use super::{
+    json::{number_len, write_inside, write_string},
+    sink::{Full, Sink},
+};
 
 /// How the values of a type are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,15 +139,35 @@ fn array_of(oid: u32) -> Option<u32> {
     })
 }
 
+/// Why a text was not written as an array.
+enum NoArray {
+    /// It is no array literal.
+    Text,
+    Full,
+}
+
+impl From<Full> for NoArray {
+    fn from(_: Full) -> Self {
+        NoArray::Full
+    }
+}
+
 /// Appends a value's text as JSON.
-pub fn put(out: &mut Vec<u8>, kind: Kind, text: &[u8]) {
+///
+/// # Errors
+/// There is no room for it; its beginning was written.
+pub fn put(out: &mut Sink<'_>, kind: Kind, text: &[u8]) -> Result<(), Full> {
     match kind {
         Kind::Array(element, delimiter) => {
-            let from = out.len();
-            // A text that is no array literal after all is still a text.
-            if put_array(out, element, delimiter, text).is_none() {
-                out.truncate(from);
-                put_string(out, text);
+            let from = out.written();
+            match put_array(out, element, delimiter, text) {
+                Ok(()) => Ok(()),
+                Err(NoArray::Full) => Err(Full),
+                // It is still a text.
+                Err(NoArray::Text) => {
+                    out.truncate(from);
+                    write_string(out, text)
+                }
             }
         }
         Kind::Bool => put_element(out, Element::Bool, text),
@@ -154,87 +177,107 @@ pub fn put(out: &mut Vec<u8>, kind: Kind, text: &[u8]) {
     }
 }
 
-fn put_element(out: &mut Vec<u8>, element: Element, text: &[u8]) {
+fn put_element(out: &mut Sink<'_>, element: Element, text: &[u8]) -> Result<(), Full> {
     match (element, text) {
-        (Element::Bool, b"t") => out.extend_from_slice(b"true"),
-        (Element::Bool, b"f") => out.extend_from_slice(b"false"),
-        (Element::Number, text) if number_len(text) == Some(text.len()) => out.extend_from_slice(text),
-        (Element::Json, text) if std::str::from_utf8(text).is_ok() => out.extend_from_slice(text),
-        (_, text) => put_string(out, text),
+        (Element::Bool, b"t") => out.put(b"true"),
+        (Element::Bool, b"f") => out.put(b"false"),
+        (Element::Number, text) if number_len(text) == Some(text.len()) => out.put(text),
+        (Element::Json, text) if std::str::from_utf8(text).is_ok() => out.put(text),
+        (_, text) => write_string(out, text),
     }
 }
 
 /// An array literal as a JSON array; its bounds (`[2:3]=`) are left out.
-fn put_array(out: &mut Vec<u8>, element: Element, delimiter: u8, text: &[u8]) -> Option<()> {
+fn put_array(out: &mut Sink<'_>, element: Element, delimiter: u8, text: &[u8]) -> Result<(), NoArray> {
     let body = match text.first() {
-        Some(b'[') => &text[memchr::memchr(b'=', text)? + 1..],
+        Some(b'[') => &text[memchr::memchr(b'=', text).ok_or(NoArray::Text)? + 1..],
         _ => text,
     };
-    let mut rest = body.strip_prefix(b"{")?;
-    out.push(b'[');
+    let mut rest = body.strip_prefix(b"{").ok_or(NoArray::Text)?;
+    out.put(b"[")?;
     let mut depth = 1;
     let mut scratch = Vec::new();
     // Whether an element or an array may begin here; and whether it would be the first of its array, which may end
     // before it.
     let (mut open, mut first_here) = (true, true);
     loop {
-        let (&first, behind) = rest.split_first()?;
+        let (&first, behind) = rest.split_first().ok_or(NoArray::Text)?;
         match first {
             b'{' if open => {
                 depth += 1;
                 if depth > DIMENSIONS_MAX {
-                    return None;
+                    return Err(NoArray::Text);
                 }
-                out.push(b'[');
+                out.put(b"[")?;
                 first_here = true;
                 rest = behind;
             }
             b'}' if first_here || !open => {
-                out.push(b']');
+                out.put(b"]")?;
                 depth -= 1;
                 (open, first_here) = (false, false);
                 rest = behind;
                 if depth == 0 {
-                    return rest.is_empty().then_some(());
+                    return rest.is_empty().then_some(()).ok_or(NoArray::Text);
                 }
             }
             byte if byte == delimiter && !open => {
-                out.push(b',');
+                out.put(b",")?;
                 open = true;
                 rest = behind;
             }
             b'"' if open => {
-                scratch.clear();
-                let mut at = 0;
-                loop {
-                    match *behind.get(at)? {
-                        b'"' => break,
-                        b'\\' => {
-                            scratch.push(*behind.get(at + 1)?);
-                            at += 2;
-                        }
-                        byte => {
-                            scratch.push(byte);
-                            at += 1;
-                        }
+                rest = match element {
+                    Element::Text => put_quoted(out, behind)?,
+                    Element::Bool | Element::Number | Element::Json => {
+                        scratch.clear();
+                        let behind = quoted(behind, |piece| {
+                            scratch.extend_from_slice(piece);
+                            Ok(())
+                        })?;
+                        put_element(out, element, &scratch)?;
+                        behind
                     }
-                }
-                put_element(out, element, &scratch);
-                rest = &behind[at + 1..];
+                };
                 (open, first_here) = (false, false);
             }
             _ if open => {
-                let end = rest.iter().position(|&byte| byte == delimiter || byte == b'}')?;
+                let end = rest.iter().position(|&byte| byte == delimiter || byte == b'}');
+                let end = end.ok_or(NoArray::Text)?;
                 match &rest[..end] {
-                    b"" => return None,
-                    b"NULL" => out.extend_from_slice(b"null"),
-                    word => put_element(out, element, word),
+                    b"" => return Err(NoArray::Text),
+                    b"NULL" => out.put(b"null")?,
+                    word => put_element(out, element, word)?,
                 }
                 rest = &rest[end..];
                 (open, first_here) = (false, false);
             }
-            _ => return None,
+            _ => return Err(NoArray::Text),
         }
+    }
+}
+
+/// Writes a quoted text element piece by piece, since it may be as long as the answer; gives what follows it.
+fn put_quoted<'a>(out: &mut Sink<'_>, text: &'a [u8]) -> Result<&'a [u8], NoArray> {
+    out.put(b"\"")?;
+    let behind = quoted(text, |piece| write_inside(out, piece))?;
+    out.put(b"\"")?;
+    Ok(behind)
+}
+
+/// Gives the pieces of a quoted element, of which each begins with a character that a backslash stood before or is the
+/// first; then what follows its closing quote.
+fn quoted(text: &[u8], mut take: impl FnMut(&[u8]) -> Result<(), Full>) -> Result<&[u8], NoArray> {
+    let (mut from, mut at) = (0, 0);
+    loop {
+        at += memchr::memchr2(b'"', b'\\', &text[at..]).ok_or(NoArray::Text)?;
+        take(&text[from..at])?;
+        if text[at] == b'"' {
+            return Ok(&text[at + 1..]);
+        }
+        // Whatever is escaped stands for itself.
+        text.get(at + 1).ok_or(NoArray::Text)?;
+        (from, at) = (at + 1, at + 2);
     }
 }
 
@@ -244,7 +287,7 @@ mod tests {
 
     fn json(oid: u32, text: &str) -> String {
         let mut out = Vec::new();
-        put(&mut out, kind(oid).expect("built in"), text.as_bytes());
+        put(&mut Sink::new(&mut out, usize::MAX), kind(oid).expect("built in"), text.as_bytes()).expect("room");
         String::from_utf8(out).unwrap()
     }
 
@@ -285,6 +328,8 @@ mod tests {
             (3807, r#"{"{\"a\": 1}",NULL,"null"}"#, r#"[{"a": 1},null,null]"#),
             (1020, "{(1,1),(0,0);(2,2),(1,1)}", "[\"(1,1),(0,0)\",\"(2,2),(1,1)\"]"),
             (1017, r#"{"(1,2)"}"#, r#"["(1,2)"]"#),
+            (1009, r#"{"\\\\","\"\"a\b","é\é",""}"#, r#"["\\\\","\"\"ab","éé",""]"#),
+            (1000, r#"{"t",f}"#, "[true,false]"),
         ] {
             assert_eq!(json(oid, text), wanted, "{oid} {text}");
         }

@@ -2,18 +2,15 @@
 'use strict';
 
 const fs = require('node:fs');
-const path = require('node:path');
 const crypto = require('node:crypto');
 const assert = require('node:assert/strict');
 const { ConvexClient, ConvexHttpClient } = require('convex/browser');
 const { makeFunctionReference: ref } = require('convex/server');
-const { MongoClient } = require('mongodb');
 const WebSocket = require('ws');
+const { organisations, USER } = require('./organisations.js');
 
 const ready = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'));
 const only = process.argv.slice(3);
-// Where tests/drivers/run lets `dynabase dev` live: beside the ready file.
-const home = path.join(path.dirname(process.argv[2]), 'data');
 const base = ready.tenants[0].urls.convex;
 const demo = (org) => ready.tenants.find((tenant) => tenant.org_id === org).token;
 const quiet = { logger: false, skipConvexDeploymentUrlCheck: true };
@@ -24,34 +21,8 @@ const send = ref('messages:send');
 const big = ref('messages:big');
 const channel = () => `c${crypto.randomUUID()}`;
 
-// A token of the development issuer, with whatever claims.
-const USER = '8dc8a8bb-13ec-48d9-a321-785d7178358a';
-function token(org, { seconds = 3600, subject = USER } = {}) {
-  const toml = fs.readFileSync(path.join(home, 'dynabase.toml'), 'utf8');
-  const [, secret] = /^hs256_secret = "(.*)"$/m.exec(toml);
-  const [, issuer] = /^issuer = "(.*)"$/m.exec(toml);
-  const now = Math.floor(Date.now() / 1000);
-  const claims = { iss: issuer, aud: 'authenticated', sub: subject, session_id: USER, role: 'authenticated', email: `${subject}@${org}.example`, iat: now, exp: now + seconds, org_id: org };
-  const part = (value) => Buffer.from(JSON.stringify(value)).toString('base64url');
-  const signed = `${part({ alg: 'HS256', typ: 'JWT' })}.${part(claims)}`;
-  return `${signed}.${crypto.createHmac('sha256', secret).update(signed).digest('base64url')}`;
-}
-
-// An organisation of its own for one case, on the shared deployment, so that cases don't use up each other's limits.
-let made = 0;
-async function organisation(tier = 'FREE') {
-  const org = `cx${process.pid}n${(made += 1)}`;
-  await write({ _id: org, tier, status: 'active', epoch: 1 });
-  await until('it is known', () => http(token(org)).query(list, { channel: 'x' }).then(() => true, () => false));
-  return org;
-}
-
-// What an operator does by hand: the record is replaced, straight on the catalog.
-async function write(record) {
-  const client = await MongoClient.connect(ready.catalog.url);
-  await client.db(ready.catalog.database).collection('orgs').replaceOne({ _id: record._id }, record, { upsert: true });
-  await client.close();
-}
+const { token, write, organisation: make } = organisations(process.argv[2], 'cx');
+const organisation = (tier) => make((it) => http(it).query(list, { channel: 'x' }).then(() => true, () => false), tier);
 
 function socket(credential, options = {}) {
   const client = new ConvexClient(base, { ...quiet, expectAuth: true, ...options });
@@ -200,6 +171,27 @@ const cases = {
     assert.deepEqual(next.errors, []);
     await client.mutation(send, { channel: c, body: 'y' });
     await until('still live', () => next.last().count === 2 && all[49].last().count === 2);
+  },
+
+  async subscriptions_of_all_sockets_are_counted_together() {
+    const org = await organisation();
+    // As clients that come back, whose subscriptions are not refused for the rate.
+    const come = (count) => raw([connect(crypto.randomUUID(), { connectionCount: 1 }), authenticate(token(org)), { type: 'ModifyQuerySet', baseVersion: 0, newVersion: 1, modifications: Array.from({ length: count }, (_, n) => ({ type: 'Add', queryId: n, udfPath: 'messages:list', args: [{ channel: `${n}` }] })) }]);
+    const told = (socket) => socket.frames.flatMap((frame) => frame.modifications ?? []);
+    const full = [await come(50), await come(50)];
+    await until('a hundred', () => full.every((it) => told(it).filter((one) => one.type === 'QueryUpdated').length === 50));
+    const late = await come(1);
+    await until('the refusal', () => told(late).length > 0);
+    const { type, errorData } = told(late)[0];
+    assert.deepEqual([type, errorData.code, errorData.limit, errorData.max], ['QueryFailed', 'quota_exceeded', 'subscriptions', 100]);
+    full[0].ws.terminate();
+    await until('what was given back', async () => {
+      const next = await come(1);
+      await until('an answer', () => told(next).length > 0);
+      const good = told(next)[0].type === 'QueryUpdated';
+      next.ws.terminate();
+      return good;
+    });
   },
 
   async a_new_tier_is_felt_on_the_living_socket() {

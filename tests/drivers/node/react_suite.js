@@ -14,10 +14,16 @@ const esbuild = require('esbuild');
 const WebSocket = require('ws');
 const { ConvexHttpClient } = require('convex/browser');
 const { makeFunctionReference: ref } = require('convex/server');
+const { organisations } = require('./organisations.js');
 
 const ready = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'));
 const only = process.argv.slice(3);
 const base = ready.tenants[0].urls.convex;
+const own = organisations(process.argv[2], 're');
+const organisation = () => own.organisation((credential) => {
+  const it = new ConvexHttpClient(base, { logger: false, skipConvexDeploymentUrlCheck: true, auth: credential });
+  return it.query(ref('messages:list'), { channel: 'x' }).then(() => true, () => false);
+});
 const token = (org) => ready.tenants.find((tenant) => tenant.org_id === org).token;
 const PATIENCE_MS = 30_000;
 
@@ -110,9 +116,18 @@ class Browser {
 let browser;
 let server;
 
-async function page(org, channel, extra = 0) {
-  const words = new URLSearchParams({ base, token: token(org), org, channel, extra });
+async function page(org, channel, { extra = 0, credential = token(org) } = {}) {
+  const words = new URLSearchParams({ base, token: credential, org, channel, extra });
   const opened = await browser.open(`http://127.0.0.1:${server.address().port}/#${words}`);
+  opened.call = (kind, name, args) => opened.run(`call(${JSON.stringify(kind)}, ${JSON.stringify(name)}, ${JSON.stringify(args)})`);
+  // Many at once, `at` a time.
+  opened.calls = (kind, name, args, count, at) => opened.run(`(async () => {
+    const all = [];
+    while (all.length < ${count}) all.push(...(await Promise.all(Array.from({ length: ${at} }, () => call(${JSON.stringify(kind)}, ${JSON.stringify(name)}, ${JSON.stringify(args)})))));
+    return all;
+  })()`);
+  opened.refused = () => opened.run(`[...document.querySelectorAll('.refused')].map((it) => [it.dataset.code, it.dataset.limit])`);
+  opened.connections = () => opened.run(`document.querySelector('footer').dataset.count`);
   opened.messages = () => opened.run(`[...document.querySelectorAll('#main li')].map((it) => it.textContent)`);
   await until(`${org}'s page is live`, () => opened.run(`document.querySelector('footer')?.textContent === 'live' && !document.querySelector('#main .loading')`));
   return opened;
@@ -150,19 +165,79 @@ const cases = {
   async one_query_too_many_fails_in_its_own_component() {
     // FREE has 50 subscriptions per socket: the page's own and 52 more are three too many.
     const channel = `r${randomUUID().slice(0, 8)}`;
-    const one = await page('acme', channel, 52);
-    const refused = () => one.run(`[...document.querySelectorAll('.refused')].map((it) => [it.dataset.code, it.dataset.limit])`);
-    await until('three are refused', async () => (await refused()).length === 3);
-    assert.deepEqual(await refused(), Array(3).fill(['quota_exceeded', 'subscriptions']));
+    const one = await page('acme', channel, { extra: 52 });
+    await until('three are refused', async () => (await one.refused()).length === 3);
+    assert.deepEqual(await one.refused(), Array(3).fill(['quota_exceeded', 'subscriptions']));
     assert.equal(await one.run(`document.querySelectorAll('.messages').length`), 50);
     await client('acme').mutation(ref('messages:send'), { channel, body: 'still live' });
     await until('the others go on', async () => (await one.messages()).includes('still live'));
-    assert.equal(await one.run(`document.querySelector('footer').dataset.count`), '1', 'without one reconnect');
+    assert.equal(await one.connections(), '1', 'without one reconnect');
     if (process.env.DYNABASE_SCREENSHOT) {
       await one.run(`document.querySelectorAll('.extra').forEach((it) => it.querySelector('.refused') && (it.style.display = 'block'))`);
       const { data } = await one.ask('Page.captureScreenshot', { format: 'png' });
       fs.writeFileSync(process.env.DYNABASE_SCREENSHOT.replace(/(\.png)?$/, '-refused.png'), Buffer.from(data, 'base64'));
     }
+    await one.close();
+  },
+
+  async calls_over_a_limit_fail_alone_and_the_page_goes_on() {
+    const org = await organisation();
+    const channel = `r${randomUUID().slice(0, 8)}`;
+    const one = await page(org, channel, { credential: own.token(org) });
+    const busy = await one.calls('action', 'messages:slow', { ms: 2000 }, 10, 10);
+    assert.deepEqual(busy.flatMap(({ refused }) => (refused ? [[refused.limit, refused.max]] : [])), Array(2).fill(['in_flight', 8]));
+    const large = await one.call('mutation', 'messages:send', { channel, body: 'y'.repeat(1 << 20) });
+    assert.equal(large.refused?.code, 'payload_too_large', JSON.stringify(large).slice(0, 200));
+    // Eight at a time, as many as may be under way.
+    const sent = await one.calls('mutation', 'messages:send', { channel, body: 'x' }, 120, 8);
+    const over = sent.filter((it) => it.refused);
+    assert.ok(over.length > 0 && over.every((it) => it.refused.limit === 'rate'), JSON.stringify(over.slice(0, 3)));
+    await until('what was let in', async () => (await one.messages()).length === 120 - over.length);
+    await until('it goes on', async () => 'value' in (await one.call('mutation', 'messages:send', { channel, body: 'later' })));
+    assert.deepEqual([await one.connections(), await one.refused()], ['1', []], 'without one reconnect');
+    await one.close();
+  },
+
+  async a_suspended_organisation_s_page_says_so() {
+    const org = await organisation();
+    const one = await page(org, 'x', { credential: own.token(org) });
+    await own.write({ _id: org, tier: 'FREE', status: 'suspended', epoch: 2 });
+    await until('it says so', async () => (await one.refused())[0]?.[0] === 'suspended');
+    assert.equal((await one.call('mutation', 'messages:send', { channel: 'x', body: 'y' })).refused.code, 'suspended');
+    await own.write({ _id: org, tier: 'FREE', status: 'active', epoch: 3 });
+    await until('it lives again', async () => 'value' in (await one.call('mutation', 'messages:send', { channel: 'x', body: 'y' })));
+    await one.close();
+  },
+
+  async a_page_without_room_or_without_a_token_says_so() {
+    const org = await organisation();
+    const full = await Promise.all(Array.from({ length: 25 }, async () => {
+      const socket = new WebSocket(`${base.replace('http', 'ws')}/api/1.48.0/sync`);
+      await new Promise((resolve, reject) => socket.once('open', resolve).once('error', reject));
+      const answered = new Promise((resolve) => socket.once('message', resolve));
+      socket.send(JSON.stringify({ type: 'Connect', sessionId: randomUUID(), connectionCount: 0, lastCloseReason: null, clientTs: 0 }));
+      socket.send(JSON.stringify({ type: 'Authenticate', baseVersion: 0, tokenType: 'User', value: own.token(org) }));
+      await answered;
+      return socket;
+    }));
+    const [late, nobody] = [await page(org, 'x', { credential: own.token(org) }), await page(org, 'x', { credential: '' })];
+    await until('no room', async () => (await late.refused())[0]?.[1] === 'client_sockets');
+    await until('no token', async () => (await nobody.refused())[0]?.[0] === 'unauthenticated');
+    full.forEach((it) => it.terminate());
+    await until('it comes in by itself', async () => 'value' in (await late.call('mutation', 'messages:send', { channel: 'x', body: 'y' })));
+    for (const it of [late, nobody]) await it.close();
+  },
+
+  async a_page_whose_socket_is_cut_goes_on() {
+    const channel = `r${randomUUID().slice(0, 8)}`;
+    const one = await page('globex', channel);
+    for (const count of [1, 2]) {
+      const cut = await fetch(`${ready.convex.deployments.globex}/double/drop`, { method: 'POST', headers: { authorization: `Convex ${ready.convex.admin_key}` } });
+      assert.equal(cut.status, 200);
+      assert.ok('value' in (await one.call('mutation', 'messages:send', { channel, body: `${count}` })));
+      await until('it is there', async () => (await one.messages()).length === count);
+    }
+    assert.ok(Number(await one.connections()) > 1);
     await one.close();
   },
 };
