@@ -234,7 +234,7 @@ async fn show(which: &Which, as_json: bool) -> Result<(), Failure> {
         ["tier".into(), tenant.tier.to_string()],
         ["status".into(), word(tenant.status).into()],
         ["epoch".into(), tenant.epoch.to_string()],
-        ["home".into(), tenant.home().label().into()],
+        ["home".into(), home(&record)],
         ["created".into(), record.created_at.clone()],
         ["credentials".into(), format!("generation {}", tenant.generation)],
         [
@@ -265,6 +265,17 @@ async fn fetch(catalog: &Catalog, org: &OrgId) -> Result<Record, Failure> {
     catalog.get(org).await.map_err(|fault| key::unknown(org, &fault))
 }
 
+/// Where its databases are, and what they have left.
+fn home(record: &Record) -> String {
+    let home = record.tenant.home().label();
+    match record.kept() {
+        Some(kept) => {
+            format!("{home} (moved from {}, where the old copy goes after {})", kept.home.label(), kept.purge_after)
+        }
+        None => home.to_owned(),
+    }
+}
+
 fn described(record: &Record) -> Value {
     let tenant = &record.tenant;
     json!({
@@ -274,6 +285,7 @@ fn described(record: &Record) -> Value {
         "epoch": tenant.epoch,
         "generation": tenant.generation,
         "home": tenant.home(),
+        "left": record.kept(),
         "databases": tenant.databases,
         "users": tenant.users,
         "created_at": record.created_at,

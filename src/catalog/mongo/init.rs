@@ -77,6 +77,7 @@ fn orgs() -> Document {
             // The words that decide where data is looked for.
             "routes": {"bsonType": "object", "properties": {
                 "postgres": {"enum": ["main", "neon"]},
+                "sql": {"enum": ["main", "neon"]},
                 "mongodb": {"enum": ["filter", "database"]},
             }},
         },

@@ -1,6 +1,7 @@
 //! What the ledger of every kind of catalog has to do.
 
 use super::*;
+use crate::tenant::{Home, Tenant};
 
 fn entry(id: &str, from: Tier, to: Tier, epoch: u64) -> Entry {
     Entry {
@@ -156,4 +157,58 @@ pub async fn it_can_be_called_off(catalog: Catalog) {
     assert_eq!(catalog.save(open.clone()).await, Ok(false));
     catalog.cancel(&org("acme")).await.expect("called off");
     assert_eq!(catalog.save(open).await, Ok(true), "a writer that has not heard of it does not lose it");
+}
+
+pub async fn a_tenant_stands_still_until_the_decision_which_moves_its_home(catalog: Catalog) {
+    with_acme(&catalog).await;
+    let record = async || catalog.get(&org("acme")).await.expect("there");
+    let kept = Kept { home: Home::Neon, purge_after: "2030-01-01T00:00:00Z".into() };
+    let moving = |id, from, to, epoch| {
+        let pins = crate::tenant::Routes { postgres: Some(Home::Main), sql: Some(Home::Main), ..Default::default() };
+        Entry { pins, kept: Some(kept.clone()), ..entry(id, from, to, epoch) }
+    };
+    let open = catalog.begin(moving("a", Tier::Free, Tier::Pro, 1)).await.expect("begun");
+    assert!(!record().await.tenant.still);
+    catalog.still(&open).await.expect("it is this coordinator's");
+    assert!(record().await.tenant.still);
+    // Whoever takes it up lets it go on first.
+    catalog.save(Entry { lease_until_ms: now_ms() - 1, ..open.clone() }).await.expect("saved");
+    let later = catalog.claim(&org("acme"), "two", Duration::from_secs(60)).await.expect("claimed");
+    assert!(!record().await.tenant.still);
+    assert_eq!(catalog.still(&open).await, Err(LedgerFault::Overtaken));
+    catalog.still(&later).await.expect("still");
+    assert_eq!(catalog.decide(&later, Decision::Abort).await, Ok(Decision::Abort));
+    let after = record().await;
+    assert_eq!((after.tenant.still, after.tenant.home(), after.kept()), (false, Home::Main, None));
+    assert_eq!(after.tenant.routes.sql, None);
+    assert_eq!(catalog.still(&later).await, Err(LedgerFault::Overtaken), "it is decided");
+    catalog.close(later).await.expect("closed");
+
+    let open = catalog.begin(moving("b", Tier::Free, Tier::Pro, 1)).await.expect("begun");
+    catalog.still(&open).await.expect("still");
+    assert_eq!(catalog.decide(&open, Decision::Commit).await, Ok(Decision::Commit));
+    let after = record().await;
+    assert_eq!((after.tenant.still, after.tenant.tier, after.kept()), (false, Tier::Pro, Some(kept.clone())));
+    assert_eq!((after.tenant.routes.postgres, after.tenant.routes.sql), (Some(Home::Main), Some(Home::Main)));
+    catalog.close(open).await.expect("closed");
+    // An operator's tool that has read the record before does not take that back.
+    let old = Record::new(Tenant { epoch: 3, ..after.tenant.clone() });
+    catalog.put(old, Expect::Epoch(2)).await.expect("written");
+    assert_eq!(record().await.kept(), Some(kept.clone()));
+    // It is found by those who look for what is to go, and is none of that any more once it is gone.
+    let leaving = async || {
+        let mut found = Vec::new();
+        let mut stream = catalog.leaving();
+        while let Some(record) = stream.recv().await {
+            found.extend(record.expect("readable").kept());
+        }
+        found
+    };
+    assert_eq!(leaving().await, std::slice::from_ref(&kept));
+    let forget =
+        Entry { deed: Deed::Forget, kept: Some(kept), pins: Default::default(), ..entry("c", Tier::Pro, Tier::Pro, 3) };
+    let open = catalog.begin(forget).await.expect("begun");
+    assert_eq!(catalog.decide(&open, Decision::Commit).await, Ok(Decision::Commit));
+    assert_eq!((record().await.kept(), leaving().await), (None, vec![]));
+    assert_eq!(record().await.tenant.routes.postgres, Some(Home::Main));
 }

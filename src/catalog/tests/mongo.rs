@@ -99,6 +99,7 @@ mod the_ledger {
         a_record_that_somebody_else_changed_is_not_committed,
         no_other_writer_touches_the_stamp,
         it_can_be_called_off,
+        a_tenant_stands_still_until_the_decision_which_moves_its_home,
     );
 }
 

@@ -18,7 +18,7 @@ mod fit;
 mod rows;
 mod schema;
 
-use std::{fmt, time::Duration};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use tokio::time::Instant;
 
@@ -98,7 +98,11 @@ impl From<AdminError> for MoveError {
 
 /// What has been brought to the new place while the tenant goes on.
 #[derive(Debug)]
-pub struct Filled(Vec<Script>);
+pub struct Filled {
+    scripts: Vec<Script>,
+    /// Of each database, the tables that were the same on both sides, their rows, and what was counted of them before.
+    same: Vec<BTreeMap<i64, (rows::Count, u64)>>,
+}
 
 /// What came of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -179,13 +183,14 @@ impl Move<'_> {
     pub async fn fill(&self, dump: &Dump, say: &(dyn Fn(String) + Sync)) -> Result<Filled, MoveError> {
         taken(self.to.remake(self.tenant, self.names, self.by).await?)?;
         reach("after a place was made");
-        let mut filled = Vec::new();
+        let mut filled = Filled { scripts: Vec::new(), same: Vec::new() };
         for database in self.databases() {
             let script = self.script(dump, database).await?;
             let ends = self.ends(database).await?;
             script.begin(&ends).await?;
             reach("after a schema");
             let tables = rows::tables(&ends.from).await?;
+            let before = rows::counted(&ends.from).await?;
             let mut rows = 0;
             for (at, table) in tables.iter().enumerate() {
                 rows += rows::copy(&ends, table, None).await?;
@@ -193,9 +198,21 @@ impl Move<'_> {
                 reach("after a table");
             }
             script.index(&ends).await?;
-            filled.push(script);
+            let now = rows::counted(&ends.from).await?;
+            let mut same = BTreeMap::new();
+            for table in &tables {
+                // What has changed already will have to be read again.
+                if let Some(count) = before.get(&table.id).filter(|count| now.get(&table.id) == Some(count))
+                    && let Some(rows) = rows::same(&ends, table).await?
+                {
+                    same.insert(table.id, (count.clone(), rows));
+                }
+            }
+            say(format!("{database}: {rows} rows; {} of {} tables are as they were", same.len(), tables.len()));
+            filled.scripts.push(script);
+            filled.same.push(same);
         }
-        Ok(Filled(filled))
+        Ok(filled)
     }
 
     async fn script(&self, dump: &Dump, database: &str) -> Result<Script, MoveError> {
@@ -254,8 +271,8 @@ impl Move<'_> {
             Ok::<Vec<Script>, MoveError>(scripts)
         };
         let (scripts, carried) = match filled {
-            Some(Filled(before)) => {
-                let (now, carried) = tokio::join!(scripts, self.level());
+            Some(Filled { scripts: before, same }) => {
+                let (now, carried) = tokio::join!(scripts, self.level(&same));
                 if now? == before { (before, carried?) } else { self.begin_anew(dump).await? }
             }
             None => self.begin_anew(dump).await?,
@@ -269,6 +286,7 @@ impl Move<'_> {
             let result = dump.schema(&there, self.to.release().await?).await?;
             script.compare(&Script::read(&result, &ends.to_role, &ends.to_role)?)?;
             rows::same_sequences(&ends).await?;
+            schema::settings(&ends, &self.to.place(self.tenant, self.names, database).database).await?;
         }
         reach("after the comparison");
         Ok(carried)
@@ -276,18 +294,23 @@ impl Move<'_> {
 
     /// Everything in the pause: nothing was brought before, or the schema has changed since.
     async fn begin_anew(&self, dump: &Dump) -> Result<(Vec<Script>, Carried), MoveError> {
-        let Filled(scripts) = self.fill(dump, &|_| {}).await?;
-        let carried = self.level().await?;
+        let Filled { scripts, same } = self.fill(dump, &|_| {}).await?;
+        let carried = self.level(&same).await?;
         Ok((scripts, Carried { late: carried.rows, ..carried }))
     }
 
-    /// Makes the rows of every table the same on both sides, and sees that they are.
-    async fn level(&self) -> Result<Carried, MoveError> {
+    /// Makes the rows of every table the same on both sides, and sees that they are; those in `same` have been.
+    async fn level(&self, same: &[BTreeMap<i64, (rows::Count, u64)>]) -> Result<Carried, MoveError> {
         let mut carried = Carried::default();
-        for database in self.databases() {
+        for (database, same) in self.databases().zip(same) {
             let ends = self.ends(database).await?;
+            let now = rows::counted(&ends.from).await?;
             for table in rows::tables(&ends.from).await? {
-                let (rows, late) = rows::level(&ends, &table).await?;
+                let unchanged = same.get(&table.id).filter(|(before, _)| now.get(&table.id) == Some(before));
+                let (rows, late) = match unchanged {
+                    Some((_, rows)) => (*rows, 0),
+                    None => rows::level(&ends, &table).await?,
+                };
                 carried.tables += 1;
                 carried.rows += rows;
                 carried.late += late;

@@ -4,6 +4,9 @@
 //! Where they differ the bucket is carried over anew: on the target all of it that is there goes first. A row that was
 //! changed is in another bucket than before, so that a table needs no key for this, and no unique index is ever violated
 //! on the way: what stays on the target is on the source too.
+//!
+//! A table that was found the same before the pause, and of which the server has counted no change since before it was
+//! copied, need not be read again in it ([`counted`]): a session tells its counts when it ends, and in the pause all have.
 
 use std::collections::BTreeMap;
 
@@ -29,12 +32,42 @@ const CHUNK: usize = 64 << 10;
 /// Longest wait for a lock that the tenant holds.
 const LOCK_TIMEOUT: &str = "10s";
 
+/// Bytes of a small row: a table has no more rows than its bytes by this.
+const ROW_BYTES: u64 = 48;
+
 /// A table with rows of its own.
 pub(super) struct Table {
+    /// Its number on the source.
+    pub(super) id: i64,
     /// As SQL names it.
     name: String,
+    /// Its bytes.
+    bytes: u64,
     /// Its columns as COPY takes them: those that are not computed.
     columns: String,
+}
+
+/// What a server has counted of a table's changes, and since when; and which file it is in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Count(Vec<i64>, String);
+
+/// The changes of every table that the server has counted: of sessions that have ended, all of them.
+pub(super) async fn counted(client: &Connection) -> Result<BTreeMap<i64, Count>, AdminError> {
+    const ALL: &str = "select c.oid::pg_catalog.int8, array[c.relfilenode::pg_catalog.int8, \
+         pg_catalog.pg_stat_get_tuples_inserted(c.oid), pg_catalog.pg_stat_get_tuples_updated(c.oid), \
+         pg_catalog.pg_stat_get_tuples_deleted(c.oid)], pg_catalog.concat_ws(' ', pg_catalog.pg_postmaster_start_time(), \
+         pg_catalog.current_setting('track_counts'), (select d.stats_reset from pg_catalog.pg_stat_database d \
+         where d.datname = pg_catalog.current_database())) from pg_catalog.pg_class c where c.relkind = 'r'";
+    let doing = || AdminError::sql("reading what was counted");
+    let mut all = BTreeMap::new();
+    for row in client.query(ALL, &[]).await.map_err(doing())? {
+        let counts = Count(row.try_get(1).map_err(doing())?, row.try_get(2).map_err(doing())?);
+        // Where nothing is counted nothing is known.
+        if counts.1.split(' ').any(|word| word == "on") {
+            all.insert(row.try_get(0).map_err(doing())?, counts);
+        }
+    }
+    Ok(all)
 }
 
 /// Of each bucket: its rows, and the sum of their hashes.
@@ -58,7 +91,7 @@ pub(super) async fn prepare(client: &Connection, role: &str) -> Result<(), Admin
 pub(super) async fn tables(client: &Connection) -> Result<Vec<Table>, AdminError> {
     const ALL: &str = "select n.nspname::text, c.relname::text, array(select a.attname::text from \
          pg_catalog.pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped \
-         and a.attgenerated = '' order by a.attnum) \
+         and a.attgenerated = '' order by a.attnum), c.oid::pg_catalog.int8, pg_catalog.pg_relation_size(c.oid) \
          from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
          where c.relkind = 'r' and c.relpersistence <> 't' and n.nspname not like 'pg\\_%' \
          and n.nspname <> 'information_schema' and not exists (select 1 from pg_catalog.pg_depend d \
@@ -73,7 +106,13 @@ pub(super) async fn tables(client: &Connection) -> Result<Vec<Table>, AdminError
         let columns: Vec<String> = columns.iter().map(|column| quoted(column)).collect();
         // A table without columns has nothing that could be carried; where it has rows, the comparison says so.
         if !columns.is_empty() {
-            tables.push(Table { name: format!("{}.{}", quoted(&schema), quoted(&name)), columns: columns.join(", ") });
+            let bytes: i64 = row.try_get(4).map_err(doing())?;
+            tables.push(Table {
+                id: row.try_get(3).map_err(doing())?,
+                name: format!("{}.{}", quoted(&schema), quoted(&name)),
+                bytes: u64::try_from(bytes).unwrap_or(0),
+                columns: columns.join(", "),
+            });
         }
     }
     Ok(tables)
@@ -105,17 +144,28 @@ pub(super) async fn copy(ends: &Ends, table: &Table, which: Option<&str>) -> Res
     Ok(sink.as_mut().finish().await.map_err(doing())?)
 }
 
+/// What is taken of a hash to number a bucket.
+fn mask(table: &Table) -> u64 {
+    (table.bytes / ROW_BYTES / BUCKET_ROWS).clamp(1, BUCKETS_MAX).next_power_of_two() - 1
+}
+
+fn total(digest: &Digest) -> u64 {
+    digest.values().map(|(count, _)| u64::try_from(*count).unwrap_or(0)).sum()
+}
+
+/// The rows of a table that is the same on both sides now.
+pub(super) async fn same(ends: &Ends, table: &Table) -> Result<Option<u64>, AdminError> {
+    let mask = mask(table);
+    let (source, target) = tokio::try_join!(digest(&ends.from, table, mask), digest(&ends.to, table, mask))?;
+    Ok((source == target).then(|| total(&source)))
+}
+
 /// Makes a table on the target like that on the source, and sees that it is. Gives its rows, and how many travelled.
 pub(super) async fn level(ends: &Ends, table: &Table) -> Result<(u64, u64), MoveError> {
-    let doing = || AdminError::sql(format!("counting {}", table.name));
-    let count = format!("select count(*) from only {}", table.name);
-    let row = ends.to.query_one(&count, &[]).await.map_err(doing())?;
-    let rows = u64::try_from(row.try_get::<_, i64>(0).map_err(doing())?).unwrap_or(0);
-    let mask = (rows / BUCKET_ROWS).clamp(1, BUCKETS_MAX).next_power_of_two() - 1;
+    let mask = mask(table);
     let (source, target) = tokio::try_join!(digest(&ends.from, table, mask), digest(&ends.to, table, mask))?;
-    let total = source.values().map(|(count, _)| u64::try_from(*count).unwrap_or(0)).sum();
     if source == target {
-        return Ok((total, 0));
+        return Ok((total(&source), 0));
     }
     let differs = |bucket: &&i64| source.get(*bucket) != target.get(*bucket);
     let buckets: Vec<String> = source.keys().chain(target.keys()).filter(differs).map(i64::to_string).collect();
@@ -123,7 +173,7 @@ pub(super) async fn level(ends: &Ends, table: &Table) -> Result<(u64, u64), Move
     run(&ends.to, "taking away what has changed", &format!("delete from only {} r where {which}", table.name)).await?;
     let late = copy(ends, table, Some(&which)).await?;
     match digest(&ends.to, table, mask).await? == source {
-        true => Ok((total, late)),
+        true => Ok((total(&source), late)),
         false => Err(MoveError::Unfit(format!("the rows of {} are not the same in both places", table.name))),
     }
 }

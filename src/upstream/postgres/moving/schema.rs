@@ -314,6 +314,36 @@ impl Script {
     }
 }
 
+/// Settings that a role carries for the platform: its ceilings.
+const CEILINGS: &str = "'statement_timeout', 'idle_in_transaction_session_timeout', 'temp_file_limit'";
+
+/// Brings what the tenant has set for its own role (`ALTER ROLE … SET`) along, and takes away what it has not. The last thing
+/// in a session: it has these settings then.
+pub(super) async fn settings(ends: &Ends, database: &str) -> Result<(), MoveError> {
+    let mine = format!(
+        "from pg_catalog.pg_db_role_setting s cross join lateral pg_catalog.unnest(s.setconfig) as c (said) \
+         cross join lateral (select pg_catalog.split_part(c.said, '=', 1)) as n (name) \
+         where s.setrole = current_user::pg_catalog.regrole and n.name not in ({CEILINGS}) and s.setdatabase in (0, \
+         (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database()))"
+    );
+    let place =
+        "case when s.setdatabase <> 0 then pg_catalog.format('in database %I', $1::pg_catalog.text) else '' end";
+    let reset = format!("select pg_catalog.format('alter role current_user %s reset %I;', {place}, n.name) {mine}");
+    let set = format!(
+        "select pg_catalog.format('select pg_catalog.set_config(%1$L, %2$L, false); \
+         alter role current_user %3$s set %1$I from current;', \
+         n.name, pg_catalog.substr(c.said, pg_catalog.strpos(c.said, '=') + 1), {place}) {mine}"
+    );
+    let doing = || AdminError::sql("reading the tenant's own settings");
+    let mut script = String::new();
+    for (client, question) in [(&ends.to, &reset), (&ends.from, &set)] {
+        for row in client.query(question, &[&database]).await.map_err(doing())? {
+            script.push_str(row.try_get(0).map_err(doing())?);
+        }
+    }
+    make(&ends.to, &script).await
+}
+
 async fn make(client: &Connection, script: &str) -> Result<(), MoveError> {
     match run(client, "making the schema", script).await {
         // What it says of the tenant's own words is for the operator.
