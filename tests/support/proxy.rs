@@ -121,8 +121,16 @@ impl Setup {
         let (mut text, neon) = (String::new(), self.neon_connections);
         for (name, limits) in ["FREE", "STARTER", "PRO", "ENTERPRISE"].iter().zip(&self.tiers) {
             let Limits { expiry, connections, client_sockets, storage, .. } = limits;
-            let Limits { statement_timeout, idle_in_transaction, queue_timeout, rate, isolation, collections, home, .. } =
-                limits;
+            let Limits {
+                statement_timeout,
+                idle_in_transaction,
+                queue_timeout,
+                rate,
+                isolation,
+                collections,
+                home,
+                ..
+            } = limits;
             write!(
                 text,
                 "[{name}]\nexpiry = \"{expiry}\"\n[{name}.postgres]\nconnections = {connections}\n\
