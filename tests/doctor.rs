@@ -115,11 +115,12 @@ fn a_fault_of_redis_and_mongodb_is_named() {
 }
 
 #[test]
-fn a_redis_that_believes_payloads_is_warned_of() {
-    for (value, expected) in [("no", true), ("clients", false)] {
+fn a_redis_that_believes_payloads_or_gives_without_a_limit_is_warned_of() {
+    for (value, limit, expected) in [("no", "0", true), ("clients", "1gb", false)] {
         let port = free_port().to_string();
         let server = Command::new("redis-server")
             .args(["--port", &port, "--bind", "127.0.0.1", "--save", "", "--sanitize-dump-payload", value])
+            .args(["--client-output-buffer-limit", "normal", limit, "0", "0"])
             .stdout(std::process::Stdio::null())
             .spawn();
         let mut server = server.expect("redis-server is installed");
@@ -129,10 +130,11 @@ fn a_redis_that_believes_payloads_is_warned_of() {
         let (_, findings) = Setup { redis: Some(format!("redis://127.0.0.1:{port}")), ..Setup::good() }.run();
         let _ = server.kill();
         let _ = server.wait();
-        let warned = findings.iter().any(|(of, state, said)| {
-            of == "redis" && state == "warning" && said.contains("sanitize-dump-payload is off")
-        });
-        assert_eq!(warned, expected, "{value}: {findings:?}");
+        for words in ["sanitize-dump-payload is off", "client-output-buffer-limit has none"] {
+            let warned =
+                findings.iter().any(|(of, state, said)| of == "redis" && state == "warning" && said.contains(words));
+            assert_eq!(warned, expected, "{words}, {value}: {findings:?}");
+        }
     }
 }
 

@@ -281,7 +281,8 @@ async fn redis(config: &Config, findings: &mut Findings) {
     resp::put_request(&mut ask, &[b"ACL", b"WHOAMI"]);
     resp::put_request(&mut ask, &[b"ACL", b"LIST"]);
     resp::put_request(&mut ask, &[b"CONFIG", b"GET", b"maxmemory-policy"]);
-    let answers = match within(upstream.platform(&ask, 3)).await {
+    resp::put_request(&mut ask, &[b"CONFIG", b"GET", b"client-output-buffer-limit"]);
+    let answers = match within(upstream.platform(&ask, 4)).await {
         Ok(answers) => answers,
         Err(error) => return findings.fault(PART, error, "look at the server's log"),
     };
@@ -298,6 +299,14 @@ async fn redis(config: &Config, findings: &mut Findings) {
             PART,
             format_args!("maxmemory-policy is {policy}: one tenant's keys may push out another's"),
             "CONFIG SET maxmemory-policy noeviction",
+        );
+    }
+    let limits = redis::dial::strings(&answers[3]);
+    if limits.get(1).is_some_and(|limits| limits.starts_with("normal 0 ")) {
+        findings.warning(
+            PART,
+            "client-output-buffer-limit has none for normal clients: a pipeline of large replies can fill the server",
+            "CONFIG SET client-output-buffer-limit 'normal 1gb 0 0'",
         );
     }
     if !server.sanitizes {

@@ -460,6 +460,36 @@ async fn large_elements_behind_small_ones_are_weighed() {
     assert!((15..=26).contains(&stored), "{stored} times 2 MB of 50 MB were stored");
 }
 
+/// A server with the limit that `dynabase doctor` asks for is filled by nobody.
+#[tokio::test(flavor = "multi_thread")]
+async fn large_replies_asked_for_many_times_fill_no_server() {
+    let limit = ["--client-output-buffer-limit", "normal", "64mb", "0", "0"];
+    let options = [&["--databases", "64", "--requirepass", PLATFORM][..], &limit].concat();
+    let redis = Redis::with(tempfile::tempdir().expect("a folder"), super::support::free_port(), &options).await;
+    let target = target(redis.port);
+    let house = House::before(redis, target, None, include_str!("../../config/tiers.toml")).await;
+    let mut other = house.client("hooli").await;
+    assert_eq!(other.line("SET k v").await, "+OK");
+    let value = "x".repeat(10 << 20);
+    for request in [["MGET"].into_iter().chain(["k"; 200]).collect::<Vec<_>>(), vec!["GET", "k"]] {
+        let mut client = house.client("acme").await;
+        assert_eq!(client.run(&["SET", "k", &value]).await, "+OK");
+        for _ in 0..if request.len() > 2 { 1 } else { 200 } {
+            client.send(&request).await;
+        }
+        // Up to the end of the connection, or an error for each.
+        for _ in 0..200 {
+            if client.frame().await.is_none() {
+                break;
+            }
+        }
+        assert_eq!(other.line("GET k").await, "\"v\"", "another tenant is served");
+    }
+    let told = house.admin().await.line("INFO memory").await;
+    let peak = told.split("used_memory_peak:").nth(1).and_then(|rest| rest.split('\\').next()).expect("it is told");
+    assert!(peak.parse::<u64>().expect("a number") < 400 << 20, "{peak}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn names_that_are_kept_have_a_size() {
     let house = House::start().await;

@@ -442,6 +442,27 @@ pub async fn one_tenant_does_not_take_what_all_have() {
     assert_eq!(next.reply().await, "+QUEUED");
 }
 
+/// A script that a transaction calls a thousand times is held once.
+#[tokio::test(flavor = "multi_thread")]
+pub async fn a_transaction_holds_a_script_once() {
+    const CALLS: usize = 1000;
+    let house = House::start().await;
+    let mut client = house.client("umbrella").await;
+    let script = format!("return redis.call('INCR','n') --{}", "x".repeat(MB - 100));
+    let sha = client.run(&["SCRIPT", "LOAD", &script]).await.trim_matches('"').to_owned();
+    let mut growth = Growth::new();
+    assert_eq!(client.line("MULTI").await, "+OK");
+    for _ in 0..CALLS {
+        client.send(&["EVALSHA", &sha, "0"]).await;
+    }
+    for _ in 0..CALLS {
+        assert_eq!(client.reply().await, "+QUEUED");
+    }
+    growth.look();
+    assert!(growth.most < 64 * MB, "{} MB more", growth.most / MB);
+    assert!(client.line("EXEC").await.ends_with(&format!(" :{CALLS}]")));
+}
+
 /// What waits in the server for its clients.
 async fn omem(admin: &mut Client) -> usize {
     let list = admin.line("CLIENT LIST").await;

@@ -63,7 +63,8 @@ impl Server {
         let config = folder.join("redis.conf");
         let text = format!(
             "bind 127.0.0.1\nport {port}\ndatabases {DATABASES}\nrequirepass {}\ndir {:?}\nappendonly yes\nsave \"\"\n\
-             maxmemory-policy noeviction\nsanitize-dump-payload clients\nlogfile redis.log\n",
+             maxmemory-policy noeviction\nsanitize-dump-payload clients\n\
+             client-output-buffer-limit normal 1gb 0 0\nlogfile redis.log\n",
             password.expose(),
             folder
         );

@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use hashbrown::HashSet;
+use hashbrown::{HashMap, HashSet, hash_map::Entry};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{Server, commands::Row, keys::Found, refuse, registry::Card, tracking::Tracking};
@@ -27,7 +27,7 @@ use crate::{
     quota::{Permit, Slot, clock},
     session::{Session, Transport},
     upstream::redis::{
-        Database, Outbox, Place, Version,
+        Database, Outbox, Place, Script, Version,
         held::{Share, TENANT_MAX_BYTES},
         link::{How, Link},
         reply::Shape,
@@ -75,8 +75,24 @@ pub struct Queue {
     pub creates: u64,
     /// A command was refused: EXEC will be, too.
     pub dirty: bool,
-    /// Scripts that must be loaded before.
-    pub scripts: Vec<([u8; 40], Vec<u8>)>,
+    /// Scripts that must be loaded before, each once however often it is called.
+    pub scripts: HashMap<[u8; 40], Arc<Script>>,
+    script_bytes: usize,
+}
+
+impl Queue {
+    /// Has a script loaded before.
+    pub fn load(&mut self, script: &Arc<Script>) {
+        if let Entry::Vacant(entry) = self.scripts.entry(script.sha) {
+            self.script_bytes += script.text.len();
+            entry.insert(Arc::clone(script));
+        }
+    }
+
+    /// Bytes that it holds.
+    pub fn held(&self) -> usize {
+        self.bytes.len() + self.script_bytes
+    }
 }
 
 /// An upstream connection for this client alone.
@@ -557,7 +573,7 @@ impl Client {
 
     /// Counts what is held of large commands; says so to the client, and forgets it, when all together are too much.
     fn is_too_much(&mut self) -> bool {
-        let queued = self.queue.as_ref().map_or(0, |queue| queue.bytes.len());
+        let queued = self.queue.as_ref().map_or(0, Queue::held);
         if self.share.set(self.carry.len() + queued) {
             return false;
         }

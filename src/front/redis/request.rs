@@ -380,9 +380,10 @@ impl<'a> Burst<'a> {
                 queue.elements.push(Some(shape));
                 queue.elements.extend(std::iter::repeat_n(None, extra));
                 queue.creates += creates;
-                if queue.bytes.len() > TRANSACTION_MAX_BYTES {
+                if queue.held() > TRANSACTION_MAX_BYTES {
                     let creates = std::mem::take(&mut queue.creates);
-                    *queue = Queue { dirty: true, ..Queue::default() };
+                    *queue = Queue::default();
+                    queue.dirty = true;
                     self.done(creates);
                     return self.error("ERR the transaction is too large to be queued");
                 }

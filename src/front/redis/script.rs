@@ -241,21 +241,21 @@ fn wrap(database: &Database, body: &[u8]) -> Result<Box<[u8]>, Refused> {
 }
 
 /// The script that applies the limits to one command, exactly, in the server.
-pub fn guard() -> &'static Script {
-    static SCRIPT: OnceLock<Script> = OnceLock::new();
+pub fn guard() -> &'static Arc<Script> {
+    static SCRIPT: OnceLock<Arc<Script>> = OnceLock::new();
     SCRIPT.get_or_init(|| ours(GUARD))
 }
 
 /// The same where the database holds other tenants' keys too: it is given how many keys are left, and says how many it
 /// created.
-pub fn learning_guard() -> &'static Script {
-    static SCRIPT: OnceLock<Script> = OnceLock::new();
+pub fn learning_guard() -> &'static Arc<Script> {
+    static SCRIPT: OnceLock<Arc<Script>> = OnceLock::new();
     SCRIPT.get_or_init(|| ours(LEARNING_GUARD))
 }
 
-fn ours(text: &str) -> Script {
+fn ours(text: &str) -> Arc<Script> {
     let text = text.replace('\n', " ").replace("@OOM@", &oom("keys"));
-    Script { sha: hex(&sha1(text.as_bytes())), text: text.into_bytes().into() }
+    Arc::new(Script { sha: hex(&sha1(text.as_bytes())), text: text.into_bytes().into() })
 }
 
 /// Why a script is not taken: the error to give.

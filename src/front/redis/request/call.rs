@@ -61,7 +61,7 @@ impl Burst<'_> {
         };
         let with_text = unknown && by_text;
         match (&mut self.client.queue, &mut self.state) {
-            (Some(queue), _) if !by_text => queue.scripts.push((script.sha, script.text.to_vec())),
+            (Some(queue), _) if !by_text => queue.load(&script),
             (None, Some(state)) if !by_text && unknown => {
                 put_request(&mut state.out, &[b"SCRIPT", b"LOAD", &script.text]);
                 state.expect(&self.client.outbox, 1, 0, How::Discard);

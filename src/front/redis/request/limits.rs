@@ -263,7 +263,7 @@ impl Burst<'_> {
         let script = if alone { script::guard() } else { script::learning_guard() };
         let Some(lost) = self.scripts_lost() else { return };
         match (&mut self.client.queue, &mut self.state) {
-            (Some(queue), _) => queue.scripts.push((script.sha, script.text.to_vec())),
+            (Some(queue), _) => queue.load(script),
             (None, Some(state)) => {
                 if state.must_load(&script.sha, lost) {
                     put_request(&mut state.out, &[b"SCRIPT", b"LOAD", &script.text]);

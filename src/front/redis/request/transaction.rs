@@ -61,9 +61,9 @@ impl Burst<'_> {
         self.client.watching = false;
         self.client.watched = 0;
         let Some(state) = &mut self.state else { return };
-        for (sha, text) in &queue.scripts {
+        for (sha, script) in &queue.scripts {
             if state.must_load(sha, lost) {
-                put_request(&mut state.out, &[b"SCRIPT", b"LOAD", text]);
+                put_request(&mut state.out, &[b"SCRIPT", b"LOAD", &script.text]);
                 state.expect(&self.client.outbox, 1, 0, How::Discard);
                 self.sent += 1;
             }
