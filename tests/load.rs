@@ -25,6 +25,9 @@ use crate::{
 /// Transitions in `make test`; `make chaos` sets `DYNABASE_CHAOS_RUNS`.
 const TRANSITIONS: u64 = 4;
 
+/// Transitions for which writers keep [`PACE`].
+const SAME_PACE: u64 = 20;
+
 /// One writer's pause between two requests: below FREE's 50 requests a second, and Convex' 300 calls a minute.
 const PACE: Duration = Duration::from_millis(30);
 const PACE_CONVEX: Duration = Duration::from_millis(250);
@@ -155,24 +158,24 @@ impl Tenant {
         client.database("app").collection("load")
     }
 
-    fn writers(&self, stop: &Arc<AtomicBool>) -> Vec<(&'static str, JoinHandle<Told>)> {
+    fn writers(&self, stop: &Arc<AtomicBool>, pace: Duration) -> Vec<(&'static str, JoinHandle<Told>)> {
         let (client, runtime) = (self.postgres(), Arc::clone(&self.runtime));
-        let postgres = writer(stop, PACE, move |n| {
+        let postgres = writer(stop, pace, move |n| {
             let insert = format!("insert into load values ({n})");
             runtime.block_on(client.batch_execute(&insert)).map_err(|error| format!("postgres: {error:?}"))
         });
         let mut client = self.redis();
         let redis =
-            writer(stop, PACE, move |n| client.rpush::<_, _, ()>("load", n).map_err(|error| format!("redis: {error}")));
+            writer(stop, pace, move |n| client.rpush::<_, _, ()>("load", n).map_err(|error| format!("redis: {error}")));
         let (load, runtime) = (self.mongodb(), Arc::clone(&self.runtime));
-        let mongodb = writer(stop, PACE, move |n| {
+        let mongodb = writer(stop, pace, move |n| {
             let written = runtime.block_on(async { load.insert_one(doc! { "_id": n }).await });
             written.map(drop).map_err(|error| format!("mongodb: {error}"))
         });
         let tenant = self.clone();
-        let neon = writer(stop, PACE, move |n| tenant.sql(&format!("insert into load_http values ({n})")).map(drop));
+        let neon = writer(stop, pace, move |n| tenant.sql(&format!("insert into load_http values ({n})")).map(drop));
         let tenant = self.clone();
-        let convex = writer(stop, PACE_CONVEX, move |n| {
+        let convex = writer(stop, pace.max(PACE_CONVEX), move |n| {
             let args = json!({"channel": "load", "body": n.to_string()});
             tenant.convex("mutation", "messages:send", args).map(drop)
         });
@@ -217,7 +220,9 @@ fn all_five_databases_go_on_while_the_tier_goes_up_and_down() {
     });
     tenant.sql("create table load_http (n bigint)").expect("made");
     let stop = Arc::new(AtomicBool::new(false));
-    let writers = tenant.writers(&stop);
+    // What is written moves with each transition: in a long run less of it at a time.
+    let pace = PACE * u32::try_from(transitions / SAME_PACE).expect("few").max(1);
+    let writers = tenant.writers(&stop, pace);
     let tiers = ["PRO", "FREE", "ENTERPRISE", "STARTER"];
     let mut slowest = Duration::ZERO;
     for tier in tiers.iter().cycle().take(usize::try_from(transitions).expect("few")) {

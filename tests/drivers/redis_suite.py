@@ -61,7 +61,8 @@ def sync(url, protocol):
     ps.psubscribe("p*")
     while r.publish("c", "one") != 1:
         pass
-    r.publish("px", "two")
+    while r.publish("px", "two") != 1:
+        pass
     while len(got) < 2:
         message = ps.get_message(timeout=5)
         if message:
