@@ -101,7 +101,7 @@ fn costs(criterion: &mut Criterion) {
     let batch: [(&str, &[u8]); 1] = [("documents", &documents)];
     for isolation in [Isolation::Filter, Isolation::Database] {
         let place = names.mongodb(&org, isolation);
-        let scope = Scope { isolation, org: &org, place: &place, max_time_ms: TIER_MS };
+        let scope = Scope { isolation, org: &org, place: &place, max_time_ms: TIER_MS, shows_org: false };
         let mut group = criterion.benchmark_group(format!("{isolation:?}"));
         for (name, body, sections) in
             [("find", &find, &batch[..0]), ("aggregate", &aggregate, &batch[..0]), ("insert 100", &insert, &batch[..])]

@@ -194,6 +194,9 @@ pub struct MongodbLimits {
     /// Indexes of its own on one collection, beside the one over `_id`; `None` is what [`Self::indexes`] says.
     #[serde(default)]
     pub indexes: Option<u32>,
+    /// Whether documents of shared collections come back with the platform's `org_id`.
+    #[serde(default)]
+    pub show_org_id: bool,
     /// Requests per second.
     pub rate: RateLimit,
 }

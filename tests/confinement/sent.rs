@@ -38,7 +38,13 @@ impl Asker {
 
     /// The same of bytes.
     pub fn raw(&self, body: &[u8], sections: &[(&str, &[u8])]) -> Option<Vec<u8>> {
-        let scope = Scope { isolation: self.isolation, org: &self.org, place: &self.place, max_time_ms: TIER_MS };
+        let scope = Scope {
+            isolation: self.isolation,
+            org: &self.org,
+            place: &self.place,
+            max_time_ms: TIER_MS,
+            shows_org: false,
+        };
         let mut out = Vec::new();
         let verdict = rewrite(&scope, &Request { body, sections }, &mut out);
         assert_eq!(matches!(verdict, Verdict::Forward(_)), !out.is_empty());

@@ -9,4 +9,5 @@ mod large;
 mod limits;
 mod login;
 mod room;
+mod shown;
 pub(crate) mod support;

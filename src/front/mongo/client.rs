@@ -368,13 +368,17 @@ impl Client {
             return self.answer(asked, &refuse::render(&Refusal::UpstreamDown, Repeat::Plain)).await;
         };
         let way = tenancy.way(&self.server.upstream);
-        let max_time = session.slot().policy().limits.mongodb.timeout;
+        let (max_time, shows_org) = {
+            let limits = &session.slot().policy().limits.mongodb;
+            (limits.timeout, limits.show_org_id)
+        };
         let org = session.slot().org().clone();
         let scope = Scope {
             isolation: way.isolation,
             org: &org,
             place: &way.place,
             max_time_ms: i32::try_from(max_time.as_millis()).unwrap_or(i32::MAX),
+            shows_org,
         };
         let request = Request { body: message.body.bytes(), sections: message.sections() };
         let bytes: usize = request.sections.iter().map(|(_, bytes)| bytes.len()).sum();

@@ -321,7 +321,7 @@ impl Mapping<'_> {
     }
 
     fn scope(&self) -> Scope<'_> {
-        Scope { isolation: self.isolation, org: self.org, place: self.place, max_time_ms: 0 }
+        Scope { isolation: self.isolation, org: self.org, place: self.place, max_time_ms: 0, shows_org: false }
     }
 
     /// The filter of a partial index without the tenant's clause; nothing where that was all.

@@ -273,7 +273,7 @@ async fn indexes(
         told => account::decode(&told?)?,
     };
     let batch = told.get_document("cursor").ok().and_then(|cursor| cursor.get_array("firstBatch").ok());
-    let scope = Scope { isolation: way.isolation, org, place: &way.place, max_time_ms: 0 };
+    let scope = Scope { isolation: way.isolation, org, place: &way.place, max_time_ms: 0, shows_org: false };
     let each = batch.map(Vec::as_slice).unwrap_or_default().iter().filter_map(Bson::as_document);
     Ok(each
         .filter_map(|index| {

@@ -57,6 +57,8 @@ pub struct Scope<'a> {
     pub place: &'a MongoNamespace,
     /// The tier's time for one request in milliseconds; positive.
     pub max_time_ms: i32,
+    /// Whether documents come back with `org_id`, from `find` and `findAndModify`.
+    pub shows_org: bool,
 }
 
 /// A message's sections.

@@ -1,4 +1,4 @@
-//! Projections of `find` and `findAndModify`: `org_id` stays hidden.
+//! Projections of `find` and `findAndModify`: `org_id` stays hidden, unless the tier shows it.
 //!
 //! An inclusion without `org_id` hides it already; to anything else `org_id: 0` is added. The wrong one is an error
 //! of the server (31254), so that the kind is decided as the server decides it.
@@ -32,7 +32,8 @@ pub(super) fn put(
             return Err(Fault::bad_value("a projection names a path twice"));
         }
     }
-    if scope.isolation == Isolation::Database {
+    // What is shown is the tenant's own: every reader is bound to it by the filter.
+    if scope.isolation == Isolation::Database || scope.shows_org {
         if let Some(projection) = projection {
             bson::put_document(out, key, projection);
         }

@@ -74,7 +74,7 @@ pub(super) fn run_document(isolation: Isolation, request: &Document) -> Became {
 
 pub(super) fn run_bytes(isolation: Isolation, body: &[u8], sections: &[(&str, &[u8])]) -> Became {
     let (org, place) = place(isolation);
-    let scope = Scope { isolation, org: &org, place: &place, max_time_ms: TIER_MS };
+    let scope = Scope { isolation, org: &org, place: &place, max_time_ms: TIER_MS, shows_org: false };
     let mut out = b"before".to_vec();
     match rewrite(&scope, &Request { body, sections }, &mut out) {
         Verdict::Forward(_) => Became::Sent(sent(&out[6..])),
@@ -121,7 +121,7 @@ pub(super) fn sent(mut out: &[u8]) -> Document {
 /// Keeps the scope's parts alive for a test that looks at the verdict itself.
 pub(super) fn forwarded<T>(isolation: Isolation, text: &str, look: impl FnOnce(Forward<'_>, &[u8]) -> T) -> T {
     let (org, place) = place(isolation);
-    let scope = Scope { isolation, org: &org, place: &place, max_time_ms: TIER_MS };
+    let scope = Scope { isolation, org: &org, place: &place, max_time_ms: TIER_MS, shows_org: false };
     let body = bytes(&parse(text));
     let mut out = Vec::new();
     match rewrite(&scope, &Request { body: &body, sections: &[] }, &mut out) {

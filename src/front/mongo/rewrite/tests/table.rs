@@ -582,7 +582,7 @@ fn bytes_that_are_no_bson_are_refused() {
 /// No panic, and what is sent is BSON down to its leaves.
 fn survives(isolation: Isolation, body: &[u8]) {
     let (org, place) = place(isolation);
-    let scope = Scope { isolation, org: &org, place: &place, max_time_ms: 5000 };
+    let scope = Scope { isolation, org: &org, place: &place, max_time_ms: 5000, shows_org: false };
     let mut out = Vec::new();
     if let Verdict::Forward(_) = rewrite(&scope, &Request { body, sections: &[] }, &mut out) {
         let sent = bson::Document::new(&out[5..]).expect("a body");
