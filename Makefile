@@ -104,5 +104,5 @@ chaos: tools
 	DYNABASE_CHAOS_RUNS=$(CHAOS_RUNS) $(CARGO) test --test integration transition::random_kills -- --nocapture
 	DYNABASE_CHAOS_RUNS=$(CHAOS_RUNS) $(CARGO) test --test integration life::killed -- --nocapture
 	DYNABASE_CHAOS_RUNS=$(MOVES) $(CARGO) test --test integration moving:: -- --nocapture
-	DYNABASE_CHAOS_RUNS=$(MOVES) $(CARGO) test --test integration homes:: -- --nocapture
+	DYNABASE_CHAOS_RUNS=$(MOVES) $(CARGO) test --test integration homes:: -- --nocapture --include-ignored
 	DYNABASE_CHAOS_RUNS=$(TRANSITIONS) $(CARGO) test --test integration load:: -- --nocapture

