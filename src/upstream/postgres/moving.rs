@@ -139,14 +139,14 @@ impl Move<'_> {
     /// [`MoveError::Overtaken`], a server's.
     pub async fn begin(&self) -> Result<(), MoveError> {
         self.take_over().await?;
-        taken(self.from.open_to(self.tenant, self.names, self.by).await?)?;
+        taken(self.from.turn(self.tenant, self.names, self.by, Open::Yes).await?)?;
         if self.to.is_open(self.tenant, self.names).await? == Open::Yes {
             // Nobody makes anything there any more; and nobody has.
-            taken(self.to.close_to_fill(self.tenant, self.names, self.by).await?)?;
+            taken(self.to.turn(self.tenant, self.names, self.by, Open::Filling).await?)?;
             let client = self.to.open().await?;
             self.to.end_all(self.tenant, self.names, &client).await?;
             if let Err(error) = self.is_empty().await {
-                taken(self.to.open_to(self.tenant, self.names, self.by).await?)?;
+                taken(self.to.turn(self.tenant, self.names, self.by, Open::Yes).await?)?;
                 return Err(error);
             }
         }
@@ -238,13 +238,13 @@ impl Move<'_> {
                 // Who was just connecting has come in meanwhile, or never does.
                 0 if closed => return Ok(()),
                 0 => {
-                    taken(self.from.close(self.tenant, self.names, self.by).await?)?;
+                    taken(self.from.turn(self.tenant, self.names, self.by, Open::Left).await?)?;
                     closed = true;
                     reach("after a place was closed");
                     continue;
                 }
                 _ if began.elapsed() > patience => {
-                    taken(self.from.open_to(self.tenant, self.names, self.by).await?)?;
+                    taken(self.from.turn(self.tenant, self.names, self.by, Open::Yes).await?)?;
                     return Err(MoveError::Busy { transactions: there.all - there.idle });
                 }
                 _ => {}
@@ -324,7 +324,7 @@ impl Move<'_> {
     /// # Errors
     /// [`MoveError::Overtaken`], the server's.
     pub async fn open(&self) -> Result<(), MoveError> {
-        taken(self.to.open_to(self.tenant, self.names, self.by).await?)
+        taken(self.to.turn(self.tenant, self.names, self.by, Open::Yes).await?)
     }
 
     /// After the commit: the new place is open, the old one closed, and nothing of the move logs in any more.
@@ -334,7 +334,7 @@ impl Move<'_> {
     pub async fn finish(&self) -> Result<(), MoveError> {
         self.take_over().await?;
         self.open().await?;
-        taken(self.from.close(self.tenant, self.names, self.by).await?)?;
+        taken(self.from.turn(self.tenant, self.names, self.by, Open::Left).await?)?;
         reach("after a place was left");
         self.retire().await
     }
@@ -349,16 +349,16 @@ impl Move<'_> {
             tokio::try_join!(self.from.is_open(self.tenant, self.names), self.to.is_open(self.tenant, self.names))?;
         if (from, to) == (Open::Left, Open::Yes) {
             // It was opened by the very last step of this move.
-            taken(self.to.close_to_fill(self.tenant, self.names, self.by).await?)?;
+            taken(self.to.turn(self.tenant, self.names, self.by, Open::Filling).await?)?;
         }
-        taken(self.from.open_to(self.tenant, self.names, self.by).await?)?;
+        taken(self.from.turn(self.tenant, self.names, self.by, Open::Yes).await?)?;
         reach("after a place was opened");
         // Open, it is none of this move's; left, it was not touched yet.
         if self.to.is_open(self.tenant, self.names).await? == Open::Filling {
             taken(self.to.remake(self.tenant, self.names, self.by).await?)?;
             taken(match self.returns {
-                true => self.to.close(self.tenant, self.names, self.by).await?,
-                false => self.to.open_to(self.tenant, self.names, self.by).await?,
+                true => self.to.turn(self.tenant, self.names, self.by, Open::Left).await?,
+                false => self.to.turn(self.tenant, self.names, self.by, Open::Yes).await?,
             })?;
         }
         self.retire().await

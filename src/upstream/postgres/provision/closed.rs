@@ -271,39 +271,16 @@ impl Provisioner {
         Ok(())
     }
 
-    /// Closes the databases to the tenant, which leaves them. False: a later coordinator was here.
-    pub(in crate::upstream::postgres) async fn close(
+    /// Opens the databases to the tenant, or closes them. False: a later coordinator was here.
+    pub(in crate::upstream::postgres) async fn turn(
         &self,
         tenant: &Tenant,
         names: &Names,
         by: Mark,
+        to: Open,
     ) -> Result<bool, ProvisionError> {
         let Some(client) = self.as_owner(tenant, names, by).await? else { return Ok(false) };
-        self.set_open(&client, tenant, names, Open::Left).await?;
-        Ok(true)
-    }
-
-    /// Opens them again, or for the first time. False: a later coordinator was here.
-    pub(in crate::upstream::postgres) async fn open_to(
-        &self,
-        tenant: &Tenant,
-        names: &Names,
-        by: Mark,
-    ) -> Result<bool, ProvisionError> {
-        let Some(client) = self.as_owner(tenant, names, by).await? else { return Ok(false) };
-        self.set_open(&client, tenant, names, Open::Yes).await?;
-        Ok(true)
-    }
-
-    /// Closes them until a move has filled them. False: a later coordinator was here.
-    pub(in crate::upstream::postgres) async fn close_to_fill(
-        &self,
-        tenant: &Tenant,
-        names: &Names,
-        by: Mark,
-    ) -> Result<bool, ProvisionError> {
-        let Some(client) = self.as_owner(tenant, names, by).await? else { return Ok(false) };
-        self.set_open(&client, tenant, names, Open::Filling).await?;
+        self.set_open(&client, tenant, names, to).await?;
         Ok(true)
     }
 
